@@ -1,0 +1,33 @@
+"""Low-bit tensor-parallel communication for Megatron-core inference.
+
+Public names, imported on first use so that a bare ``import megatron_lowbit`` touches neither
+CUDA, Triton nor Megatron:
+
+    apply       switch a Megatron model's sync points to the low-bit path (needs megatron-core)
+    all_reduce  sum a tensor over a process group through a codec (needs only torch)
+    get_codec   a codec by name and bits
+    LowbitError the base of the package's errors
+"""
+
+from importlib import import_module
+
+from megatron_lowbit._version import __version__
+
+_EXPORTS = {
+    "apply": "megatron_lowbit.integration.apply",
+    "all_reduce": "megatron_lowbit.comm",
+    "get_codec": "megatron_lowbit.codecs",
+    "LowbitError": "megatron_lowbit.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'megatron_lowbit' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,51 @@
+"""Packaging of megatron_lowbit: pure Python, nothing compiled, no hardware probed."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return the version written in the package, without importing it (that would need torch)."""
+    text = (ROOT / "megatron_lowbit" / "_version.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise ValueError('megatron_lowbit/_version.py holds no line __version__ = "..."')
+    return match.group(1)
+
+
+def read_readme() -> str:
+    """Return README.md, or nothing in a tree that carries none."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+TRITON = ["triton"]
+# megatron-core imports the others without declaring them.
+MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
+CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
+DEV = ["hypothesis", "pytest", "ruff"]
+
+setup(
+    name="megatron_lowbit",
+    version=read_version(),
+    description="Low-bit tensor-parallel communication for Megatron-core inference",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "safetensors",
+        "numpy",  # safetensors.torch imports it to save a file, and does not declare it
+    ],
+    extras_require={
+        "megatron": MEGATRON,
+        "calibrate": CALIBRATE,
+        "triton": TRITON,
+        "dev": DEV,
+    },
+)

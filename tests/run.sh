@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Run every check of the project: lint, formatting, tests.
+#
+#   tests/run.sh [PYTEST ARGUMENTS]     e.g. tests/run.sh -k codec
+#                                            tests/run.sh tests/test_codecs.py -x
+#
+# Makes or reuses the environment .venv (see tools/setup_env.sh). Paths among the arguments are
+# relative to the root of the checkout. All three checks run even when one fails; the exit status
+# is 0 only if all of them passed.
+
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$ROOT"
+# shellcheck source=tools/setup_env.sh
+source "$ROOT/tools/setup_env.sh"
+
+# Multi-process tests: one compute thread a rank, and Gloo on the loopback interface, whatever
+# the host name resolves to and whatever proxy the shell has set.
+export OMP_NUM_THREADS=1
+if [[ -e /sys/class/net/lo ]]; then
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+fi
+export no_proxy="localhost,127.0.0.1,::1${no_proxy:+,$no_proxy}"
+export NO_PROXY="$no_proxy"
+
+SOURCES=(megatron_lowbit tools examples tests setup.py)
+summary=()
+failures=0
+
+# check NAME COMMAND...: run it, and note how it ended.
+check() {
+    local name="$1" start=$SECONDS status=0
+    shift
+    echo "== $name"
+    "$@" || status=$?
+    if ((status == 0)); then
+        summary+=("$name: ok ($((SECONDS - start)) s)")
+    else
+        summary+=("$name: FAILED, exit status $status ($((SECONDS - start)) s)")
+        failures=$((failures + 1))
+    fi
+}
+
+check "ruff check" "$ENV_PYTHON" -m ruff check "${SOURCES[@]}"
+check "ruff format" "$ENV_PYTHON" -m ruff format --check "${SOURCES[@]}"
+check "pytest" "$ENV_PYTHON" -m pytest -c tests/pytest.ini --rootdir=. "$@"
+
+echo "== summary"
+printf '%s\n' "${summary[@]}"
+if ((failures > 0)); then
+    echo "$failures of ${#summary[@]} checks failed"
+    exit 1
+fi
+echo "all ${#summary[@]} checks ok"
