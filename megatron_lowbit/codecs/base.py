@@ -1,0 +1,133 @@
+"""The interface that every codec keeps, and the tables that it works from.
+
+A codec turns one rank's *partial*, ``[tokens, hidden]``, into a *payload*, ``uint8 [tokens,
+row_bytes]``, and the payloads of all ranks into their sum. Every row of a payload is
+self-contained, so any split by tokens is a valid split and a token's result never depends on
+its neighbours. A row is laid out as
+
+    packed body | a zero byte if the body is odd | BF16 features | BF16 scale, if the codec has one
+
+Codecs are stateless; what calibration knows of a sync point is in its `Tables`.
+
+Non-finite input stays visible: a NaN or an infinity in a token's partial gives NaN in that
+token's sum, on every rank, and leaves other tokens untouched.
+"""
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.errors import LowbitError
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What a codec knows of one sync point before it sees a token.
+
+    Attributes:
+        hidden: Features in a token.
+        bf16_index: int64 ``[k]``, ascending: the features that travel in BF16.
+        scale: fp32 ``[ranks, hidden]``, the value of one quantization step per rank and feature
+            (``static-hybrid`` only).
+        signs: fp32 ``[hidden]`` of +1 and -1 (``rotated-hybrid`` only).
+    """
+
+    hidden: int
+    bf16_index: Tensor
+    scale: Tensor | None = None
+    signs: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Tables":
+        """The same tables on `device`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Tables(**moved)
+
+
+class Codec(abc.ABC):
+    """A way to write a partial into bytes and to read a sum out of them.
+
+    Attributes:
+        name: The name users choose it by.
+        bits: Bits of one body value.
+        needs_ranges: Whether `tables` needs calibrated ranges, which belong to a TP degree.
+    """
+
+    name: str
+    bits: int
+    needs_ranges = False
+
+    @abc.abstractmethod
+    def default_bf16_features(self, hidden: int) -> int:
+        """How many features travel in BF16 when the user does not say."""
+
+    @abc.abstractmethod
+    def tables(
+        self,
+        hidden: int,
+        *,
+        bf16_index: Tensor | None = None,
+        ranges: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tables:
+        """Build the tables of one sync point.
+
+        Args:
+            hidden: Features in a token.
+            bf16_index: Integer ``[k]``, the features that travel in BF16, in any order; none if
+                left out.
+            ranges: ``[ranks, hidden]``, the paper's R = 2 max(\\|min\\|, \\|max\\|) of each rank's
+                partial.
+            device: Where the tables live.
+
+        Raises:
+            LowbitError: The index has a feature twice or outside the token, or ranges that the
+                codec needs are missing or have another shape.
+        """
+
+    @abc.abstractmethod
+    def row_bytes(self, tables: Tables) -> int:
+        """Bytes of one token's row."""
+
+    @abc.abstractmethod
+    def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        """Write a partial into a payload.
+
+        Args:
+            partial: Floating point ``[tokens, hidden]``, contiguous or not.
+            tables: Of this sync point.
+            rank: The rank in the group whose partial it is.
+
+        Returns:
+            ``uint8 [tokens, row_bytes]``, contiguous.
+        """
+
+    @abc.abstractmethod
+    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
+
+        Args:
+            payloads: ``uint8 [ranks, tokens, row_bytes]``.
+            tables: Of this sync point.
+
+        Returns:
+            fp32 ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
+        """
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({self.bits} bits)"
+
+
+def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:
+    """Return the BF16 index as ascending int64 on `device`, or say what is wrong with it."""
+    if bf16_index is None:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    index = bf16_index.to(torch.int64).flatten().sort().values
+    if index.numel() and (index[0] < 0 or index[-1] >= hidden):
+        bad = index[0].item() if index[0] < 0 else index[-1].item()
+        raise LowbitError(f"BF16 index has feature {bad}, outside a hidden size of {hidden}")
+    repeated = index[1:][index[1:] == index[:-1]]
+    if repeated.numel():
+        raise LowbitError(f"BF16 index has feature {repeated[0].item()} more than once")
+    return index.to(device)

@@ -1,0 +1,40 @@
+"""``bf16``: every feature in BF16; the baseline through the same plumbing."""
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
+
+
+class Bf16(Codec):
+    """Two bytes a value. Unlike a backend's BF16 all-reduce it sums in fp32, in rank order."""
+
+    name = "bf16"
+    supported_bits = (16,)
+
+    def __init__(self, bits: int = 16):
+        self.bits = bits
+
+    def default_bf16_features(self, hidden: int) -> int:
+        return 0
+
+    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+        return Tables(hidden=hidden, bf16_index=check_index(None, hidden, device or "cpu"))
+
+    def row_bytes(self, tables: Tables) -> int:
+        return 2 * tables.hidden
+
+    def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        return bf16_bytes(to_wire_bf16(partial))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        return sum_in_rank_order(payloads.view(torch.bfloat16))
+
+
+def sum_in_rank_order(values: Tensor) -> Tensor:
+    """fp32 sum of ``[ranks, ...]`` over ranks: ((r0 + r1) + r2) + ..., on any device the same."""
+    total = values[0].float()
+    for value in values[1:]:
+        total = total + value.float()
+    return total

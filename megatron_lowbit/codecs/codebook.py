@@ -1,0 +1,47 @@
+"""Gaussian-optimal scalar codebooks (Lloyd-Max) with 4, 8 and 16 levels.
+
+Levels for a unit Gaussian, symmetric around zero; a threshold lies halfway between two levels.
+Source: J. Max, "Quantizing for Minimum Distortion", IRE Trans. IT-6, 1960, table I; computed anew
+to ten digits by iterating the centroid condition, which a test checks. Signal to quantization
+noise: 9.30 dB at 2 bits, 14.62 dB at 3, 20.22 dB at 4.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_POSITIVE_LEVELS = {
+    2: (0.4527800346, 1.5104176085),
+    3: (0.2450941789, 0.7560052812, 1.3439092785, 2.1519457045),
+    4: (
+        *(0.1283950299, 0.3880482995, 0.6567591185, 0.9423404565),
+        *(1.2562311973, 1.6180463860, 2.0690172265, 2.7325895710),
+    ),
+}
+
+SUPPORTED_BITS = tuple(sorted(_POSITIVE_LEVELS, reverse=True))
+
+
+@lru_cache
+def levels(bits: int, device: torch.device) -> Tensor:
+    """fp32 ``[2**bits]``, ascending."""
+    positive = torch.tensor(_POSITIVE_LEVELS[bits], dtype=torch.float64)
+    return torch.cat([-positive.flip(0), positive]).float().to(device)
+
+
+@lru_cache
+def thresholds(bits: int, device: torch.device) -> Tensor:
+    """fp32 ``[2**bits - 1]``, ascending: code i stands for values in (thresholds[i-1], [i]]."""
+    all_levels = levels(bits, torch.device("cpu")).double()
+    return ((all_levels[1:] + all_levels[:-1]) / 2).float().to(device)
+
+
+def quantize(values: Tensor, bits: int) -> Tensor:
+    """Codes (int32, same shape) of the levels nearest to `values`; NaN gives some valid code."""
+    return torch.bucketize(values, thresholds(bits, values.device), out_int32=True)
+
+
+def dequantize(codes: Tensor, bits: int) -> Tensor:
+    """fp32 levels of integer `codes`."""
+    return levels(bits, codes.device)[codes]

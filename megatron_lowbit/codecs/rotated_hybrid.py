@@ -1,0 +1,75 @@
+"""``rotated-hybrid``: BF16 outliers apart, the rest rotated and put in a Gaussian codebook.
+
+Encode, for each token: set the features of the BF16 index to zero; multiply by fixed signs and
+apply a block Hadamard transform (`codecs.rotation`), after which a row is close to Gaussian; divide
+by the row's own root mean square, kept as one BF16 number; replace each value by the nearest of
+16 (8, 4) Gaussian-optimal levels (`codecs.codebook`). Nothing is static but the index, so nothing
+clips and no table depends on the TP degree. The transform is linear and the same on all ranks:
+the sum is taken in the rotated domain and turned back once.
+
+Special cases: an empty BF16 index quantizes every feature; `rotate=False` leaves signs and
+transform out. Rows whose RMS is above 2**60 overflow and give NaN; below 2**-60 they give zero.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs import codebook, rotation, wire
+from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.bf16 import sum_in_rank_order
+
+
+class RotatedHybrid(Codec):
+    """`bits` bits a value, 16 more for each BF16 feature, and 16 for the scale of a token."""
+
+    name = "rotated-hybrid"
+    supported_bits = codebook.SUPPORTED_BITS
+
+    def __init__(self, bits: int = 4, *, rotate: bool = True):
+        self.bits = bits
+        self.rotate = rotate
+
+    def default_bf16_features(self, hidden: int) -> int:
+        return hidden // 128
+
+    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+        device = device or (bf16_index.device if bf16_index is not None else "cpu")
+        signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
+        index = check_index(bf16_index, hidden, device)
+        return Tables(hidden=hidden, bf16_index=index, signs=signs.to(device))
+
+    def row_bytes(self, tables: Tables) -> int:
+        body = wire.packed_bytes(tables.hidden, self.bits)
+        return wire.row_bytes(body, tables.bf16_index.numel() + 1)
+
+    def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
+        body = partial.float() * tables.signs
+        body[:, tables.bf16_index] = 0
+        body = self._transform(body)
+        scale = self._scale(body, kept)
+        inverse = torch.where(scale == 0, 0, 1 / scale.float())
+        codes = codebook.quantize(body * inverse, self.bits)
+        return wire.join_row(wire.pack(codes, self.bits), torch.cat([kept, scale], dim=1))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        packed, floats = wire.split_row(payloads, wire.packed_bytes(tables.hidden, self.bits))
+        kept, scale = floats[..., :-1], floats[..., -1:]
+        total = None
+        for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
+            values = codebook.dequantize(wire.unpack(codes, self.bits, tables.hidden), self.bits)
+            values *= scale[rank]
+            total = values if total is None else total.add_(values)
+        block = rotation.block_size(tables.hidden) if self.rotate else 1
+        out = self._transform(total) * (tables.signs / block)
+        out[:, tables.bf16_index] = sum_in_rank_order(kept)
+        return out
+
+    def _transform(self, body: Tensor) -> Tensor:
+        return rotation.hadamard(body) if self.rotate else body
+
+    def _scale(self, body: Tensor, kept: Tensor) -> Tensor:
+        """BF16 ``[tokens, 1]``: the root mean square, or NaN for a row that is not all finite."""
+        scale = (rotation.sum_of_squares(body) / body.shape[1]).sqrt()
+        finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
+        return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

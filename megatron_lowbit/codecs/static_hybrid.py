@@ -1,0 +1,84 @@
+"""``static-hybrid``: the paper's method (arXiv:2411.07942, section 3).
+
+The features of the BF16 index travel in BF16, all others as signed int4 with one calibrated scale
+per sync point, rank and feature: absmax / 7, where absmax is half the calibrated range. Nothing
+but values is on the wire: scales and index are known to all ranks.
+
+The codes are -7 to 7. The sixteenth, -8, marks a NaN or an infinity, so that a row without any
+float still keeps the contract on non-finite values. A value outside the calibrated range clips.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs import wire
+from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.bf16 import sum_in_rank_order
+from megatron_lowbit.errors import LowbitError
+
+_LARGEST = 7
+_NOT_FINITE = -8
+
+
+class StaticHybrid(Codec):
+    """4 bits a value and 12 more for each BF16 feature: 4 + 12/64 = 4.19 by default."""
+
+    name = "static-hybrid"
+    supported_bits = (4,)
+    needs_ranges = True
+
+    def __init__(self, bits: int = 4):
+        self.bits = bits
+
+    def default_bf16_features(self, hidden: int) -> int:
+        return hidden // 64
+
+    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+        if ranges is None:
+            raise LowbitError(
+                "static-hybrid needs calibrated ranges: pass an index made by tools/calibrate.py, "
+                "or use rotated-hybrid, which needs none"
+            )
+        if ranges.ndim != 2 or ranges.shape[1] != hidden:
+            raise LowbitError(
+                f"ranges have shape {tuple(ranges.shape)}, not [ranks, hidden] with hidden {hidden}"
+            )
+        device = device or ranges.device
+        return Tables(
+            hidden=hidden,
+            bf16_index=check_index(bf16_index, hidden, device),
+            scale=(ranges.float() / (2 * _LARGEST)).to(device),
+        )
+
+    def row_bytes(self, tables: Tables) -> int:
+        kept = tables.bf16_index.numel()
+        return wire.row_bytes(wire.packed_bytes(tables.hidden - kept, self.bits), kept)
+
+    def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        body = _body_index(tables)
+        values = partial[:, body].float()
+        scale = tables.scale[rank, body]
+        # A feature that was always zero has a zero scale: it travels as zero.
+        step = torch.where(scale > 0, 1 / scale, 0)
+        codes = (values * step).round().clamp(-_LARGEST, _LARGEST)
+        codes = torch.where(values.isfinite(), codes, _NOT_FINITE).to(torch.int32)
+        packed = wire.pack(codes & 15, self.bits)
+        return wire.join_row(packed, wire.to_wire_bf16(partial[:, tables.bf16_index]))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        body = _body_index(tables)
+        packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
+        codes = wire.unpack(packed, self.bits, body.numel())
+        signed = torch.where(codes > 7, codes - 16, codes)
+        levels = torch.where(signed == _NOT_FINITE, torch.nan, signed.float())
+        out = torch.empty(payloads.shape[1], tables.hidden, device=payloads.device)
+        out[:, body] = sum_in_rank_order(levels * tables.scale[: len(payloads), None, body])
+        out[:, tables.bf16_index] = sum_in_rank_order(kept)
+        return out
+
+
+def _body_index(tables: Tables) -> Tensor:
+    """The features that are quantized, ascending."""
+    is_body = torch.ones(tables.hidden, dtype=torch.bool, device=tables.bf16_index.device)
+    is_body[tables.bf16_index] = False
+    return is_body.nonzero().flatten()

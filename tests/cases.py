@@ -1,0 +1,66 @@
+"""The cases that tests and benchmarks share: codecs, shapes, input distributions."""
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables, get_codec
+
+CODECS = [
+    ("bf16", 16),
+    ("static-hybrid", 4),
+    ("rotated-hybrid", 4),
+    ("rotated-hybrid", 3),
+    ("rotated-hybrid", 2),
+]
+
+# No token, one, fewer than ranks, odd sizes, a block of 64, several leading dimensions.
+SHAPES = [(0, 64), (1, 64), (2, 33), (3, 1), (5, 576), (4, 2, 48)]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+OUTLIER = 5  # the feature that is large in "one-outlier"
+
+
+def sample(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """fp32 input of one distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(shape, generator=generator)
+    if kind == "normal":
+        return normal
+    if kind == "heavy-tailed":
+        return normal * torch.randn(shape, generator=generator).exp()
+    if kind == "one-outlier":
+        normal[..., OUTLIER] *= 1000
+        return normal
+    if kind == "constant":
+        return torch.full(shape, 0.7 + seed)
+    if kind == "zero":
+        return torch.zeros(shape)
+    raise ValueError(kind)
+
+
+def tables_for(codec: Codec, partials: list[Tensor], bf16_features: int) -> Tables:
+    """Tables with ranges from the partials themselves and the largest features in BF16."""
+    hidden = partials[0].shape[-1]
+    stacked = torch.stack([p.float().reshape(-1, hidden) for p in partials])
+    absmax = stacked.nan_to_num(0, 0, 0).abs().amax(dim=1) if stacked.shape[1] else stacked.sum(1)
+    index = absmax.sum(dim=0).argsort(descending=True)[:bf16_features]
+    return codec.tables(hidden, bf16_index=index, ranges=2 * absmax)
+
+
+def reference_sum(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:
+    """What the collective must give, computed in one process."""
+    hidden = partials[0].shape[-1]
+    payloads = [codec.encode(p.reshape(-1, hidden), tables, rank=r) for r, p in enumerate(partials)]
+    total = codec.decode_sum(torch.stack(payloads), tables)
+    return total.to(partials[0].dtype).view(partials[0].shape)
+
+
+def sqnr(exact: Tensor, approximate: Tensor) -> float:
+    """Signal to quantization noise ratio in dB."""
+    noise = (exact.double() - approximate.double()).square().sum()
+    return (10 * torch.log10(exact.double().square().sum() / noise)).item()
+
+
+def all_codecs() -> list[Codec]:
+    return [get_codec(name, bits=bits) for name, bits in CODECS]
