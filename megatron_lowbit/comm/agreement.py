@@ -1,0 +1,53 @@
+"""Steps that succeed on all ranks or fail on all ranks with the same message."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_lowbit.errors import LowbitError
+
+T = TypeVar("T")
+
+
+def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """Run `step` on each rank; if it fails on any, raise on all, so that none waits for ever.
+
+    Args:
+        step: Local work, no collectives inside.
+        group: The ranks that must agree; all if left out. Without torch.distributed, this rank.
+
+    Raises:
+        LowbitError: `step` raised a `ValueError` or `OSError` on some rank; the message is the
+            first such rank's.
+    """
+    failure, result = None, None
+    try:
+        result = step()
+    except (ValueError, OSError) as error:
+        failure = str(error)
+        if not dist.is_initialized():
+            raise
+    if dist.is_initialized():
+        failures = _gather(failure, group)
+        for rank, text in enumerate(failures):
+            if text is not None:
+                where = "" if all(failures) else f" (found by rank {rank})"
+                raise LowbitError(text + where)
+    return result
+
+
+def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank if `value` is not the same on all ranks."""
+    values = _gather(value, group)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise LowbitError(
+                f"ranks differ in their {what}: rank 0 has {values[0]}, rank {rank} has {other}"
+            )
+
+
+def _gather(value: object, group: dist.ProcessGroup | None) -> list:
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
