@@ -1,0 +1,112 @@
+"""The calibrated index: what is known of every sync point, in memory.
+
+An index holds, per layer and sync point, the features that travel in BF16 for the codec that it
+was calibrated for, and the statistics behind the choice. Since the statistics are there, one
+calibration serves every codec: for another codec than the calibrated one, `select_bf16_index`
+chooses that codec's default number of features by the same rule.
+
+Layers are numbered as Megatron numbers them: from 1, over all pipeline stages.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.errors import IndexFileError
+
+STATISTICS = ("minimum", "maximum", "mean", "second_moment")
+
+
+@dataclass(frozen=True)
+class SyncPointRecord:
+    """What calibration found at one sync point.
+
+    Attributes:
+        bf16_index: int32 ``[k]``, ascending: the features chosen for the manifest's codec.
+        minimum: fp32 ``[ranks, hidden]``, moving average over sequences of each one's minimum.
+        maximum: Likewise.
+        mean: fp32 ``[ranks, hidden]``, over all tokens.
+        second_moment: fp32 ``[ranks, hidden]``, mean of squares over all tokens.
+    """
+
+    bf16_index: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    mean: Tensor
+    second_moment: Tensor
+
+    @property
+    def ranges(self) -> Tensor:
+        """fp32 ``[ranks, hidden]``: R = 2 max(|min|, |max|) (arXiv:2411.07942, section 3)."""
+        return 2 * torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+
+@dataclass(frozen=True)
+class Index:
+    """A whole index: `manifest` as in the file (`index_files`), and a record per sync point.
+
+    Attributes:
+        manifest: The JSON object of manifest.json.
+        layers: layer number -> sync point name, such as ``mlp.linear_fc2`` -> record.
+        origin: Where it was read from, for messages.
+    """
+
+    manifest: dict[str, Any]
+    layers: dict[int, dict[str, SyncPointRecord]]
+    origin: str = field(default="index", compare=False)
+
+    @property
+    def tp_size(self) -> int:
+        """The tensor-parallel size it was calibrated at."""
+        return self.manifest["tp_size"]
+
+    @property
+    def hidden(self) -> int:
+        return self.manifest["model"]["hidden_size"]
+
+    def record(self, layer: int, name: str) -> SyncPointRecord:
+        """The record of a sync point, or an error that names it."""
+        try:
+            return self.layers[layer][name]
+        except KeyError:
+            raise IndexFileError(
+                f"{self.origin} has no entry for layer {layer} {name}: "
+                "calibrate this model with tools/calibrate.py"
+            ) from None
+
+    def bf16_index(self, layer: int, name: str, codec: Codec) -> Tensor:
+        """The features of a sync point that travel in BF16 with `codec`, ascending."""
+        record = self.record(layer, name)
+        if codec.name == self.manifest["codec"]["name"]:
+            return record.bf16_index
+        return select_bf16_index(record.ranges, codec.default_bf16_features(self.hidden))
+
+    def tables(
+        self, layer: int, name: str, codec: Codec, *, device: torch.device | str = "cpu"
+    ) -> Tables:
+        """The codec's tables of one sync point."""
+        record = self.record(layer, name)
+        return codec.tables(
+            self.hidden,
+            bf16_index=self.bf16_index(layer, name, codec),
+            ranges=record.ranges if codec.needs_ranges else None,
+            device=device,
+        )
+
+
+def select_bf16_index(ranges: Tensor, count: int) -> Tensor:
+    """The `count` features with the largest range, summed over ranks (the paper's rule).
+
+    Args:
+        ranges: ``[ranks, hidden]``.
+        count: How many, 0 to hidden.
+
+    Returns:
+        int32 ``[count]``, ascending. Of features with equal ranges the first are taken.
+    """
+    summed = ranges.double().sum(dim=0)
+    chosen = torch.argsort(summed, descending=True, stable=True)[:count]
+    return chosen.sort().values.to(torch.int32)

@@ -1,0 +1,82 @@
+"""Writing that leaves nothing half done: temporary sibling, fsync, rename."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory that takes `target`'s place when the block ends without error.
+
+    On any error, Ctrl-C included, the temporary directory is removed and `target` stays as it was.
+    Files and directory are flushed to disk before the rename.
+    """
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())
+        yield staging
+        for file in staging.rglob("*"):
+            flush(file)
+        flush(staging)
+        _swap(staging, target)
+        flush(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_atomic(target: Path, data: bytes) -> None:
+    """Write one file in `target`'s place, all of it or none."""
+    staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        write(staging, data)
+        flush(staging)
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file; an error, such as a full disk, names it (the system's own does not)."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def flush(path: Path) -> None:
+    """Force a file's or a directory's content to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(descriptor)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; an old `target` is set aside first and removed last."""
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    os.rename(target, old / target.name)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(old / target.name, target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,220 @@
+"""Index files: they come back as written, and every kind of damage is named before it is used."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_lowbit.calibration.index import Index, SyncPointRecord, select_bf16_index
+from megatron_lowbit.calibration.index_files import (
+    FORMAT_VERSION,
+    manifest_digest,
+    read_index,
+    write_index,
+)
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.errors import IndexFileError
+
+HIDDEN, RANKS = 256, 3
+
+
+def make_index(layers: int = 2) -> Index:
+    generator = torch.Generator().manual_seed(0)
+    records = {}
+    for layer in range(1, layers + 1):
+        records[layer] = {}
+        for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
+            low, high, mean, square = torch.randn(4, RANKS, HIDDEN, generator=generator)
+            index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
+            records[layer][name] = SyncPointRecord(index, low, high, mean, square)
+    manifest = {
+        "model": {"num_layers": layers, "hidden_size": HIDDEN, "fingerprints": {}},
+        "tp_size": RANKS,
+        "codec": {"name": "rotated-hybrid", "bits": 4, "bf16_features": 2},
+        "corpus": {"sha256": "0"},
+    }
+    return Index(manifest=manifest, layers=records)
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    write_index(make_index(), tmp_path / "lowbit")
+    return tmp_path / "lowbit"
+
+
+def _edit_manifest(directory: Path, resign: bool, **changes) -> None:
+    path = directory / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    if resign:
+        manifest["sha256"] = manifest_digest(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_comes_back_as_written(directory):
+    index, written = read_index(directory), make_index()
+    assert index.tp_size == RANKS
+    assert index.manifest["format_version"] == FORMAT_VERSION
+    assert sorted(p.name for p in directory.parent.iterdir()) == ["lowbit"]
+    for layer, records in written.layers.items():
+        for name, record in records.items():
+            for key, value in vars(record).items():
+                assert torch.equal(value, getattr(index.record(layer, name), key))
+
+
+def test_writing_again_replaces_it(directory):
+    write_index(make_index(layers=1), directory)
+    assert sorted(read_index(directory).layers) == [1]
+    assert not (directory / "layer_00002.safetensors").exists()
+
+
+def test_only_json_and_safetensors(directory):
+    assert {path.suffix for path in directory.iterdir()} == {".json", ".safetensors"}
+
+
+def test_no_index_says_how_to_make_one(tmp_path):
+    with pytest.raises(IndexFileError, match="no low-bit index at .*tools/calibrate.py --load"):
+        read_index(tmp_path / "none")
+
+
+def test_truncated_layer(directory):
+    path = directory / "layer_00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(IndexFileError, match="layer_00002.safetensors is damaged"):
+        read_index(directory)
+
+
+def test_flipped_bit(directory):
+    path = directory / "layer_00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IndexFileError, match="layer_00001.safetensors is damaged"):
+        read_index(directory)
+
+
+def test_missing_layer(directory):
+    (directory / "layer_00002.safetensors").unlink()
+    with pytest.raises(IndexFileError, match="layer_00002.safetensors is missing"):
+        read_index(directory)
+
+
+def test_truncated_manifest(directory):
+    path = directory / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(IndexFileError, match="manifest.json is not valid JSON"):
+        read_index(directory)
+
+
+def test_edited_manifest(directory):
+    _edit_manifest(directory, resign=False, tp_size=2)
+    with pytest.raises(IndexFileError, match="manifest.json was changed"):
+        read_index(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": FORMAT_VERSION + 1}, "format version 2, this release reads up to 1"),
+        ({"format_version": None}, "no format_version"),
+        ({"codec": {"name": "mp3", "bits": 4}}, "codec 'mp3'"),
+        ({"codec": 3}, "no valid 'codec'"),
+        ({"tp_size": "3"}, "no valid 'tp_size'"),
+        ({"tp_size": 2}, r"layer_00001.*float32 \[3, 256\], not float32 \[2, 256\]"),
+        ({"model": {"num_layers": 3, "hidden_size": 256, "fingerprints": {}}}, "set of layers"),
+        ({"layers": {"one": {}}}, "bad entry for layer 'one'"),
+    ],
+)
+def test_bad_manifest_that_was_signed_again(directory, changes, message):
+    _edit_manifest(directory, resign=True, **changes)
+    with pytest.raises(IndexFileError, match=message):
+        read_index(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("bf16_index", torch.tensor([0, HIDDEN], dtype=torch.int32), "not ascending within 0..255"),
+        ("bf16_index", torch.tensor([3, 3], dtype=torch.int32), "not ascending"),
+        ("bf16_index", torch.tensor([0.5]), "not int32"),
+        ("minimum", torch.full((RANKS, HIDDEN), torch.nan), "minimum is not finite"),
+        ("maximum", torch.zeros(RANKS, HIDDEN - 1), r"not float32 \[3, 256\]"),
+        ("mean", None, "mean is missing"),
+    ],
+)
+def test_bad_tensor_that_was_signed_again(tmp_path, key, value, message):
+    """A hand-edited index whose checksums were made to fit is still not trusted."""
+    index = make_index()
+    record = index.layers[2]["mlp.linear_fc2"]
+    object.__setattr__(record, key, value)
+    if value is None:
+        object.__delattr__(record, key)
+    write_index(index, tmp_path / "lowbit")
+    with pytest.raises(IndexFileError, match=f"layer_00002.*mlp.linear_fc2/.*{message}"):
+        read_index(tmp_path / "lowbit")
+
+
+def test_not_safetensors_but_signed(directory):
+    data = b"garbage!" * 4
+    (directory / "layer_00001.safetensors").write_bytes(data)
+    import hashlib
+
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["layers"]["1"]["sha256"] = hashlib.sha256(data).hexdigest()
+    _edit_manifest(directory, resign=True, layers=manifest["layers"])
+    with pytest.raises(IndexFileError, match="layer_00001.safetensors is not a safetensors file"):
+        read_index(directory)
+
+
+def test_a_full_disk_leaves_the_old_index_and_names_the_file(directory):
+    """A file size limit stands in for a full disk: the same OSError from the same write."""
+    before = sorted(directory.iterdir())
+    child = os.fork()
+    if child == 0:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            write_index(make_index(layers=5), directory)
+        except OSError as error:
+            os._exit(0 if "layer_00001.safetensors" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sorted(directory.iterdir()) == before
+    assert sorted(p.name for p in directory.parent.iterdir()) == ["lowbit"]
+    assert sorted(read_index(directory).layers) == [1, 2]
+
+
+def test_an_interrupted_write_leaves_the_old_index(directory, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_index(make_index(layers=5), directory)
+    assert sorted(p.name for p in directory.parent.iterdir()) == ["lowbit"]
+    assert sorted(read_index(directory).layers) == [1, 2]
+
+
+def test_tables_for_the_calibrated_and_for_another_codec(directory):
+    index = read_index(directory)
+    rotated = index.tables(1, "mlp.linear_fc2", get_codec("rotated-hybrid"))
+    stored = index.record(1, "mlp.linear_fc2").bf16_index
+    assert rotated.bf16_index.tolist() == stored.tolist()
+    static = index.tables(1, "mlp.linear_fc2", get_codec("static-hybrid"))
+    assert static.bf16_index.numel() == HIDDEN // 64
+    assert set(stored.tolist()) <= set(static.bf16_index.tolist())
+    assert static.scale.shape == (RANKS, HIDDEN)
+    with pytest.raises(IndexFileError, match="no entry for layer 9 mlp.linear_fc2"):
+        index.tables(9, "mlp.linear_fc2", get_codec("rotated-hybrid"))
+
+
+def test_selection_takes_the_largest_sum_over_ranks():
+    ranges = torch.tensor([[1.0, 5.0, 2.0, 2.0], [4.0, 1.0, 2.0, 2.0]])
+    assert select_bf16_index(ranges, 2).tolist() == [0, 1]
+    assert select_bf16_index(ranges, 3).tolist() == [0, 1, 2]  # of equals the first
+    assert select_bf16_index(ranges, 0).tolist() == []

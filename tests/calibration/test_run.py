@@ -1,0 +1,108 @@
+"""The calibration loop: data-parallel ranks, interruption and NaN change nothing in the numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from megatron_lowbit.calibration import run
+from megatron_lowbit.calibration.run import Checkpointer, Observations, Progress, calibrate
+from megatron_lowbit.calibration.statistics import RunningStatistics
+from megatron_lowbit.errors import LowbitError
+
+SEQUENCES = torch.arange(7 * 4).view(7, 4)  # 7: not divisible by 2 or 3 ranks
+POINTS, HIDDEN = 2, 5
+
+
+def _partial(tokens: torch.Tensor, point: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(int(tokens[0]) * 10 + point)
+    return torch.randn(len(tokens), HIDDEN, generator=generator)
+
+
+def _calibrate(rank: int, directory: str, *, stop_after=None, resume=False, bad=None, identity=0):
+    """Calibrate a model whose partials are random but fixed; optionally dying at a sequence."""
+    observations = Observations(["layer 1 a", "layer 1 b"], HIDDEN)
+    observers = [observations.observer(point) for point in range(POINTS)]
+
+    def forward(tokens):
+        if stop_after is not None and int(tokens[0]) >= 4 * stop_after:
+            raise InterruptedError
+        for point, observe in enumerate(observers):
+            partial = _partial(tokens, point)
+            if bad is not None and int(tokens[0]) == 4 * bad:
+                partial[1, 2] = torch.nan
+            observe(partial)
+
+    statistics = RunningStatistics(POINTS, HIDDEN)
+    checkpointer = Checkpointer(Path(directory), {"run": identity})
+    progress = checkpointer.load(statistics) if resume else Progress()
+    groups = {"dp_group": None, "tp_group": None, "device": "cpu"}
+    try:
+        calibrate(
+            SEQUENCES,
+            forward,
+            observations,
+            statistics,
+            checkpointer=checkpointer,
+            progress=progress,
+            **groups,
+        )
+    except InterruptedError:
+        return None
+    return statistics.result(), progress
+
+
+def _stop_and_resume(rank: int, directory: str) -> dict:
+    run.SAVE_EVERY = 2
+    stopped = _calibrate(rank, directory, stop_after=5)
+    left = sorted(path.name for path in Path(directory).iterdir())
+    try:
+        _calibrate(rank, directory, resume=True, identity=1)
+        other = ""
+    except LowbitError as error:
+        other = str(error)
+    return {
+        "stopped": stopped,
+        "left": left,
+        "resumed": _calibrate(rank, directory, resume=True),
+        "other": other,
+    }
+
+
+def _share(rank: int, directory: str) -> dict:
+    run.SAVE_EVERY = 2
+    return {
+        "whole": _calibrate(rank, directory + "/a"),
+        "nan": _calibrate(rank, directory + "/b", bad=3),
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone")
+    return run_ranks(1, _share, directory, str(directory))[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_data_parallel_ranks_give_the_same_bits(alone, ranks, tmp_path):
+    for result in run_ranks(ranks, _share, tmp_path, str(tmp_path)):
+        assert torch.equal(result["whole"][0], alone["whole"][0])
+        assert torch.equal(result["nan"][0], alone["nan"][0])
+        assert result["nan"][1] == alone["nan"][1]
+
+
+def test_nan_is_left_out_and_named(alone):
+    result, progress = alone["nan"]
+    assert result.isfinite().all()
+    assert not torch.equal(result, alone["whole"][0])
+    assert progress.skipped == ["sequence 3: not finite at layer 1 a"]
+    assert progress.done == len(SEQUENCES)
+
+
+def test_resumed_run_gives_the_same_bits(alone, tmp_path):
+    result = run_ranks(1, _stop_and_resume, tmp_path / "ranks", str(tmp_path / "state"))[0]
+    assert result["stopped"] is None
+    assert result["left"] == ["progress.json", "state_4_rank0.safetensors"]
+    assert torch.equal(result["resumed"][0], alone["whole"][0])
+    assert "run without --resume" in result["other"]
