@@ -1,0 +1,64 @@
+"""How much a codec changes a language model: scores of next-token distributions.
+
+All functions take vocabulary-parallel logits, ``[tokens, vocabulary / ranks]`` of each rank of a
+tensor-parallel group, and never gather them; every rank ends with the same scores.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def log_softmax(logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
+    """fp32 log-probabilities of this rank's part of the vocabulary.
+
+    Args:
+        logits: ``[tokens, part]``; part r of the vocabulary is on rank r of `group`.
+        vocab_size: Size without padding; what lies beyond gets minus infinity.
+        group: The tensor-parallel group.
+    """
+    logits = logits.float()
+    first = dist.get_rank(group) * logits.shape[1]
+    entries = first + torch.arange(logits.shape[1], device=logits.device)
+    logits = logits.masked_fill(entries >= vocab_size, -torch.inf)
+    largest = logits.amax(dim=1, keepdim=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    total = (logits - largest).exp().sum(dim=1, keepdim=True)
+    dist.all_reduce(total, group=group)
+    return logits - largest - total.log()
+
+
+def negative_log_likelihood(
+    log_probs: Tensor, targets: Tensor, *, group: dist.ProcessGroup | None
+) -> Tensor:
+    """fp32 ``[tokens]``, in nats, of int64 `targets` ``[tokens]``."""
+    part = log_probs.shape[1]
+    local = targets - dist.get_rank(group) * part
+    mine = (local >= 0) & (local < part)
+    picked = log_probs.gather(1, local.clamp(0, part - 1)[:, None])[:, 0]
+    nll = torch.where(mine, -picked, 0)
+    dist.all_reduce(nll, group=group)
+    return nll
+
+
+def kl_divergence(
+    reference: Tensor, log_probs: Tensor, *, group: dist.ProcessGroup | None
+) -> Tensor:
+    """fp32 ``[tokens]``, in nats: KL(reference || other), both as log-probabilities."""
+    terms = reference.exp() * (reference - log_probs)
+    kl = torch.where(reference == -torch.inf, 0, terms).sum(dim=1)
+    dist.all_reduce(kl, group=group)
+    return kl
+
+
+def top1(log_probs: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
+    """int64 ``[tokens]``: the most likely token; of equals the first."""
+    best, entry = log_probs.max(dim=1)
+    entry = entry + dist.get_rank(group) * log_probs.shape[1]
+    ranks = dist.get_world_size(group)
+    all_best = [torch.empty_like(best) for _ in range(ranks)]
+    all_entries = [torch.empty_like(entry) for _ in range(ranks)]
+    dist.all_gather(all_best, best, group=group)
+    dist.all_gather(all_entries, entry, group=group)
+    winner = torch.stack(all_best).argmax(dim=0, keepdim=True)
+    return torch.stack(all_entries).gather(0, winner)[0]
