@@ -70,7 +70,7 @@ def read_index(directory: Path) -> Index:
             the message names the file and the remedy.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     layers = {}
     for layer, entry in manifest["layers"].items():
         path = directory / Path(str(entry["file"])).name
@@ -94,7 +94,12 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read and validate the manifest alone, to fail before a checkpoint is loaded.
+
+    Raises:
+        IndexFileError: As `read_index`.
+    """
     path = directory / MANIFEST
     if not path.is_file():
         raise IndexFileError(

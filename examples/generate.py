@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Generate text from a Megatron checkpoint with its static inference engine, in BF16 or low bits.
+
+Run it under torchrun with as many ranks as the tensor-parallel size.
+
+example:
+  torchrun --nproc-per-node 3 examples/generate.py --load CKPT --prompts "The sea was" \\
+      --lowbit-tp-comm
+
+Every other argument goes to Megatron (e.g. --bf16, --tensor-model-parallel-size); the model's
+shape, tokenizer and tensor-parallel size are read from the checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+
+from megatron_lowbit import cli
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import runtime
+from megatron_lowbit.integration.arguments import (
+    add_lowbit_args,
+    apply_from_args,
+    index_dir_from_args,
+)
+from megatron_lowbit.integration.generation import generate
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Our arguments, under the names of Megatron's own inference examples, and Megatron's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    parser.add_argument("--prompts", nargs="+", default=[], metavar="TEXT")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line")
+    parser.add_argument(
+        "--num-tokens-to-generate", type=cli.positive, default=30, metavar="N", help="default: 30"
+    )
+    parser.add_argument("--top_k", type=int, default=1, help="1 is greedy (default)")
+    parser.add_argument("--top_p", type=float, default=0.0, help="0 is off (default)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    add_lowbit_args(parser)
+    return parser.parse_known_args()
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """Prompts of the command line, then of the file."""
+    prompts = list(options.prompts)
+    if options.prompt_file:
+        prompts += [line for line in options.prompt_file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise LowbitError("no prompt: pass --prompts TEXT or --prompt-file FILE")
+    return prompts
+
+
+def main() -> None:
+    """Load, switch to low bits if asked to, generate, print."""
+    options, megatron_argv = parse()
+    prompts = read_prompts(options)
+    index_dir_from_args(options)  # what is wrong with it should not wait for the checkpoint
+    args = runtime.parse_megatron_args(["--load", options.load, *megatron_argv])
+    runtime.initialize(args)
+    model, tokenizer = runtime.load_model(args), runtime.build_tokenizer(args)
+    if apply_from_args(model, options) is None:
+        cli.say("> native communication")
+    results = generate(
+        args,
+        model,
+        tokenizer,
+        prompts,
+        tokens=options.num_tokens_to_generate,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        temperature=options.temperature,
+    )
+    for prompt, result in zip(prompts, results, strict=True):
+        cli.say(f"{prompt}[{result.text}]")
+    runtime.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main)

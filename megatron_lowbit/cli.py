@@ -1,0 +1,56 @@
+"""What the command lines share: one-line errors, exit statuses, progress bars on one rank."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command line's `main` and exit: 0, 1 on a user's error, 130 on Ctrl-C.
+
+    User errors (`ValueError`, which `LowbitError` is, and `OSError`) are one line on stderr, on
+    each rank that meets them; anything else is a fault of ours and keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+    where = f"{name}: [rank {RANK}] " if "RANK" in os.environ else f"{name}: "
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        _exit(1, f"{where}error: {error}")
+    except KeyboardInterrupt:
+        _exit(130, f"{where}interrupted")
+    sys.exit(0)
+
+
+def progress(description: str, unit: str) -> Callable[[Iterable], Iterable]:
+    """A function that wraps an iterable in a progress bar, on rank 0 only."""
+    from tqdm import tqdm
+
+    return partial(tqdm, desc=description, unit=unit, disable=RANK != 0, dynamic_ncols=True)
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above zero")
+    return value
+
+
+def _exit(status: int, message: str) -> NoReturn:
+    """Leave at once: a rank that waits for others in an exit handler would hang them and itself."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

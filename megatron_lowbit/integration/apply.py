@@ -1,0 +1,216 @@
+"""Switch a model's sync points to the low-bit path, and back.
+
+    handle = megatron_lowbit.apply(model, "CKPT/lowbit")
+    print(handle)            # one line: how many sync points, which codec, what stays native
+    handle.status()          # each sync point, with its codec and traffic
+    handle.remove()          # Megatron's own reduction again
+
+Call it after the checkpoint is loaded and before the first forward pass: the index is checked
+against the model's weights. The model's parameters, buffers and state_dict are not touched.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lowbit.calibration.index import Index
+from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.comm.all_reduce import Traffic
+from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.integration.sync_points import (
+    Attachment,
+    SyncPoint,
+    find_sync_points,
+    fingerprint,
+    transformer_layers,
+)
+
+MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class SyncPointStatus:
+    """What runs at one sync point of this rank.
+
+    Attributes:
+        layer: Megatron's layer number.
+        name: Path under the layer.
+        codec: The codec.
+        bf16_features: How many features travel in BF16.
+        traffic: Counters of real payloads.
+    """
+
+    layer: int
+    name: str
+    codec: Codec
+    bf16_features: int
+    traffic: Traffic
+
+
+class Reducer:
+    """Sums one sync point's partial through a codec and counts what it sends."""
+
+    def __init__(self, codec: Codec, tables: Tables, group: dist.ProcessGroup):
+        self.codec, self.tables, self.group = codec, tables, group
+        self.traffic = Traffic()
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
+            self.tables = self.tables.to(partial.device)
+        return all_reduce(
+            partial, group=self.group, codec=self.codec, tables=self.tables, traffic=self.traffic
+        )
+
+
+class Handle:
+    """The low-bit path of one model; see the module's docstring."""
+
+    def __init__(self, points: list[SyncPoint], reducers: list[Reducer], native: dict[str, str]):
+        self.native = native
+        self._points, self._reducers = points, reducers
+        self._attachment = Attachment(points, reducers)
+
+    def status(self) -> list[SyncPointStatus]:
+        """Each sync point of this rank that runs in low bits; `native` names the others."""
+        return [
+            SyncPointStatus(
+                point.layer,
+                point.name,
+                reducer.codec,
+                reducer.tables.bf16_index.numel(),
+                reducer.traffic,
+            )
+            for point, reducer in zip(self._points, self._reducers, strict=True)
+        ]
+
+    def remove(self) -> None:
+        """Give Megatron's own reduction back, exactly as it was. A second call does nothing."""
+        self._attachment.remove()
+        self._points, self._reducers = [], []
+
+    def __str__(self) -> str:
+        if not self._reducers:
+            return "low-bit communication: removed"
+        first = self._reducers[0]
+        ranks = dist.get_world_size(first.group)
+        hidden, kept = first.tables.hidden, first.tables.bf16_index.numel()
+        bits = 8 * first.codec.row_bytes(first.tables) / hidden
+        text = (
+            f"low-bit communication: {len(self._reducers)} sync points use {first.codec.name}, "
+            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, one-shot over {ranks} "
+            f"ranks"
+        )
+        if ranks == 1:
+            text += " (one rank: nothing is sent)"
+        return f"{text}; {len(self.native)} stay native" + _listed(self.native)
+
+
+def apply(
+    model: nn.Module | Iterable[nn.Module],
+    index_dir: str | Path | Index,
+    *,
+    codec: str | None = None,
+    bits: int | None = None,
+) -> Handle:
+    """Switch the sync points of a Megatron-core model to low-bit payloads.
+
+    Args:
+        model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
+            model chunks.
+        index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
+        codec: A codec's name; the index's own if left out.
+        bits: Bits of a body value; the index's, or the codec's default for another codec.
+
+    Returns:
+        A handle with `status()` and `remove()`.
+
+    Raises:
+        LowbitError: On every rank of the tensor-parallel group: no or a damaged index, an index for
+            another model, hidden size, layer count, or (where the codec's tables depend on it) TP
+            degree; an unknown codec; a sync point that cannot be reached; ranks that disagree.
+    """
+    points, native = find_sync_points(model)
+    group = points[0].group
+    chosen, tables = on_every_rank(
+        lambda: _prepare(model, points, index_dir, codec, bits), group=group
+    )
+    require_equal("codec or index", (repr(chosen), _digest(tables)), group=group)
+    reducers = [Reducer(chosen, t, p.group) for t, p in zip(tables, points, strict=True)]
+    return Handle(points, reducers, native)
+
+
+def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
+    """What an index remembers of its model: the shape, and a fingerprint of each layer here."""
+    layers = transformer_layers(model)
+    config = next(iter(layers.values())).config
+    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    return {**shape, "fingerprints": {str(n): fingerprint(layer) for n, layer in layers.items()}}
+
+
+def check_index(
+    index: Index, model: nn.Module | Iterable[nn.Module], codec: Codec, tp_size: int
+) -> None:
+    """Raise `IndexFileError` unless `index` was made for `model` and serves `codec` here."""
+    expected, found = index.manifest["model"], model_identity(model)
+    for key in MODEL_SHAPE:
+        if expected.get(key) != found[key]:
+            raise IndexFileError(
+                f"{index.origin} is for another model: its {key} is {expected.get(key)}, this "
+                f"model's is {found[key]}; calibrate this model with tools/calibrate.py"
+            )
+    for layer, digest in found["fingerprints"].items():
+        if expected["fingerprints"].get(layer) != digest:
+            raise IndexFileError(
+                f"{index.origin} was calibrated on other weights (layer {layer} differs); "
+                "calibrate this checkpoint with tools/calibrate.py"
+            )
+    if codec.needs_ranges and index.tp_size != tp_size:
+        raise IndexFileError(
+            f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run has "
+            f"{tp_size}: {codec.name} has ranges per rank, calibrate at {tp_size} or use a codec "
+            "without ranges (rotated-hybrid)"
+        )
+
+
+def _prepare(model, points, index_dir, codec, bits) -> tuple[Codec, list[Tables]]:
+    """Read and check everything that can fail, before anything is changed."""
+    index = index_dir if isinstance(index_dir, Index) else read_index(Path(index_dir))
+    chosen = choose_codec(index, codec, bits)
+    check_index(index, model, chosen, dist.get_world_size(points[0].group))
+    tables = [
+        index.tables(point.layer, point.name, chosen, device=point.module.weight.device)
+        for point in points
+    ]
+    return chosen, tables
+
+
+def _digest(tables: list[Tables]) -> str:
+    """Of all that sender and receiver must agree on."""
+    digest = hashlib.sha256()
+    for table in tables:
+        for tensor in (table.bf16_index, table.scale, table.signs):
+            if tensor is not None:
+                digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def choose_codec(index: Index, name: str | None, bits: int | None) -> Codec:
+    """The codec that was asked for; what was not said is taken from the index."""
+    own = index.manifest["codec"]
+    if name is None or name == own["name"]:
+        return get_codec(own["name"], bits=bits if bits is not None else own["bits"])
+    return get_codec(name, bits=bits)
+
+
+def _listed(native: dict[str, str]) -> str:
+    reasons: dict[str, int] = {}
+    for reason in native.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return "".join(f" ({count}: {reason})" for reason, count in reasons.items())

@@ -1,0 +1,260 @@
+"""Calibration of a Megatron checkpoint: what tools/calibrate.py does, step by step.
+
+Observers take the place of the sync points' reduction: each notes its partial and then lets
+Megatron's own BF16 all-reduce sum it, so the model runs exactly as without them.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lowbit import cli
+from megatron_lowbit.calibration.corpus import Corpus, read_corpus
+from megatron_lowbit.calibration.index import (
+    STATISTICS,
+    Index,
+    SyncPointRecord,
+    select_bf16_index,
+)
+from megatron_lowbit.calibration.index_files import write_index
+from megatron_lowbit.calibration.run import (
+    Checkpointer,
+    Observations,
+    Progress,
+    calibrate,
+    gather_over_ranks,
+)
+from megatron_lowbit.calibration.statistics import RunningStatistics
+from megatron_lowbit.codecs import Codec
+from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.errors import CorpusError, LowbitError
+from megatron_lowbit.integration import runtime
+from megatron_lowbit.integration.apply import model_identity
+from megatron_lowbit.integration.arguments import INDEX_NAME
+from megatron_lowbit.integration.forward import device_of, logits
+from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
+
+
+def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> None:
+    """Calibrate as `options` of tools/calibrate.py say, and write the index."""
+    args = runtime.parse_megatron_args(megatron_argv)
+    refuse_pipeline(args)
+    bf16_features = feature_count(options.bf16_features, args.hidden_size, codec)
+    output = options.output or Path(options.load) / INDEX_NAME
+    runtime.initialize(args)
+    corpus, sequences = on_every_rank(lambda: _read(args, options))
+    model = runtime.load_model(args)
+    cli.say(f"{options.sequences} sequences of {options.seq_length} tokens")
+    partial = output.with_name(f".{output.name}.partial")
+    index, progress = calibrate_model(
+        model,
+        sequences,
+        codec=codec,
+        bf16_features=bf16_features,
+        corpus=_describe(corpus, options),
+        partial=partial,
+        resume=options.resume,
+    )
+    on_every_rank(lambda: write_index(index, output) if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    _report(progress, index, output)
+    runtime.shutdown()
+
+
+def calibrate_model(
+    model: nn.Module,
+    sequences: Tensor,
+    *,
+    codec: Codec,
+    bf16_features: int,
+    corpus: dict,
+    partial: Path,
+    resume: bool = False,
+) -> tuple[Index, Progress]:
+    """Run sequences through a model and make its index; call it on every rank.
+
+    Args:
+        model: A GPTModel of the local spec, its weights loaded.
+        sequences: int64 ``[n, seq_length]``, the same on every rank.
+        codec: The codec that the index is for.
+        bf16_features: How many features of a sync point travel in BF16.
+        corpus: What the manifest says of the corpus; with the model it identifies the run.
+        partial: Directory for the state that `resume` goes on from; left in place.
+        resume: Go on from it; otherwise what is there is removed.
+
+    Returns:
+        The index, the same on every rank, and what was done and left out.
+
+    Raises:
+        LowbitError: On every rank: no finite sequence, or a state of another run to resume.
+    """
+    points, native = find_sync_points(model)
+    for name, reason in native.items():
+        cli.say(f"not observed: {name} ({reason})")
+    identity = {
+        "model": model_identity(model),
+        "tp_size": dist.get_world_size(points[0].group),
+        "corpus": corpus,
+    }
+    statistics = RunningStatistics(len(points), identity["model"]["hidden_size"])
+    checkpointer = Checkpointer(partial, identity)
+    progress = _start(checkpointer, statistics, resume)
+    _observe_all(model, points, sequences, statistics, checkpointer, progress)
+    return _index(points, statistics, identity, progress, codec, bf16_features), progress
+
+
+def refuse_pipeline(args: argparse.Namespace) -> None:
+    """Raise where the tools' plain forward pass does not serve."""
+    if args.pipeline_model_parallel_size > 1:
+        raise LowbitError(
+            f"pipeline parallel size {args.pipeline_model_parallel_size} is not supported here: "
+            "pass --pipeline-model-parallel-size 1 (an index serves any pipeline split)"
+        )
+
+
+def feature_count(text: str | None, hidden: int, codec: Codec) -> int:
+    """How many BF16 features ``--bf16-features`` means: a count, or a fraction of `hidden`."""
+    if text is None:
+        return codec.default_bf16_features(hidden)
+    try:
+        count = int(text) if text.lstrip("+-").isdigit() else int(float(text) * hidden)
+    except ValueError:
+        raise LowbitError(f"--bf16-features {text}: not a number") from None
+    if not 0 <= count <= hidden:
+        raise LowbitError(f"--bf16-features {text}: not within 0 and the hidden size {hidden}")
+    return count
+
+
+def read_tokens(args: argparse.Namespace, paths: list[Path]) -> Corpus:
+    """The corpus in the tokens of the checkpoint's tokenizer."""
+    tokenizer = runtime.build_tokenizer(args)
+    return read_corpus(paths, tokenizer.tokenize)
+
+
+def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Corpus, Tensor]:
+    corpus = read_tokens(args, options.data)
+    longest = args.max_position_embeddings
+    if longest and options.seq_length > longest:
+        raise CorpusError(f"--seq-length {options.seq_length}: the model has {longest} positions")
+    return corpus, corpus.sample(options.sequences, options.seq_length, seed=options.seed)
+
+
+def _describe(corpus: Corpus, options: argparse.Namespace) -> dict:
+    return {
+        "files": corpus.names,
+        "sha256": corpus.sha256,
+        "tokens": len(corpus.tokens),
+        "sequences": options.sequences,
+        "seq_length": options.seq_length,
+        "seed": options.seed,
+    }
+
+
+def _start(checkpointer: Checkpointer, statistics: RunningStatistics, resume: bool) -> Progress:
+    if resume:
+        progress = on_every_rank(lambda: checkpointer.load(statistics))
+        cli.say(f"going on after {progress.done} sequences")
+        return progress
+    dist.barrier()
+    if dist.get_rank() == 0:
+        checkpointer.clear()
+    dist.barrier()
+    return Progress()
+
+
+def _observe_all(
+    model: nn.Module,
+    points: list[SyncPoint],
+    sequences: Tensor,
+    statistics: RunningStatistics,
+    checkpointer: Checkpointer,
+    progress: Progress,
+) -> None:
+    """Run the sequences through the model with observers in place."""
+    from megatron.core import parallel_state
+
+    observations = Observations([str(point) for point in points], statistics.state.shape[-1])
+    reducers = [_observer(observations.observer(i), point) for i, point in enumerate(points)]
+    attachment = Attachment(points, reducers)
+    try:
+        calibrate(
+            sequences,
+            lambda tokens: logits(model, tokens),
+            observations,
+            statistics,
+            checkpointer=checkpointer,
+            progress=progress,
+            dp_group=parallel_state.get_data_parallel_group(),
+            tp_group=points[0].group,
+            device=device_of(model),
+            track=cli.progress("calibrating", "round"),
+        )
+    finally:
+        attachment.remove()
+
+
+def _observer(observe: Callable[[Tensor], None], point: SyncPoint) -> Callable[[Tensor], Tensor]:
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    def reduce(partial: Tensor) -> Tensor:
+        observe(partial)
+        return reduce_from_tensor_model_parallel_region(partial, group=point.group)
+
+    return reduce
+
+
+def _index(
+    points: list[SyncPoint],
+    statistics: RunningStatistics,
+    identity: dict,
+    progress: Progress,
+    codec: Codec,
+    bf16_features: int,
+) -> Index:
+    """The index of all ranks' statistics, the same on every rank."""
+    if statistics.sequences == 0:
+        raise LowbitError(f"no sequence was finite: {progress.skipped[0]}")
+    device = device_of(points[0].module)
+    gathered = gather_over_ranks(statistics.result().to(device), points[0].group).cpu()
+    layers: dict[int, dict[str, SyncPointRecord]] = {}
+    for point, values in zip(points, gathered, strict=True):
+        fields = dict(zip(STATISTICS, values, strict=True))
+        ranges = 2 * values[:2].abs().amax(dim=0)
+        fields["bf16_index"] = select_bf16_index(ranges, bf16_features)
+        layers.setdefault(point.layer, {})[point.name] = SyncPointRecord(**fields)
+    manifest = {
+        **identity,
+        "corpus": {**identity["corpus"], "skipped_sequences": len(progress.skipped)},
+        "codec": {"name": codec.name, "bits": codec.bits, "bf16_features": bf16_features},
+        "versions": _versions(),
+    }
+    return Index(manifest=manifest, layers=layers)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that the numbers depend on."""
+    found = {}
+    for package in ("megatron_lowbit", "torch", "megatron-core"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # used from a checkout
+            found[package] = "not installed as a package"
+    return found
+
+
+def _report(progress: Progress, index: Index, output: Path) -> None:
+    for message in progress.skipped[:10]:
+        cli.say(f"warning: left out {message}")
+    if len(progress.skipped) > 10:
+        cli.say(f"warning: left out {len(progress.skipped) - 10} more sequences")
+    codec = index.manifest["codec"]
+    cli.say(
+        f"wrote {output}: {progress.done - len(progress.skipped)} sequences, for {codec['name']} "
+        f"with {codec['bf16_features']} of {index.hidden} features in BF16"
+    )

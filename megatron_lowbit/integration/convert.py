@@ -1,0 +1,315 @@
+"""Llama-family models from Hugging Face or GGUF files to Megatron-core checkpoints.
+
+One process, no GPU and no torchrun: the weights go into a GPTModel on the CPU, which writes itself
+as a torch_dist checkpoint, the format that any tensor-parallel size can load. The checkpoint holds
+Megatron's arguments for the architecture and the tokenizer, so that `--load DIR` is all a tool
+needs. Only megatron.core and transformers are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.llama_source import (
+    Architecture,
+    Weights,
+    load_tokenizer,
+    open_weights,
+    read_config,
+)
+from megatron_lowbit.integration.runtime import TRACKER, quiet
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
+
+
+def layer_weights(get: Weights, arch: Architecture, layer: int) -> dict[str, torch.Tensor]:
+    """Megatron's parameters of one transformer layer.
+
+    Megatron stores `linear_qkv` by query group, `[q of the group | k | v]`, and `linear_fc1` as
+    `[gate | up]`, so that an even split of the rows is a tensor-parallel split.
+    """
+    source = f"model.layers.{layer}."
+
+    def by_group(name: str) -> torch.Tensor:
+        weight = get(f"{source}self_attn.{name}_proj.weight")
+        return weight.reshape(arch.kv_heads, -1, arch.hidden)
+
+    qkv = torch.cat([by_group(name) for name in "qkv"], dim=1).reshape(-1, arch.hidden)
+    gate_up = [get(f"{source}mlp.{name}_proj.weight") for name in ("gate", "up")]
+    target = f"decoder.layers.{layer}."
+    return {
+        f"{target}input_layernorm.weight": get(f"{source}input_layernorm.weight"),
+        f"{target}self_attention.linear_qkv.weight": qkv,
+        f"{target}self_attention.linear_proj.weight": get(f"{source}self_attn.o_proj.weight"),
+        f"{target}pre_mlp_layernorm.weight": get(f"{source}post_attention_layernorm.weight"),
+        f"{target}mlp.linear_fc1.weight": torch.cat(gate_up),
+        f"{target}mlp.linear_fc2.weight": get(f"{source}mlp.down_proj.weight"),
+    }
+
+
+def outer_weights(get: Weights, arch: Architecture) -> dict[str, torch.Tensor]:
+    """Megatron's parameters outside the layers, before padding."""
+    weights = {
+        "embedding.word_embeddings.weight": get("model.embed_tokens.weight"),
+        "decoder.final_layernorm.weight": get("model.norm.weight"),
+    }
+    if not arch.tied:
+        weights["output_layer.weight"] = get("lm_head.weight")
+    return weights
+
+
+def megatron_args(
+    arch: Architecture, *, ranks: int, dtype: str, tokenizer: Path
+) -> argparse.Namespace:
+    """Megatron's arguments for the model, as `--use-checkpoint-args` reads them."""
+    multiple = VOCAB_MULTIPLE * ranks
+    return argparse.Namespace(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        group_query_attention=arch.kv_heads != arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        seq_length=arch.max_positions,
+        max_position_embeddings=arch.max_positions,
+        position_embedding_type="rope",
+        add_position_embedding=True,
+        use_rotary_position_embeddings=True,
+        rotary_base=arch.rope_theta,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        use_rope_scaling=arch.rope_factor is not None,
+        rope_scaling_factor=arch.rope_factor or 8.0,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        norm_epsilon=arch.norm_epsilon,  # its name before megatron-core 0.17
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        qk_layernorm=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        apply_query_key_layer_scaling=False,
+        untie_embeddings_and_output_weights=not arch.tied,
+        vocab_size=arch.vocab,
+        make_vocab_size_divisible_by=VOCAB_MULTIPLE,
+        padded_vocab_size=-(-arch.vocab // multiple) * multiple,
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(tokenizer),
+        tensor_model_parallel_size=ranks,
+        pipeline_model_parallel_size=1,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        params_dtype=DTYPES[dtype],
+        ckpt_format="torch_dist",
+        iteration=0,
+    )
+
+
+def convert(
+    model: str | os.PathLike,
+    *,
+    save: str | os.PathLike,
+    tensor_parallel: int = 1,
+    dtype: str = "bf16",
+    progress: bool = False,
+) -> argparse.Namespace:
+    """Converts a Hugging Face directory or a GGUF file into a Megatron-core checkpoint.
+
+    The caller's main module needs an `if __name__ == "__main__"` guard: writing starts a process.
+
+    Args:
+        model: A directory with config.json, safetensors and a tokenizer; or a `.gguf` file.
+        save: The checkpoint's directory. A checkpoint that is already there is replaced, in one
+            step and only once the new one is complete.
+        tensor_parallel: The tensor-parallel size that is recorded, and that the vocabulary is
+            padded for. Other sizes can load the checkpoint too.
+        dtype: Of the stored weights: "bf16", "fp16" or "fp32".
+        progress: Shows a progress bar on stderr.
+
+    Returns:
+        The Megatron arguments that the checkpoint holds.
+
+    Raises:
+        LowbitError: The model is missing or not supported, the size does not divide, `save` is
+            something else, or torch.distributed is already in use.
+    """
+    source, target = Path(model), Path(save).absolute()
+    arch = read_config(source)
+    arch.check_tensor_parallel(tensor_parallel)
+    if dtype not in DTYPES:
+        raise LowbitError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    args = megatron_args(arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer")
+    with replacing_directory(target) as directory:
+        load_tokenizer(source).save_pretrained(directory / "tokenizer")
+        with open_weights(source, arch) as get:
+            _write(arch, args, get, directory=directory, progress=progress)
+    return args
+
+
+@contextlib.contextmanager
+def replacing_directory(target: Path) -> Iterator[Path]:
+    """Gives a temporary sibling of `target` that takes its place when the block ends well."""
+    if target.exists() and not target.is_dir():
+        raise LowbitError(f"--save {target}: exists and is not a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / TRACKER).is_file():
+        raise LowbitError(f"--save {target}: not empty and not a Megatron checkpoint")
+    temporary = target.with_name(f".{target.name}.new-{os.getpid()}")
+    previous = target.with_name(f".{target.name}.old-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.is_dir():
+            target.rename(previous)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if previous.is_dir():
+                previous.rename(target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None:
+    """Fills a Megatron model with the weights and saves it as the checkpoint in `directory`."""
+    enable_cpu()
+    release = directory / "release"
+    release.mkdir()
+    with quiet(), single_process_group():
+        from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint import CheckpointException
+
+        model = _build(arch, args)
+        _fill(model, arch, get, progress=progress)
+        state = {
+            "args": args,
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "model": model.sharded_state_dict(),
+        }
+        _check_space(model, directory)
+        try:
+            dist_checkpointing.save(state, str(release))
+        except (CheckpointException, RuntimeError) as error:
+            # Megatron writes in a process of its own, whose reason (a full disk) it does not pass.
+            raise LowbitError(f"{directory.parent}: writing the checkpoint failed") from error
+    (directory / TRACKER).write_text("release")
+
+
+def _check_space(model: torch.nn.Module, directory: Path) -> None:
+    """Raises LowbitError where the weights do not fit on the disk."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise LowbitError(
+            f"{directory.parent}: {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f}"
+        )
+
+
+@contextlib.contextmanager
+def single_process_group() -> Iterator[None]:
+    """Megatron's model parallelism of size 1 in a process group of one process."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if torch.distributed.is_initialized():
+        raise LowbitError("conversion runs in one process: do not start it with torchrun")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        parallel_state.initialize_model_parallel(1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
+    """An empty GPTModel on the CPU.
+
+    Its local layers store the same keys as Transformer Engine's: Megatron maps the norms.
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        params_dtype=args.params_dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=arch.max_positions,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        share_embeddings_and_output_weights=arch.tied,
+    ).to(args.params_dtype)
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress: bool) -> None:
+    """Copies every weight into `model`; rows of the padded vocabulary become zero."""
+    from tqdm import tqdm
+
+    parameters = dict(model.named_parameters())
+
+    def put(weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            parameter = parameters.pop(name)
+            padding = parameter.shape[0] - weight.shape[0]
+            padded = "embedding" in name or "output_layer" in name
+            if weight.shape[1:] != parameter.shape[1:] or (padding and not padded):
+                raise LowbitError(
+                    f"{name}: shape {tuple(weight.shape)}, expected {tuple(parameter.shape)}"
+                )
+            parameter.zero_()
+            parameter[: weight.shape[0]].copy_(weight)
+
+    put(outer_weights(get, arch))
+    for layer in tqdm(range(arch.layers), desc="layers", unit="layer", disable=not progress):
+        put(layer_weights(get, arch, layer))
+    get.check_all_used()
+    assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"
+
+
+def load_flags(args: argparse.Namespace, save: str | os.PathLike) -> str:
+    """The Megatron arguments that load the checkpoint, for a user to copy."""
+    flags = ["--load", json.dumps(str(save)) if " " in str(save) else str(save)]
+    flags += ["--use-checkpoint-args", "--ckpt-format torch_dist"]
+    flags += [f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"]
+    flags += [f"--norm-epsilon {args.layernorm_epsilon}"]
+    if args.use_rope_scaling:
+        flags += [f"--use-rope-scaling --rope-scaling-factor {args.rope_scaling_factor}"]
+    flags += [name for name in ("--bf16", "--fp16") if getattr(args, name[2:])]
+    return " ".join(flags)

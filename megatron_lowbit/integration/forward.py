@@ -1,0 +1,28 @@
+"""One sequence through a Megatron model: what calibration and evaluation share."""
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Vocabulary-parallel logits of one sequence.
+
+    Args:
+        model: A GPTModel, wrapped or not, without pipeline parallelism.
+        tokens: int64 ``[seq_length]``, on any device.
+
+    Returns:
+        ``[seq_length, vocabulary / ranks]``, this rank's part.
+    """
+    device = device_of(model)
+    length = len(tokens)
+    positions = torch.arange(length, device=device)
+    # True = masked. Megatron's own default is made on CUDA, whatever the model is on.
+    mask = (positions[:, None] < positions[None, :])[None, None]
+    return model(tokens.to(device)[None], positions[None], mask)[0]

@@ -1,0 +1,180 @@
+"""Where a Megatron model sums partials over its tensor-parallel ranks, and how to step in.
+
+A sync point is a `RowParallelLinear` of megatron-core under a transformer layer: attention's
+`linear_proj` and the MLP's `linear_fc2`. Megatron itself can mute such a module's reduction
+(`explicit_expert_comm`, as its shared experts do): the module then returns its partial, and a
+forward hook bound to the sync point reduces it. So only registered sync points change;
+`reduce_from_tensor_model_parallel_region` itself is left alone, and with it everything else that
+Megatron sums through that name: embeddings, token counts, losses, gradients.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lowbit.errors import LowbitError
+
+Reducer = Callable[[Tensor], Tensor]
+
+# Modules that an Attachment has muted, to tell them from those that Megatron has.
+_attached: WeakSet[nn.Module] = WeakSet()
+
+
+@dataclass(frozen=True)
+class SyncPoint:
+    """One row-parallel output that is summed over tensor-parallel ranks.
+
+    Attributes:
+        layer: Megatron's layer number: from 1, over all pipeline stages.
+        name: Its path under the layer, such as ``mlp.linear_fc2``.
+        module: The RowParallelLinear.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.name}"
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The tensor-parallel group that it sums over."""
+        return self.module.tp_group
+
+
+def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """The decoder's transformer layers of a model, or of a list of model chunks, by number."""
+    from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+    layers = {}
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        for path, module in chunk.named_modules():
+            if isinstance(module, BaseTransformerLayer) and "mtp" not in path.split("."):
+                layers[module.layer_number] = module
+    if not layers:
+        raise LowbitError(
+            f"{type(model).__name__} has no Megatron-core transformer layer: low-bit communication "
+            "needs a megatron-core model such as GPTModel"
+        )
+    return layers
+
+
+def find_sync_points(
+    model: nn.Module | Iterable[nn.Module],
+) -> tuple[list[SyncPoint], dict[str, str]]:
+    """Find the sync points of a model.
+
+    Returns:
+        The sync points in order, and the row-parallel linears that stay native with the reason.
+
+    Raises:
+        LowbitError: A row-parallel linear that cannot be reached, or there is no sync point.
+    """
+    points: list[SyncPoint] = []
+    native: dict[str, str] = {}
+    for number, layer in sorted(transformer_layers(model).items()):
+        for name, module in layer.named_modules():
+            if not _is_row_parallel(module):
+                continue
+            point = SyncPoint(number, name, module)
+            reason = _reason_for_native(module)
+            if reason:
+                native[str(point)] = reason
+            else:
+                _check_reachable(point)
+                points.append(point)
+    if not points:
+        raise LowbitError(
+            f"the model has no sync point that could use low bits: {native or 'none'}"
+        )
+    return points, native
+
+
+def fingerprint(layer: nn.Module) -> str:
+    """Digest of a layer's replicated vectors (norm weights, biases), in BF16.
+
+    They are the same on every tensor-parallel rank, whatever the TP degree and the layer spec, and
+    differ between trained models of the same shape.
+    """
+    vectors = [
+        parameter
+        for parameter in layer.parameters()
+        if parameter.ndim == 1 and not getattr(parameter, "tensor_model_parallel", False)
+    ]
+    raw = [v.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy() for v in vectors]
+    digests = sorted(hashlib.sha256(vector.tobytes()).hexdigest() for vector in raw)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class Attachment:
+    """Reducers bound to sync points; `remove` gives the modules back as they were."""
+
+    def __init__(self, points: list[SyncPoint], reducers: list[Reducer]):
+        self._modules = [point.module for point in points]
+        self._hooks = []
+        for point, reducer in zip(points, reducers, strict=True):
+            point.module.explicit_expert_comm = True
+            _attached.add(point.module)
+            self._hooks.append(point.module.register_forward_hook(_hook(point, reducer)))
+
+    def remove(self) -> None:
+        """Restore Megatron's own reduction. A second call does nothing."""
+        for module, hook in zip(self._modules, self._hooks, strict=True):
+            hook.remove()
+            module.explicit_expert_comm = False
+            _attached.discard(module)
+        self._modules, self._hooks = [], []
+
+
+def _hook(point: SyncPoint, reducer: Reducer):
+    def reduce(module, inputs, output):
+        if module.sequence_parallel:  # engines switch it between calls
+            raise LowbitError(_SEQUENCE_PARALLEL.format(point))
+        partial, bias = output
+        return reducer(partial), bias
+
+    return reduce
+
+
+_SEQUENCE_PARALLEL = (
+    "{} is sequence parallel, which sums by reduce-scatter: not supported in low bits yet, "
+    "run without --sequence-parallel"
+)
+
+
+def _is_row_parallel(module: nn.Module) -> bool:
+    """By class name, so that Transformer Engine's and the inference-optimized ones are seen."""
+    return any("RowParallel" in kind.__name__ for kind in type(module).__mro__)
+
+
+def _reason_for_native(module: nn.Module) -> str | None:
+    if getattr(module, "is_expert", False):
+        return "a routed expert's output, summed by the token dispatcher"
+    if getattr(module, "explicit_expert_comm", False) and module not in _attached:
+        return "already muted by Megatron, which sums it elsewhere"
+    return None
+
+
+def _check_reachable(point: SyncPoint) -> None:
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+    module = point.module
+    if not isinstance(module, RowParallelLinear):
+        raise LowbitError(
+            f"{point} is a {type(module).__name__}, which reduces inside itself: low-bit "
+            "communication needs the local spec (--transformer-impl local)"
+        )
+    if module in _attached:
+        raise LowbitError(f"{point} is already attached: remove() the first handle before")
+    if module.sequence_parallel:
+        raise LowbitError(_SEQUENCE_PARALLEL.format(point))
+    if not module.skip_bias_add:
+        raise LowbitError(
+            f"{point} adds its bias itself (skip_bias_add=False), so its reduction cannot be muted"
+        )

@@ -1,0 +1,278 @@
+"""Checks of `apply` inside a real GPTModel of megatron-core; run by test_core.py under torchrun.
+
+One process group does all the work (importing megatron.core takes 7-9 s a process) and rank by rank
+writes what it saw to OUT/rankN.pt; the assertions are in test_core.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+
+from megatron_lowbit.calibration.index_files import read_index, write_index
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.cpu import enable_cpu
+
+LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 96, 6, 120, 24
+CODECS = [("bf16", None), ("static-hybrid", None), ("rotated-hybrid", None), ("rotated-hybrid", 2)]
+
+
+def build(dtype: torch.dtype, *, seed: int = 1, **config):
+    """A small GPTModel of the local spec, with the same weights at any TP degree."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
+    torch.manual_seed(seed)
+    fields = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
+    transformer = TransformerConfig(
+        **{**fields, **config},
+        tensor_model_parallel_size=dist.get_world_size(),
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        normalization="RMSNorm",
+        masked_softmax_fusion=False,
+    )
+    model = GPTModel(
+        transformer,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+    )
+    with torch.no_grad():  # norms as a trained model has them: not all one
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model.to(dtype).eval()
+
+
+def whole_logits(model) -> torch.Tensor:
+    """Logits of the whole vocabulary for fixed tokens."""
+    from megatron_lowbit.integration.forward import logits
+
+    tokens = torch.arange(LENGTH) * 7 % VOCAB
+    mine = logits(model, tokens).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts, dim=1)
+
+
+def fp32_accumulation(model) -> torch.Tensor:
+    """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
+    from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
+
+    def reduce(partial):
+        total = partial.float()
+        dist.all_reduce(total)
+        return total.to(partial.dtype)
+
+    points, _ = find_sync_points(model)
+    attachment = Attachment(points, [reduce] * len(points))
+    result = whole_logits(model)
+    attachment.remove()
+    return result
+
+
+def make_index(model, out: Path):
+    """Calibrate on random tokens, by the same function as tools/calibrate.py."""
+    from megatron_lowbit.integration.calibrate import calibrate_model
+
+    sequences = torch.randint(0, VOCAB, (5, LENGTH), generator=torch.Generator().manual_seed(0))
+    index, progress = calibrate_model(
+        model,
+        sequences,
+        codec=get_codec("rotated-hybrid"),
+        bf16_features=2,
+        corpus={"sha256": "0"},
+        partial=out / "partial",
+    )
+    if dist.get_rank() == 0:
+        write_index(index, out / "lowbit")
+    dist.barrier()
+    return index, progress
+
+
+def count_native_calls(model) -> int:
+    """How often one forward pass calls the all-reduce that RowParallelLinear imports by value."""
+    from megatron.core.tensor_parallel import layers
+
+    original, calls = layers.reduce_from_tensor_model_parallel_region, []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layers.reduce_from_tensor_model_parallel_region = counting
+    whole_logits(model)
+    layers.reduce_from_tensor_model_parallel_region = original
+    return len(calls)
+
+
+def bindings() -> list[int]:
+    """Identities of every binding of the reductions that megatron-core imports by value."""
+    import importlib
+
+    modules = ("tensor_parallel", "tensor_parallel.layers", "transformer.moe.moe_utils")
+    names = ("reduce_from_tensor_model_parallel_region",)
+    found = [importlib.import_module(f"megatron.core.{module}") for module in modules]
+    return [id(getattr(module, name)) for module in found for name in names]
+
+
+def run_codecs(model, out: Path) -> dict:
+    """Logits, status and traffic of each codec, and what is left after each."""
+    import megatron_lowbit
+
+    results = {"native": whole_logits(model), "native_calls": count_native_calls(model)}
+    state = {key: value for key, value in model.state_dict().items() if value is not None}
+    before = bindings()
+    for name, bits in CODECS:
+        handle = megatron_lowbit.apply(model, out / "lowbit", codec=name, bits=bits)
+        first = whole_logits(model)
+        results[name, bits] = {
+            "logits": first,
+            "again": whole_logits(model),
+            "calls": count_native_calls(model),
+            "status": [(s.layer, s.name, str(s.codec), s.bf16_features) for s in handle.status()],
+            "traffic": [s.traffic for s in handle.status()],
+            "text": str(handle),
+        }
+        handle.remove()
+        handle.remove()
+        after = {key: value for key, value in model.state_dict().items() if value is not None}
+        results[name, bits]["restored"] = (
+            torch.equal(whole_logits(model), results["native"])
+            and list(after) == list(state)
+            and all(
+                value is state[key] or torch.equal(value, state[key])
+                for key, value in after.items()
+            )
+            and bindings() == before
+        )
+    return results
+
+
+def gradients(model, out: Path) -> dict:
+    """Weight gradients with and without the low-bit path."""
+    import megatron_lowbit
+
+    tokens = (torch.arange(LENGTH) % VOCAB)[None]
+    mask = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
+    result = {}
+    for codec in (None, "bf16", "rotated-hybrid"):
+        handle = codec and megatron_lowbit.apply(model, out / "lowbit", codec=codec)
+        model.zero_grad()
+        model(tokens, torch.arange(LENGTH)[None], mask).float().square().mean().backward()
+        result[codec] = model.decoder.layers[0].mlp.linear_fc1.weight.grad.clone()
+        if handle:
+            handle.remove()
+    return result
+
+
+def errors(model, index, out: Path) -> dict[str, str]:
+    """Messages of everything that must be refused, none of which may change the model."""
+    import dataclasses
+
+    import megatron_lowbit
+    from megatron_lowbit.integration.sync_points import find_sync_points
+
+    def message(step) -> str:
+        try:
+            step()
+        except LowbitError as error:
+            return str(error)
+        return "no error"
+
+    def changed(**changes):
+        return dataclasses.replace(index, manifest={**index.manifest, **changes})
+
+    def apply(*args, **kwargs):
+        return lambda: megatron_lowbit.apply(model, *args, **kwargs)
+
+    found = {
+        "none": message(apply(out / "no-such-index")),
+        "codec": message(apply(index, codec="mp3")),
+        "bits": message(apply(index, bits=7)),
+        "tp": message(apply(changed(tp_size=2), codec="static-hybrid")),
+        "tp_rotated": message(lambda: apply(changed(tp_size=2))().remove()),
+        "disagree": message(apply(index, bits=3 if dist.get_rank() == 0 else 2)),
+        "one_rank": message(apply(out / "lowbit" if dist.get_rank() else out / "none")),
+    }
+    for key in ("num_layers", "hidden_size", "ffn_hidden_size"):
+        wrong = {**index.manifest["model"], key: 7}
+        found[key] = message(apply(changed(model=wrong)))
+    point = find_sync_points(model)[0][1]
+    for name, attribute, value in (
+        ("sequence_parallel", "sequence_parallel", True),
+        ("skip_bias_add", "skip_bias_add", False),
+        ("muted", "explicit_expert_comm", True),
+    ):
+        before = getattr(point.module, attribute)
+        setattr(point.module, attribute, value)
+        found[name] = message(lambda: found.update(muted_list=find_sync_points(model)[1]))
+        setattr(point.module, attribute, before)
+    handle = megatron_lowbit.apply(model, index)
+    found["twice"] = message(apply(index))
+    point.module.sequence_parallel = True
+    found["switched"] = message(lambda: whole_logits(model))
+    point.module.sequence_parallel = False
+    handle.remove()
+    original = type(point.module)
+    point.module.__class__ = type("TERowParallelLinear", (torch.nn.Module,), {})
+    found["te"] = message(apply(index))
+    point.module.__class__ = original
+    found["not_megatron"] = message(lambda: megatron_lowbit.apply(torch.nn.Linear(2, 2), index))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    enable_cpu()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    import megatron.core
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(dist.get_world_size())
+    model = build(torch.bfloat16)
+    index, progress = make_index(model, out)
+    read = read_index(out / "lowbit")
+    other = build(torch.bfloat16, seed=2)
+    results = {
+        "version": megatron.core.__version__,
+        "index": {(n, name): r for n, layer in read.layers.items() for name, r in layer.items()},
+        "manifest": read.manifest,
+        "progress": progress,
+        "codecs": run_codecs(model, out),
+        "fp32_accumulation": fp32_accumulation(model),
+        "gradients": gradients(model, out),
+        "errors": errors(model, index, out) if dist.get_world_size() > 1 else {},
+        "after_errors": whole_logits(model),
+    }
+    try:
+        import megatron_lowbit
+
+        megatron_lowbit.apply(other, index)
+        results["other_weights"] = "no error"
+    except LowbitError as error:
+        results["other_weights"] = str(error)
+    torch.save(results, out / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

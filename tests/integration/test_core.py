@@ -1,0 +1,165 @@
+"""`apply` in a real GPTModel of each supported megatron-core release, at TP 3 and TP 1."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import sqnr
+from core_worker import CODECS, HIDDEN, LAYERS, LENGTH
+from releases import RELEASES, torchrun
+from releases import environment as environment_of
+
+from megatron_lowbit.calibration.run import Progress
+from megatron_lowbit.codecs import get_codec
+
+WORKER = Path(__file__).with_name("core_worker.py")
+POINTS = [
+    (layer, name)
+    for layer in range(1, LAYERS + 1)
+    for name in ("self_attention.linear_proj", "mlp.linear_fc2")
+]
+
+
+def _run(release: str, ranks: int, out: Path) -> list[dict]:
+    done = torchrun(ranks, WORKER, out, env=environment_of(release))
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    assert results[0]["version"].startswith(release)
+    return results
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def ranks(request, tmp_path_factory):
+    """What each of 3 ranks saw."""
+    return _run(request.param, 3, tmp_path_factory.mktemp("core"))
+
+
+def test_all_ranks_have_bit_identical_logits(ranks):
+    for codec in CODECS:
+        first = ranks[0]["codecs"][codec]["logits"]
+        assert first.isfinite().all()
+        for rank in ranks[1:]:
+            assert torch.equal(rank["codecs"][codec]["logits"], first), codec
+
+
+def test_two_runs_give_the_same_bits(ranks):
+    for codec in CODECS:
+        result = ranks[0]["codecs"][codec]
+        assert torch.equal(result["logits"], result["again"]), codec
+
+
+def test_bf16_codec_equals_megatron_with_fp32_accumulation(ranks):
+    """Partials are BF16 already, so only the order of the fp32 sum of three could differ."""
+    expected = ranks[0]["fp32_accumulation"].float()
+    got = ranks[0]["codecs"]["bf16", None]["logits"].float()
+    torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
+
+
+def test_bf16_codec_is_close_to_plain_megatron(ranks):
+    """Gloo sums BF16 in BF16; two layers of it differ from fp32 sums by less than 1 %."""
+    native, got = ranks[0]["codecs"]["native"], ranks[0]["codecs"]["bf16", None]["logits"]
+    assert sqnr(native, got) > 40  # measured 43.6 dB
+
+
+def test_low_bits_change_the_logits_as_much_as_they_should(ranks):
+    """Enough to see that payloads travel, and in the codecs' order of quality."""
+    native = ranks[0]["codecs"]["native"]
+    quality = {codec: sqnr(native, ranks[0]["codecs"][codec]["logits"]) for codec in CODECS}
+    assert quality["rotated-hybrid", None] > quality["static-hybrid", None], quality
+    assert quality["static-hybrid", None] > quality["rotated-hybrid", 2], quality
+    assert quality["rotated-hybrid", 2] > 8, quality
+    assert quality["rotated-hybrid", None] < 40, quality
+
+
+def test_only_sync_points_are_replaced(ranks):
+    """Natively the function is called at 2 sync points a layer and in the embedding."""
+    for rank in ranks:
+        assert rank["codecs"]["native_calls"] == len(POINTS) + 1
+        for codec in CODECS:
+            assert rank["codecs"][codec]["calls"] == 1, "the embedding stays native"
+
+
+def test_remove_restores_logits_state_dict_and_bindings(ranks):
+    for rank in ranks:
+        assert all(rank["codecs"][codec]["restored"] for codec in CODECS)
+        assert torch.equal(rank["after_errors"], rank["codecs"]["native"])
+
+
+def test_status_and_traffic(ranks):
+    for name, bits in CODECS:
+        result = ranks[0]["codecs"][name, bits]
+        assert [(layer, point) for layer, point, _, _ in result["status"]] == POINTS
+        assert {codec for _, _, codec, _ in result["status"]} == {str(get_codec(name, bits=bits))}
+        assert f"4 sync points use {name}" in result["text"]
+        for traffic in result["traffic"]:
+            assert traffic.calls == 3
+            assert traffic.values == 3 * LENGTH * HIDDEN
+            assert traffic.sent_bytes == 2 * traffic.payload_bytes > 0
+
+
+def test_gradients_flow_as_in_megatron(ranks):
+    """The backward pass is the identity: gradients differ only by what the forward pass lost."""
+    gradients = ranks[0]["gradients"]
+    assert sqnr(gradients[None], gradients["bf16"]) > 35
+    assert sqnr(gradients[None], gradients["rotated-hybrid"]) > 15
+
+
+def test_calibrated_index(ranks):
+    for rank in ranks:
+        assert rank["progress"] == Progress(done=5)
+        assert sorted(rank["index"]) == sorted(POINTS)
+        record = rank["index"][1, "mlp.linear_fc2"]
+        assert record.minimum.shape == (3, HIDDEN)
+        assert (record.minimum < record.mean).all()
+        assert (record.mean < record.maximum).all()
+        assert not torch.equal(record.minimum[0], record.minimum[1]), "ranks have partials apart"
+    assert ranks[0]["manifest"]["model"]["num_layers"] == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("none", "no low-bit index at .*calibrate.py"),
+        ("codec", "unknown codec 'mp3'"),
+        ("bits", "no 7-bit version"),
+        ("tp", "calibrated at tensor parallel size 2, this run has 3"),
+        ("tp_rotated", "no error"),
+        ("disagree", "rank 0 has .*3 bits.*, rank 1 has .*2 bits"),
+        ("one_rank", "no low-bit index .*found by rank 0"),
+        ("num_layers", "another model: its num_layers is 7, this model's is 2"),
+        ("hidden_size", "another model: its hidden_size is 7, this model's is 96"),
+        ("ffn_hidden_size", "another model: its ffn_hidden_size is 7"),
+        ("sequence_parallel", "layer 1 mlp.linear_fc2 is sequence parallel"),
+        ("switched", "layer 1 mlp.linear_fc2 is sequence parallel"),
+        ("skip_bias_add", "layer 1 mlp.linear_fc2 adds its bias itself"),
+        ("twice", "layer 1 self_attention.linear_proj is already attached"),
+        ("te", "layer 1 mlp.linear_fc2 is a TERowParallelLinear"),
+        ("not_megatron", "Linear has no Megatron-core transformer layer"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_on_every_rank(ranks, case, message):
+    import re
+
+    for rank in ranks:
+        assert re.search(message, rank["errors"][case]), rank["errors"][case]
+
+
+def test_a_module_that_megatron_muted_stays_native(ranks):
+    assert ranks[0]["errors"]["muted"] == "no error"
+    reasons = ranks[0]["errors"]["muted_list"]
+    assert reasons == {
+        "layer 1 mlp.linear_fc2": "already muted by Megatron, which sums it elsewhere"
+    }
+
+
+def test_index_of_other_weights_is_refused(ranks):
+    assert all("other weights (layer 1 differs)" in rank["other_weights"] for rank in ranks)
+
+
+def test_one_rank_sends_nothing_and_loses_nothing(tmp_path):
+    result = _run("0.19.2", 1, tmp_path)[0]
+    native = result["codecs"]["native"]
+    for codec in CODECS:
+        assert torch.equal(result["codecs"][codec]["logits"], native)
+        assert "one rank: nothing is sent" in result["codecs"][codec]["text"]
+        assert all(traffic.sent_bytes == 0 for traffic in result["codecs"][codec]["traffic"])

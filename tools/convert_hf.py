@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Convert a Llama-family model from Hugging Face or GGUF into a Megatron-core checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+
+EPILOG = """\
+Supported: LlamaForCausalLM, and MistralForCausalLM without a sliding window; Llama-3 rope scaling.
+The checkpoint can be loaded at any tensor-parallel size that divides the heads and KV heads.
+Runs in one process on the CPU and needs memory for the weights once (a GGUF file: once more in
+fp32). What is already at --save is replaced only when the new checkpoint is complete.
+
+example:
+  python tools/convert_hf.py --model SmolLM2-135M-Instruct.Q4_1.gguf --save smollm2 \\
+      --tensor-model-parallel-size 3
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="Hugging Face model directory or .gguf file"
+    )
+    parser.add_argument(
+        "--save", required=True, metavar="DIR", help="directory of the checkpoint to write"
+    )
+    parser.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="size to record and to pad the vocabulary for (default: 1)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="of the stored weights (default: bf16)",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Converts; returns the exit status."""
+    options = parse()
+    from megatron_lowbit.errors import LowbitError
+    from megatron_lowbit.integration import convert
+
+    try:
+        args = convert.convert(
+            options.model,
+            save=options.save,
+            tensor_parallel=options.tensor_model_parallel_size,
+            dtype=options.dtype,
+            progress=True,
+        )
+    except (LowbitError, OSError) as error:
+        print(f"convert_hf.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert_hf.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    print(f"wrote {options.save}; to load it:")
+    print("  " + convert.load_flags(args, options.save))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Measure what low-bit communication costs a checkpoint, against its native BF16 communication.
+
+Prints a table, and writes it as JSON with --output: perplexity, difference in negative
+log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the real
+payloads, and the bytes that one rank sends per token. Run it under torchrun with as many ranks as
+the tensor-parallel size.
+
+example:
+  torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --output summary.json
+
+Every other argument goes to Megatron; the model's shape, tokenizer and tensor-parallel size are
+read from the checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+
+from megatron_lowbit import cli
+
+DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid"
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """Our arguments, and Megatron's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl"
+    )
+    parser.add_argument("--index", type=Path, metavar="DIR", help="default: CKPT/lowbit")
+    parser.add_argument(
+        "--codecs",
+        default=DEFAULT,
+        metavar="LIST",
+        help=f"comma-separated, also with bits as in rotated-hybrid-3 (default: {DEFAULT})",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=cli.positive,
+        default=16384,
+        metavar="N",
+        help="from the start of the text, rounded up to whole sequences (default: 16384)",
+    )
+    parser.add_argument(
+        "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
+    )
+    parser.add_argument("--name", help="the model's name in the results (default: from CKPT)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    """Evaluate and report."""
+    options, megatron_argv = parse()
+    from megatron_lowbit.integration import evaluate
+
+    evaluate.run(options, ["--load", options.load, *megatron_argv])
+
+
+if __name__ == "__main__":
+    cli.run(main)
