@@ -26,6 +26,7 @@ from megatron_lowbit.integration.arguments import (
     index_dir_from_args,
 )
 from megatron_lowbit.integration.generation import generate
+from megatron_lowbit.integration.megatron_args import parse_megatron_args
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -63,7 +64,7 @@ def main() -> None:
     options, megatron_argv = parse()
     prompts = read_prompts(options)
     index_dir_from_args(options)  # what is wrong with it should not wait for the checkpoint
-    args = runtime.parse_megatron_args(["--load", options.load, *megatron_argv])
+    args = parse_megatron_args(["--load", options.load, *megatron_argv])
     runtime.initialize(args)
     model, tokenizer = runtime.load_model(args), runtime.build_tokenizer(args)
     if apply_from_args(model, options) is None:

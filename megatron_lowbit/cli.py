@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 RANK = int(os.environ.get("RANK", "0"))
+# torchrun ends the other ranks 0.1 s after the first one fails: time for each to say its own line.
+_GRACE = 1.0
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -50,7 +53,9 @@ def positive(text: str) -> int:
 
 
 def _exit(status: int, message: str) -> NoReturn:
-    """Leave at once: a rank that waits for others in an exit handler would hang them and itself."""
+    """Leave without exit handlers: a rank waiting there for others would hang them and itself."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(_GRACE)
     os._exit(status)

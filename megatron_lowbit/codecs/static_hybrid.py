@@ -68,13 +68,23 @@ class StaticHybrid(Codec):
     def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
         body = _body_index(tables)
         packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
-        codes = wire.unpack(packed, self.bits, body.numel())
-        signed = torch.where(codes > 7, codes - 16, codes)
-        levels = torch.where(signed == _NOT_FINITE, torch.nan, signed.float())
-        out = torch.empty(payloads.shape[1], tables.hidden, device=payloads.device)
-        out[:, body] = sum_in_rank_order(levels * tables.scale[: len(payloads), None, body])
-        out[:, tables.bf16_index] = sum_in_rank_order(kept)
-        return out
+        values = _values_of_codes(payloads.device)
+        total = None
+        for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
+            levels = values[wire.unpack(codes, self.bits, body.numel())]
+            levels *= tables.scale[rank, body]
+            total = levels if total is None else total.add_(levels)
+        # Body and BF16 features side by side, then every feature to its place.
+        place = torch.cat([body, tables.bf16_index]).argsort()
+        return torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
+
+
+def _values_of_codes(device: torch.device) -> Tensor:
+    """fp32 ``[16]``: 0 to 7, then the mark of what is not finite, then -7 to -1."""
+    values = torch.arange(16.0, device=device)
+    values[8:] -= 16
+    values[_NOT_FINITE] = torch.nan
+    return values
 
 
 def _body_index(tables: Tables) -> Tensor:

@@ -37,12 +37,13 @@ from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.forward import device_of, logits
+from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
 
 
 def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
-    args = runtime.parse_megatron_args(megatron_argv)
+    args = parse_megatron_args(megatron_argv)
     refuse_pipeline(args)
     bf16_features = feature_count(options.bf16_features, args.hidden_size, codec)
     output = options.output or Path(options.load) / INDEX_NAME

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import atomic_directory
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.llama_source import (
     Architecture,
@@ -27,7 +28,8 @@ from megatron_lowbit.integration.llama_source import (
     open_weights,
     read_config,
 )
-from megatron_lowbit.integration.runtime import TRACKER, quiet
+from megatron_lowbit.integration.megatron_args import TRACKER
+from megatron_lowbit.integration.quiet import quiet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
@@ -154,7 +156,7 @@ def convert(
     if dtype not in DTYPES:
         raise LowbitError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     args = megatron_args(arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer")
-    with replacing_directory(target) as directory:
+    with replacing_checkpoint(target) as directory:
         load_tokenizer(source).save_pretrained(directory / "tokenizer")
         with open_weights(source, arch) as get:
             _write(arch, args, get, directory=directory, progress=progress)
@@ -162,28 +164,18 @@ def convert(
 
 
 @contextlib.contextmanager
-def replacing_directory(target: Path) -> Iterator[Path]:
-    """Gives a temporary sibling of `target` that takes its place when the block ends well."""
+def replacing_checkpoint(target: Path) -> Iterator[Path]:
+    """Gives a temporary directory that becomes `target` when the block ends well.
+
+    Raises:
+        LowbitError: What is at `target` is not a checkpoint, so it is not ours to replace.
+    """
     if target.exists() and not target.is_dir():
         raise LowbitError(f"--save {target}: exists and is not a directory")
     if target.is_dir() and any(target.iterdir()) and not (target / TRACKER).is_file():
         raise LowbitError(f"--save {target}: not empty and not a Megatron checkpoint")
-    temporary = target.with_name(f".{target.name}.new-{os.getpid()}")
-    previous = target.with_name(f".{target.name}.old-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.is_dir():
-            target.rename(previous)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            if previous.is_dir():
-                previous.rename(target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+    with atomic_directory(target) as staging:
+        yield staging
 
 
 def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None:

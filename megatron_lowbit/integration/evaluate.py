@@ -29,6 +29,7 @@ from megatron_lowbit.integration.apply import Reducer, check_index
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.calibrate import read_tokens, refuse_pipeline
 from megatron_lowbit.integration.forward import logits
+from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
 
 TablesOf = Callable[[Index, SyncPoint, Codec], Tables]
@@ -37,7 +38,7 @@ TablesOf = Callable[[Index, SyncPoint, Codec], Tables]
 def run(options: argparse.Namespace, megatron_argv: list[str]) -> None:
     """Evaluate as `options` of tools/evaluate.py say, print the table, write the JSON."""
     chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
-    args = runtime.parse_megatron_args(megatron_argv)
+    args = parse_megatron_args(megatron_argv)
     refuse_pipeline(args)
     runtime.initialize(args)
     index, corpus = on_every_rank(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.runtime import quiet
+from megatron_lowbit.integration.quiet import quiet
 
 
 class Generation(NamedTuple):
@@ -144,13 +144,12 @@ def _no_padding_tokens(args, model: torch.nn.Module, tokenizer: Any) -> Iterator
     from megatron.core.utils import unwrap_model
 
     vocabulary = getattr(args, "vocab_size", None) or tokenizer.vocab_size
-    rank = parallel_state.get_tensor_model_parallel_rank()
 
     def mask(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        """Sets logits `[..., vocabulary of this rank]` past the vocabulary to -inf."""
-        local = logits.shape[-1]
-        real = min(max(vocabulary - rank * local, 0), local)
-        logits[..., real:] = float("-inf")
+        """Sets logits past the vocabulary to -inf."""
+        # The engine asks the model to gather them: every rank has the whole padded vocabulary.
+        assert logits.shape[-1] == args.padded_vocab_size, logits.shape
+        logits[..., vocabulary:] = float("-inf")
         return logits
 
     inner = unwrap_model(model)

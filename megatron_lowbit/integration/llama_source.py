@@ -224,7 +224,8 @@ class SafetensorsWeights(Weights):
                 stack.enter_context(safe_open(file, framework="pt"))
                 for file in sorted(path.glob("*.safetensors"))
             ]
-        self._file_of = {name: file for file in files for name in file.keys()}
+        # A safe_open handle is no dict.
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         if not files:
             raise LowbitError(f"{path}: no *.safetensors files")
         super().__init__(path, set(self._file_of))

@@ -38,7 +38,7 @@ def test_gaussian_sqnr(bits, decibel):
 
 def test_nearest_level_and_extremes():
     levels = codebook.levels(4, CPU)
-    assert torch.equal(codebook.quantize(levels, 4), torch.arange(16, dtype=torch.int32))
+    assert torch.equal(codebook.quantize(levels, 4), torch.arange(16, dtype=torch.uint8))
     extremes = torch.tensor([-torch.inf, torch.inf, torch.nan])
     codes = codebook.quantize(extremes, 4)
     assert codes[:2].tolist() == [0, 15]

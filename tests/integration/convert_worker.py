@@ -1,0 +1,145 @@
+"""What test_convert.py runs in processes of its own: Megatron is slow to import and sets globals.
+
+    python convert_worker.py convert DIR          converts every model, collects parser errors
+    torchrun ... convert_worker.py load DIR       loads checkpoints at TP 1 and TP 3
+
+Both leave their results in DIR, for the tests to look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# Checkpoint directory: its model, and the tensor-parallel size it is made for.
+CHECKPOINTS = {"tied-tp1": ("tied", 1), "tied-tp3": ("tied", 3), "untied-tp3": ("untied", 3)}
+# Checkpoint, and the tensor-parallel size it is loaded at.
+LOADS = (
+    ("tied-tp1", 3),
+    ("tied-tp3", 3),
+    ("untied-tp3", 1),
+    ("untied-tp3", 3),
+    ("replaced", 1),
+)
+PROMPTS = ["the quick brown fox", "a model of the world is"]
+NEW_TOKENS = 6
+
+
+def convert_all(directory: Path) -> None:
+    """Converts at every size, the last over an existing checkpoint, and tries wrong arguments."""
+    from megatron_lowbit.integration.convert import convert, load_flags
+
+    results = {}
+    for save, (name, size) in CHECKPOINTS.items():
+        args = convert(directory / name, save=directory / save, tensor_parallel=size, dtype="fp32")
+        results[save] = load_flags(args, directory / save)
+    # Replaces what bf16 wrote: a stale file would give other logits.
+    save = directory / "replaced"
+    for dtype in ("bf16", "fp32"):
+        convert(directory / "tied", save=save, dtype=dtype)
+    results["siblings"] = sorted(path.name for path in directory.iterdir())
+    results["errors"] = parser_errors(directory)
+    (directory / "converted.json").write_text(json.dumps(results))
+
+
+def parser_errors(directory: Path) -> dict[str, str]:
+    """The message each wrong command line gets."""
+    from megatron_lowbit.integration.megatron_args import parse_megatron_args
+
+    load = ["--load", str(directory / "tied-tp3")]
+    cases = {
+        "missing": ["--load", str(directory / "absent")],
+        "empty": ["--load", str(directory)],
+        "unknown": [*load, "--no-such-argument", "1"],
+        "value": [*load, "--tensor-model-parallel-size", "many"],
+        "world": load,  # one process, and the checkpoint asks for three
+        "heads": [
+            *load,
+            "--tensor-model-parallel-size",
+            "1",
+            "--pipeline-model-parallel-size",
+            "2",
+        ],
+    }
+    return {name: _message(parse_megatron_args, argv) for name, argv in cases.items()}
+
+
+def _message(parse, argv: list[str]) -> str:
+    """The error of one command line, as type and text; for an exit, its code and stderr."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            parse(argv)
+    except ValueError as error:
+        return f"ValueError: {error}"
+    except SystemExit as error:
+        return f"exit {error.code}: {stderr.getvalue()}"
+    return "no error"
+
+
+def load_all(directory: Path) -> None:
+    """Loads every case; rank 0 writes logits, tokens and arguments."""
+    results = {f"{save}@{size}": run_case(directory, save, size) for save, size in LOADS}
+    if os.environ["RANK"] == "0":
+        torch.save(results, directory / "loaded.pt")
+
+
+def run_case(directory: Path, save: str, size: int) -> dict:
+    """Logits `[batch, sequence, vocabulary]`, generations and arguments of one checkpoint."""
+    from megatron_lowbit.integration import generation, megatron_args, runtime
+
+    argv = ["--load", str(directory / save)]
+    # The checkpoints made for 3 ranks are loaded without saying so.
+    argv += (
+        [] if (save.endswith("tp3") and size == 3) else ["--tensor-model-parallel-size", str(size)]
+    )
+    args = megatron_args.parse_megatron_args(argv)
+    runtime.initialize(args)
+    try:
+        model, tokenizer = runtime.load_model(args), runtime.build_tokenizer(args)
+        tokens = torch.load(directory / "tokens.pt")
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            logits = gather(model(tokens, positions, None))
+        made = generation.generate(args, model, tokenizer, PROMPTS, tokens=NEW_TOKENS)
+        return {
+            "rank": args.rank,
+            "logits": logits,
+            "tokens": same_on_all_ranks([one.tokens for one in made]),
+            "text": [one.text for one in made],
+            "args": {name: value for name, value in vars(args).items() if _plain(value)},
+        }
+    finally:
+        runtime.shutdown()
+
+
+def gather(logits: torch.Tensor) -> torch.Tensor:
+    """The whole vocabulary's logits from every tensor-parallel rank's part."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def same_on_all_ranks(value: list) -> list:
+    """Returns `value` after checking that every rank has it."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    assert all(other == value for other in values), f"ranks differ: {values}"
+    return value
+
+
+def _plain(value: object) -> bool:
+    return value is None or type(value) in (bool, int, float, str)
+
+
+if __name__ == "__main__":
+    {"convert": convert_all, "load": load_all}[sys.argv[1]](Path(sys.argv[2]))

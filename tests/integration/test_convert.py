@@ -1,0 +1,293 @@
+"""Conversion to Megatron checkpoints and the runtime that loads them, against transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+try:
+    # Only looked for: importing it takes seconds and is for the workers.
+    HAVE_MEGATRON = importlib.util.find_spec("megatron.training") is not None
+except ModuleNotFoundError:
+    HAVE_MEGATRON = False
+if not HAVE_MEGATRON:
+    pytest.skip("megatron.training is not installed", allow_module_level=True)
+
+from convert_worker import LOADS, NEW_TOKENS, PROMPTS  # noqa: E402
+from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noqa: E402
+
+from megatron_lowbit.errors import LowbitError  # noqa: E402
+from megatron_lowbit.integration import llama_source  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("convert_worker.py")
+# fp32 against fp32 with another order of additions; 2e-6 was seen.
+LOGITS_RTOL = 1e-5
+
+
+def run(command: list[str], **variables: str) -> None:
+    """Runs a worker; its output is in the failure message."""
+    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The directory everything is in, and the Hugging Face models by name."""
+    directory = tmp_path_factory.mktemp("convert")
+    torch.save(torch.randint(1, VOCABULARY, (2, 64)), directory / "tokens.pt")
+    return directory, {
+        "tied": hugging_face_model(directory / "tied", tie_word_embeddings=True),
+        "untied": hugging_face_model(
+            directory / "untied", tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def converted(models):
+    """What `convert_worker.py convert` found."""
+    directory, _ = models
+    run([sys.executable, str(WORKER), "convert", str(directory)])
+    return json.loads((directory / "converted.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def loaded(models, converted):
+    """What `convert_worker.py load` found, by "checkpoint@size"."""
+    directory, _ = models
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    run([*launch, str(WORKER), "load", str(directory)])
+    return torch.load(directory / "loaded.pt")
+
+
+@pytest.mark.parametrize(("save", "size"), LOADS)
+def test_logits_equal_hugging_face(models, loaded, save, size):
+    directory, hugging_face = models
+    reference = hugging_face["untied" if "untied" in save else "tied"]
+    with torch.no_grad():
+        expected = reference(torch.load(directory / "tokens.pt")).logits
+    got = loaded[f"{save}@{size}"]["logits"][..., :VOCABULARY]
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert error < LOGITS_RTOL, f"{save} at TP {size}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("save", "size"), LOADS)
+def test_greedy_generation_equals_hugging_face(models, loaded, save, size):
+    directory, hugging_face = models
+    name = "untied" if "untied" in save else "tied"
+    words = transformers.AutoTokenizer.from_pretrained(directory / name)
+    result = loaded[f"{save}@{size}"]
+    for prompt, tokens, text in zip(PROMPTS, result["tokens"], result["text"], strict=True):
+        expected = greedy(hugging_face[name], words.encode(prompt), stop=words.eos_token_id)
+        assert tokens == expected
+        assert text == words.decode(expected)
+
+
+@torch.no_grad()
+def greedy(model: transformers.LlamaForCausalLM, tokens: list[int], *, stop: int) -> list[int]:
+    """The likeliest tokens after `tokens`, without a cache."""
+    new: list[int] = []
+    while len(new) < NEW_TOKENS:
+        token = model(torch.tensor([tokens + new])).logits[0, -1].argmax().item()
+        if token == stop:
+            break
+        new.append(token)
+    return new
+
+
+def test_arguments_come_from_the_checkpoint(models, loaded):
+    directory, _ = models
+    args = loaded["untied-tp3@3"]["args"]
+    expected = dict(
+        tensor_model_parallel_size=3,
+        layernorm_epsilon=3e-5,
+        use_rope_scaling=True,
+        rope_scaling_factor=32.0,
+        rotary_base=20000,
+        untie_embeddings_and_output_weights=True,
+        padded_vocab_size=1152,
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(directory / "untied-tp3" / "tokenizer"),
+        bf16=False,
+    )
+    assert {name: args[name] for name in expected} == expected
+    # 1024 rows were saved at size 1; 3 ranks need 1152.
+    assert loaded["tied-tp1@3"]["args"]["padded_vocab_size"] == 1152
+    assert loaded["replaced@1"]["args"]["padded_vocab_size"] == 1024
+
+
+def test_nothing_is_left_beside_the_checkpoints(converted):
+    assert not [name for name in converted["siblings"] if name.startswith(".")]
+
+
+def test_load_flags_name_what_megatron_does_not_restore(converted):
+    flags = converted["untied-tp3"]
+    assert "--norm-epsilon 3e-05" in flags
+    assert "--use-rope-scaling --rope-scaling-factor 32.0" in flags
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("missing", ["ValueError", "absent", "no such directory"]),
+        ("empty", ["ValueError", "latest_checkpointed_iteration.txt"]),
+        ("unknown", ["exit 2", "--no-such-argument"]),
+        ("value", ["exit 2", "--tensor-model-parallel-size", "many"]),
+        ("world", ["ValueError", "world size 1", "by 3"]),
+        ("heads", ["ValueError", "world size 1", "by 2"]),
+    ],
+)
+def test_wrong_arguments_get_one_line(converted, case, words):
+    message = converted["errors"][case]
+    assert all(word in message for word in words), message
+    assert len(message.strip().splitlines()) == 1, message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(mlp_bias=True), "mlp_bias"),
+        (dict(hidden_act="gelu"), "'gelu'"),
+        (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "'linear'"),
+        (dict(rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 8.0}), "high_freq_factor=8.0"),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=10000.5)), "10000.5"),
+    ],
+)
+def test_unsupported_settings_are_refused(tmp_path, settings, words):
+    transformers.LlamaConfig(**{**SHAPE, **settings}).save_pretrained(tmp_path)
+    with pytest.raises(LowbitError, match="not supported") as caught:
+        llama_source.read_config(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_other_architectures_and_windows_are_refused(tmp_path):
+    transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
+    transformers.MistralConfig(**SHAPE, sliding_window=64).save_pretrained(tmp_path / "window")
+    transformers.MistralConfig(**SHAPE, sliding_window=None).save_pretrained(tmp_path / "full")
+    with pytest.raises(LowbitError, match="gpt2 is not supported"):
+        llama_source.read_config(tmp_path / "gpt2")
+    with pytest.raises(LowbitError, match=r"sliding window attention \(64\)"):
+        llama_source.read_config(tmp_path / "window")
+    assert llama_source.read_config(tmp_path / "full").kv_heads == 3
+
+
+def test_tensor_parallel_sizes_that_do_not_divide_are_refused(tmp_path):
+    transformers.LlamaConfig(**SHAPE).save_pretrained(tmp_path)
+    with pytest.raises(LowbitError, match="size 2 does not divide 6 heads, 3 KV.*allowed: 1, 3"):
+        llama_source.read_config(tmp_path).check_tensor_parallel(2)
+
+
+def test_extra_parameters_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(
+        {"model.norm.weight": torch.ones(1), "adapter": torch.ones(1)}, tmp_path / "a.safetensors"
+    )
+    with llama_source.open_weights(tmp_path, None) as weights:
+        weights("model.norm.weight")
+        with pytest.raises(LowbitError, match="the weights lack lm_head.weight"):
+            weights("lm_head.weight")
+        with pytest.raises(LowbitError, match="1 parameters .* adapter"):
+            weights.check_all_used()
+
+
+def test_gguf_gives_the_same_weights(models, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    directory, hugging_face = models
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, weight in hugging_face["untied"].state_dict().items():
+        writer.add_tensor(*gguf_tensor(name, weight.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    arch = llama_source.read_config(directory / "untied")
+    with llama_source.open_weights(path, arch) as weights:
+        for name, weight in hugging_face["untied"].state_dict().items():
+            assert torch.equal(weights(name), weight), name
+        weights.check_all_used()
+
+
+def gguf_tensor(name: str, weight):
+    """A parameter as llama.cpp's converter writes it: its name, and rotary rows interleaved."""
+    outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in outer:
+        return f"{outer[stem]}.weight", weight
+    _, _, layer, part = stem.split(".", 3)
+    inner = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    heads = {"self_attn.q_proj": 6, "self_attn.k_proj": 3}.get(part)
+    if heads:
+        halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        weight = halves.swapaxes(1, 2).reshape(weight.shape).copy()
+    return f"blk.{layer}.{inner[part]}.weight", weight
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: None, "no such file or directory"),
+        (lambda path: path.mkdir(), "no config.json"),
+        (lambda path: path.write_text("x"), "neither"),
+    ],
+)
+def test_command_line_says_what_is_wrong(tmp_path, monkeypatch, make, words):
+    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    make(tmp_path / "model")
+    argv = ["convert_hf.py", "--model", str(tmp_path / "model"), "--save", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(LowbitError) as caught:
+        tool.main()
+    message = str(caught.value)
+    assert words in message and str(tmp_path / "model") in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_conversion_leaves_the_old_checkpoint(tmp_path):
+    from megatron_lowbit.integration.convert import TRACKER, replacing_checkpoint
+
+    target = tmp_path / "checkpoint"
+    with replacing_checkpoint(target) as directory:
+        (directory / TRACKER).write_text("release")
+    with pytest.raises(KeyboardInterrupt), replacing_checkpoint(target) as directory:
+        (directory / "half").write_text("")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert [path.name for path in target.iterdir()] == [TRACKER]
+
+
+def test_a_directory_of_something_else_is_not_replaced(tmp_path):
+    from megatron_lowbit.integration.convert import replacing_checkpoint
+
+    (tmp_path / "notes.txt").write_text("keep")
+    refused = pytest.raises(LowbitError, match="not empty and not a Megatron checkpoint")
+    with refused, replacing_checkpoint(tmp_path):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "keep"

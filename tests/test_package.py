@@ -1,0 +1,64 @@
+"""The package as a whole: what a bare import touches, and which way imports go."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_lowbit
+
+PACKAGE = Path(megatron_lowbit.__file__).parent
+LAYERS = ["codecs", "comm", "calibration", "evaluation", "integration"]  # bottom to top
+SIBLINGS = {("calibration", "evaluation")}
+
+
+def test_bare_import_touches_neither_torch_cuda_triton_nor_megatron():
+    code = (
+        "import sys, megatron_lowbit; dir(megatron_lowbit);"
+        "print([m for m in ('torch', 'triton', 'megatron', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_using_codecs_and_collectives_touches_neither_cuda_triton_nor_megatron():
+    code = (
+        "import sys, torch; before = set(sys.modules);"
+        "from megatron_lowbit import all_reduce, apply, get_codec; get_codec().tables(64);"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new & {'triton', 'megatron', 'transformers'}), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"
+
+
+def test_public_names():
+    for name in megatron_lowbit.__all__:
+        assert getattr(megatron_lowbit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = megatron_lowbit.nonsense
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_down_only(path):
+    own = path.relative_to(PACKAGE).parts[0]
+    for module in _imports(path):
+        if module.split(".")[0] == "megatron":
+            assert own == "integration", f"{path} imports {module}"
+        parts = module.split(".")
+        if own in LAYERS and parts[0] == "megatron_lowbit" and parts[1:2] and parts[1] in LAYERS:
+            assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{path} imports {module}"
+            assert (parts[1], own) not in SIBLINGS, f"{path} imports {module}"
