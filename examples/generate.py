@@ -53,7 +53,11 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     """Prompts of the command line, then of the file."""
     prompts = list(options.prompts)
     if options.prompt_file:
-        prompts += [line for line in options.prompt_file.read_text().splitlines() if line.strip()]
+        try:
+            lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise LowbitError(f"{options.prompt_file} is not UTF-8 ({error})") from None
+        prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise LowbitError("no prompt: pass --prompts TEXT or --prompt-file FILE")
     return prompts

@@ -2,12 +2,16 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+
+from megatron_lowbit.errors import LowbitError
 
 RANK = int(os.environ.get("RANK", "0"))
 # torchrun ends the other ranks 0.1 s after the first one fails: time for each to say its own line.
@@ -17,18 +21,36 @@ _GRACE = 1.0
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a command line's `main` and exit: 0, 1 on a user's error, 130 on Ctrl-C.
 
-    User errors (`ValueError`, which `LowbitError` is, and `OSError`) are one line on stderr, on
-    each rank that meets them; anything else is a fault of ours and keeps its traceback.
+    User errors (`LowbitError`, `OSError`, a package of an extra that is missing) are one line on
+    stderr, on each rank that meets them, and so is the loss of another rank; anything else is a
+    fault of ours and keeps its traceback. SIGTERM, which torchrun sends to the other ranks when one
+    fails, ends like Ctrl-C: temporary files are removed.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     where = f"{name}: [rank {RANK}] " if "RANK" in os.environ else f"{name}: "
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (LowbitError, OSError) as error:
         _exit(1, f"{where}error: {error}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megatron_lowbit"):
+            raise
+        extras = 'pip install "megatron_lowbit[megatron,calibrate]"'
+        _exit(1, f"{where}error: the package {error.name} is missing: {extras}")
+    except RuntimeError as error:
+        if not _is_lost_rank(error):
+            raise
+        _exit(1, f"{where}error: stopped, since another rank is gone")
     except KeyboardInterrupt:
-        _exit(130, f"{where}interrupted")
+        _exit(130, f"{where}interrupted", grace=0)
     sys.exit(0)
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed since its peer ended: Gloo's and NCCL's own words."""
+    lost = r"connection (was )?(closed|reset|refused)|peer closed|remote process exited|timed out"
+    return bool(re.search(lost, str(error), re.IGNORECASE))
 
 
 def progress(description: str, unit: str) -> Callable[[Iterable], Iterable]:
@@ -52,10 +74,10 @@ def positive(text: str) -> int:
     return value
 
 
-def _exit(status: int, message: str) -> NoReturn:
+def _exit(status: int, message: str, *, grace: float = _GRACE) -> NoReturn:
     """Leave without exit handlers: a rank waiting there for others would hang them and itself."""
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        time.sleep(_GRACE)
+        time.sleep(grace)
     os._exit(status)

@@ -49,6 +49,12 @@ def write(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def check_writable(directory: Path) -> None:
+    """Raise `OSError` now, and not after the work, if nothing can be created in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tempfile.NamedTemporaryFile(prefix=".tmp-", dir=directory).close()
+
+
 def flush(path: Path) -> None:
     """Force a file's or a directory's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -66,11 +72,12 @@ def _swap(staging: Path, target: Path) -> None:
         os.rename(staging, target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    os.rename(target, old / target.name)
     try:
+        os.rename(target, old / target.name)
         os.rename(staging, target)
     except BaseException:
-        os.rename(old / target.name, target)
+        if not target.exists():
+            os.rename(old / target.name, target)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

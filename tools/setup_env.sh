@@ -2,7 +2,7 @@
 #
 #   source tools/setup_env.sh      then run "$ENV_PYTHON", the environment's Python
 #
-# Needs Python 3.10 or newer with its venv module, and a network for the first run only: a stamp
+# Needs Python 3.11 or newer with its venv module, and a network for the first run only: a stamp
 # in .venv, written last, lets later runs install nothing, and an interrupted run is repeated.
 # What pip printed is in .venv/setup.log.
 #
@@ -27,9 +27,9 @@ _env_die() {
     exit 1 # every caller runs in the subshell of _env_setup
 }
 
-# _env_recent PYTHON: is it 3.10 or newer?
+# _env_recent PYTHON: is it 3.11 or newer?
 _env_recent() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
 # _env_version PYTHON: its version, in words
@@ -64,7 +64,7 @@ _env_create() {
     local python="${PYTHON:-python3}"
     command -v "$python" >/dev/null || _env_die "$python not found; set PYTHON=/path/to/python"
     _env_recent "$python" ||
-        _env_die "$python is Python $(_env_version "$python"); 3.10 or newer is needed (set PYTHON)"
+        _env_die "$python is Python $(_env_version "$python"); 3.11 or newer is needed (set PYTHON)"
     echo "setup: creating .venv with Python $(_env_version "$python")"
     "$python" -m venv --clear "$_env_venv" ||
         _env_die "$python -m venv failed (on Debian it needs the package python3-venv)"
@@ -134,7 +134,7 @@ _env_setup() (
 if [[ -n "${LOWBIT_PYTHON:-}" ]]; then
     ENV_PYTHON="$LOWBIT_PYTHON"
     if ! _env_recent "$ENV_PYTHON"; then
-        echo "setup: LOWBIT_PYTHON=$LOWBIT_PYTHON is not a Python 3.10 or newer" >&2
+        echo "setup: LOWBIT_PYTHON=$LOWBIT_PYTHON is not a Python 3.11 or newer" >&2
         return 1 2>/dev/null || exit 1
     fi
 elif _env_setup; then

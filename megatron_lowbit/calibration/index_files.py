@@ -12,6 +12,7 @@ damage and careless edits; they are no signature.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from megatron_lowbit.calibration.index import STATISTICS, Index, SyncPointRecord
 from megatron_lowbit.codecs import CODECS
 from megatron_lowbit.errors import IndexFileError
-from megatron_lowbit.files import atomic_directory, write
+from megatron_lowbit.files import atomic_directory, check_writable, write
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,12 +45,34 @@ _SCHEMA: dict[str, type] = {
 }
 
 
+def check_destination(directory: Path) -> None:
+    """Raise if an index cannot be written to `directory`: before hours of work, not after.
+
+    Raises:
+        IndexFileError: Something is there that is not an index, so it is not ours to replace.
+        OSError: The place cannot be written to.
+    """
+    is_empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not is_empty and not _is_index(directory):
+        raise IndexFileError(f"{directory} exists and is not an index: name another directory")
+    check_writable(directory.absolute().parent)
+
+
+def _is_index(directory: Path) -> bool:
+    """Whether a directory holds nothing but what `write_index` writes."""
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    layers = {name for name in names if re.fullmatch(r"layer_\d+\.safetensors", name)}
+    return MANIFEST in names and names == layers | {MANIFEST}
+
+
 def write_index(index: Index, directory: Path) -> None:
     """Write `index` as `directory`, all of it or nothing; an index that is there is replaced.
 
     Raises:
+        IndexFileError: Something is there that is not an index.
         OSError: The directory cannot be written (the message names the file); nothing is left.
     """
+    check_destination(directory)
     with atomic_directory(directory) as staging:
         files = {}
         for layer, records in sorted(index.layers.items()):
@@ -78,9 +101,9 @@ def read_index(directory: Path) -> Index:
         layers[int(layer)] = _to_records(tensors, path, manifest)
     expected = set(range(1, manifest["model"]["num_layers"] + 1))
     if set(layers) != expected:
-        missing = sorted(expected ^ set(layers))
+        listed = ", ".join(map(str, sorted(layers)))
         raise IndexFileError(
-            f"{directory / MANIFEST} lists a wrong set of layers: see {missing[0]}"
+            f"{directory / MANIFEST} lists layers {listed}, not 1 to {max(expected)}: {_REMEDY}"
         )
     return Index(manifest=manifest, layers=layers, origin=str(directory))
 

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.calibration.statistics import RunningStatistics, summarize
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
 
@@ -35,14 +36,27 @@ class Observations:
     def __init__(self, names: list[str], hidden: int):
         self.names = names
         self.summaries = torch.zeros(len(names), 4, hidden)
+        self._seen: set[int] = set()
 
     def observer(self, point: int) -> Callable[[Tensor], None]:
         """A function that notes the partial of sync point number `point`."""
 
         def observe(partial: Tensor) -> None:
             self.summaries[point] = summarize(partial).to(self.summaries.device)
+            self._seen.add(point)
 
         return observe
+
+    def start(self) -> None:
+        """Forget the sequence before."""
+        self.summaries.zero_()
+        self._seen.clear()
+
+    def require_all(self) -> None:
+        """Raise unless the sequence reached every sync point: others would get empty ranges."""
+        for point, name in enumerate(self.names):
+            if point not in self._seen:
+                raise LowbitError(f"{name} was not reached by a forward pass: cannot calibrate it")
 
 
 @dataclass
@@ -59,43 +73,40 @@ class Progress:
 
 
 class Checkpointer:
-    """Saves and restores a run's state in `directory`; `identity` says which run it is."""
+    """Saves and restores a run's state in `directory`; `identity` says which run it is.
 
-    def __init__(self, directory: Path, identity: dict, group: dist.ProcessGroup | None = None):
-        self._directory, self._group = directory, group
+    The state depends on the tensor-parallel rank alone, so the first data-parallel rank writes it
+    and a run can be resumed with another number of data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict,
+        *,
+        dp_group: dist.ProcessGroup | None,
+        tp_group: dist.ProcessGroup | None,
+    ):
+        self._directory = directory
         text = json.dumps(identity, sort_keys=True)
-        self._identity = hashlib.sha256(text.encode()).hexdigest()
-        self._rank = dist.get_rank(group)
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self._part = dist.get_rank(tp_group) if tp_group else 0
+        self._writes = dist.get_rank(dp_group) == 0
 
     def save(self, statistics: RunningStatistics, progress: Progress) -> None:
         """Save on all ranks; the state before stays valid until this one is whole."""
-        on_every_rank(lambda: self._write_state(statistics, progress), group=self._group)
-        if self._rank == 0:
-            content = {"identity": self._identity, **vars(progress)}
-            write_atomic(self._directory / _PROGRESS, json.dumps(content).encode())
-            for path in self._directory.glob("state_*"):
-                if not path.name.startswith(f"state_{progress.done}_"):
-                    path.unlink(missing_ok=True)
+        on_every_rank(lambda: self._write_state(statistics, progress))
+        on_every_rank(lambda: self._write_progress(progress))
 
     def load(self, statistics: RunningStatistics) -> Progress:
         """Restore `statistics`; fresh progress if nothing was saved.
 
         Raises:
-            LowbitError: What was saved is of a run with other arguments, model or corpus.
+            LowbitError: On every rank: what was saved is damaged, or of a run with other arguments,
+                model or corpus, or not the same for all ranks.
         """
-        path = self._directory / _PROGRESS
-        if not path.is_file():
-            return Progress()
-        content = json.loads(path.read_bytes())
-        if content.pop("identity") != self._identity:
-            raise LowbitError(
-                f"{self._directory} belongs to a calibration with other arguments, model or "
-                "corpus: run without --resume to start over"
-            )
-        progress = Progress(**content)
-        state = safetensors.torch.load_file(self._state_file(progress))
-        statistics.state = state["state"]
-        statistics.sequences, statistics.tokens = state["counts"].tolist()
+        progress = on_every_rank(lambda: self._read(statistics))
+        require_equal("saved calibration state", progress.done)
         return progress
 
     def clear(self) -> None:
@@ -103,13 +114,46 @@ class Checkpointer:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _write_state(self, statistics: RunningStatistics, progress: Progress) -> None:
+        if not self._writes:
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         counts = torch.tensor([statistics.sequences, statistics.tokens])
         data = safetensors.torch.save({"state": statistics.state, "counts": counts})
         write_atomic(self._state_file(progress), data)
 
+    def _write_progress(self, progress: Progress) -> None:
+        """Make the states just written the valid ones, then remove the older."""
+        if dist.get_rank() != 0:
+            return
+        content = {"identity": self.identity, **vars(progress)}
+        write_atomic(self._directory / _PROGRESS, json.dumps(content).encode())
+        for path in self._directory.glob("state_*"):
+            if not path.name.startswith(f"state_{progress.done}_"):
+                path.unlink(missing_ok=True)
+
+    def _read(self, statistics: RunningStatistics) -> Progress:
+        path = self._directory / _PROGRESS
+        if not path.is_file():
+            return Progress()
+        try:
+            content = json.loads(path.read_bytes())
+            identity, progress = content.pop("identity"), Progress(**content)
+            state = safetensors.torch.load_file(self._state_file(progress))
+            statistics.sequences, statistics.tokens = state["counts"].tolist()
+            statistics.state = state["state"]
+        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise LowbitError(
+                f"cannot resume from {self._directory} ({error}): run without --resume"
+            ) from None
+        if identity != self.identity:
+            raise LowbitError(
+                f"{self._directory} belongs to a calibration with other arguments, model or "
+                "corpus: run without --resume to start over"
+            )
+        return progress
+
     def _state_file(self, progress: Progress) -> Path:
-        return self._directory / f"state_{progress.done}_rank{self._rank}.safetensors"
+        return self._directory / f"state_{progress.done}_part{self._part}.safetensors"
 
 
 def calibrate(
@@ -143,9 +187,10 @@ def calibrate(
     starts = range(progress.done, len(sequences), ranks)
     for number, start in enumerate(track(starts), start=1):
         mine = start + rank
-        observations.summaries.zero_()
+        observations.start()
         if mine < len(sequences):
             forward(sequences[mine])
+            observations.require_all()
         in_round = _gather(observations.summaries.to(device), dp_group)
         for offset, summaries in enumerate(in_round[: len(sequences) - start]):
             bad = _first_not_finite(summaries, tp_group)

@@ -27,15 +27,19 @@ class Tables:
     """What a codec knows of one sync point before it sees a token.
 
     Attributes:
+        codec: Name of the codec that made them.
         hidden: Features in a token.
         bf16_index: int64 ``[k]``, ascending: the features that travel in BF16.
+        body_index: int64 ``[hidden - k]``, ascending: the others (``static-hybrid`` only).
         scale: fp32 ``[ranks, hidden]``, the value of one quantization step per rank and feature
             (``static-hybrid`` only).
         signs: fp32 ``[hidden]`` of +1 and -1 (``rotated-hybrid`` only).
     """
 
+    codec: str
     hidden: int
     bf16_index: Tensor
+    body_index: Tensor | None = None
     scale: Tensor | None = None
     signs: Tensor | None = None
 
@@ -52,11 +56,13 @@ class Codec(abc.ABC):
         name: The name users choose it by.
         bits: Bits of one body value.
         needs_ranges: Whether `tables` needs calibrated ranges, which belong to a TP degree.
+        takes_index: Whether features apart from the body mean anything to it.
     """
 
     name: str
     bits: int
     needs_ranges = False
+    takes_index = True
 
     @abc.abstractmethod
     def default_bf16_features(self, hidden: int) -> int:

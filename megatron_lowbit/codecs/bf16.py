@@ -12,6 +12,7 @@ class Bf16(Codec):
 
     name = "bf16"
     supported_bits = (16,)
+    takes_index = False
 
     def __init__(self, bits: int = 16):
         self.bits = bits
@@ -20,7 +21,8 @@ class Bf16(Codec):
         return 0
 
     def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
-        return Tables(hidden=hidden, bf16_index=check_index(None, hidden, device or "cpu"))
+        index = check_index(None, hidden, device or "cpu")
+        return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 
     def row_bytes(self, tables: Tables) -> int:
         return 2 * tables.hidden

@@ -8,7 +8,8 @@ clips and no table depends on the TP degree. The transform is linear and the sam
 the sum is taken in the rotated domain and turned back once.
 
 Special cases: an empty BF16 index quantizes every feature; `rotate=False` leaves signs and
-transform out. Rows whose RMS is above 2**60 overflow and give NaN; below 2**-60 they give zero.
+transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
+(2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
 """
 
 import torch
@@ -36,7 +37,7 @@ class RotatedHybrid(Codec):
         device = device or (bf16_index.device if bf16_index is not None else "cpu")
         signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
         index = check_index(bf16_index, hidden, device)
-        return Tables(hidden=hidden, bf16_index=index, signs=signs.to(device))
+        return Tables(codec=self.name, hidden=hidden, bf16_index=index, signs=signs.to(device))
 
     def row_bytes(self, tables: Tables) -> int:
         body = wire.packed_bytes(tables.hidden, self.bits)

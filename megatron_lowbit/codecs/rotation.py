@@ -9,6 +9,8 @@ Additions have a fixed order (butterflies with strides 1, 2, 4, ..., then a pair
 sum of squares) and nothing is fused, so that a kernel can give the same bits.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def block_size(hidden: int) -> int:
     return hidden & -hidden
 
 
+@lru_cache
 def signs(hidden: int) -> Tensor:
     """fp32 ``[hidden]`` of +1 and -1, the same on every machine and in every release.
 

@@ -44,9 +44,14 @@ class StaticHybrid(Codec):
                 f"ranges have shape {tuple(ranges.shape)}, not [ranks, hidden] with hidden {hidden}"
             )
         device = device or ranges.device
+        index = check_index(bf16_index, hidden, device)
+        is_body = torch.ones(hidden, dtype=torch.bool, device=device)
+        is_body[index] = False
         return Tables(
+            codec=self.name,
             hidden=hidden,
-            bf16_index=check_index(bf16_index, hidden, device),
+            bf16_index=index,
+            body_index=is_body.nonzero().flatten(),
             scale=(ranges.float() / (2 * _LARGEST)).to(device),
         )
 
@@ -55,7 +60,7 @@ class StaticHybrid(Codec):
         return wire.row_bytes(wire.packed_bytes(tables.hidden - kept, self.bits), kept)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        body = _body_index(tables)
+        body = tables.body_index
         values = partial[:, body].float()
         scale = tables.scale[rank, body]
         # A feature that was always zero has a zero scale: it travels as zero.
@@ -66,7 +71,7 @@ class StaticHybrid(Codec):
         return wire.join_row(packed, wire.to_wire_bf16(partial[:, tables.bf16_index]))
 
     def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
-        body = _body_index(tables)
+        body = tables.body_index
         packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
         values = _values_of_codes(payloads.device)
         total = None
@@ -85,10 +90,3 @@ def _values_of_codes(device: torch.device) -> Tensor:
     values[8:] -= 16
     values[_NOT_FINITE] = torch.nan
     return values
-
-
-def _body_index(tables: Tables) -> Tensor:
-    """The features that are quantized, ascending."""
-    is_body = torch.ones(tables.hidden, dtype=torch.bool, device=tables.bf16_index.device)
-    is_body[tables.bf16_index] = False
-    return is_body.nonzero().flatten()

@@ -66,28 +66,36 @@ def all_reduce(
         The sum, of `x`'s shape and dtype, bit-identical on all ranks.
 
     Raises:
-        LowbitError: Unsupported dtype, no feature dimension, unknown codec, or tables for another
-            hidden size.
+        LowbitError: Unsupported dtype, no feature dimension, unknown codec, or tables of another
+            codec, hidden size or number of ranks.
     """
     codec = get_codec(codec) if isinstance(codec, str) else codec
-    _check(x, tables)
-    if dist.get_world_size(group) == 1:
-        return x
+    _check_input(x)
+    ranks = dist.get_world_size(group)
     if tables is None:
         tables = codec.tables(x.shape[-1], device=x.device)
+    _check_tables(tables, codec, x.shape[-1], ranks)
+    if ranks == 1:
+        return x
     return _AllReduce.apply(x, tables, codec, group or dist.group.WORLD, traffic)
 
 
-def _check(x: Tensor, tables: Tables | None) -> None:
+def _check_input(x: Tensor) -> None:
     if x.dtype not in _DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise LowbitError(f"cannot all-reduce {x.dtype} in low bits: supported are {supported}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise LowbitError(f"all_reduce needs [..., hidden], got shape {tuple(x.shape)}")
-    if tables is not None and tables.hidden != x.shape[-1]:
-        raise LowbitError(
-            f"tables are for hidden size {tables.hidden}, the tensor has {x.shape[-1]}"
-        )
+
+
+def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None:
+    """Raise on every rank alike, before any of them sends."""
+    if tables.codec != codec.name:
+        raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
+    if tables.hidden != hidden:
+        raise LowbitError(f"tables are for hidden size {tables.hidden}, the tensor has {hidden}")
+    if tables.scale is not None and len(tables.scale) != ranks:
+        raise LowbitError(f"tables are for {len(tables.scale)} ranks, the group has {ranks}")
 
 
 class _AllReduce(torch.autograd.Function):

@@ -75,27 +75,45 @@ def compare(
             columns = (nll, base_nll, kl, agree, torch.ones_like(nll))
             scores.append(torch.stack([column.double().sum() for column in columns]))
         sums.append(torch.stack(scores).cpu())
-    per_sequence = _merge(sums, dp_group)
+    per_sequence, totals = _merge(sums, [_totals(v.traffic) for v in variants], dp_group)
     native = per_sequence[:, 0].sum(dim=0)
     summary = {
         "tokens": int(native[_COUNT]),
         "perplexity": math.exp(native[_BASE_NLL] / native[_COUNT]),
     }
-    return summary, [_result(v, per_sequence[:, i]) for i, v in enumerate(variants)]
+    rows = zip(variants, per_sequence.unbind(dim=1), totals, strict=True)
+    return summary, [_result(variant.name, scores, total) for variant, scores, total in rows]
 
 
 def _log_probs(logits, sequence: Tensor, vocab_size: int, tp_group) -> Tensor:
     return lm.log_softmax(logits(sequence[:-1]), vocab_size=vocab_size, group=tp_group)
 
 
-def _merge(sums: list[Tensor], dp_group: dist.ProcessGroup | None) -> Tensor:
-    """fp64 ``[sequences, variants, 5]`` of all data-parallel ranks."""
+def _totals(traffic: list[Traffic]) -> Traffic:
+    """The sum over sync points, of which each sees every token."""
+    total = Traffic(tokens=traffic[0].tokens)
+    for one in traffic:
+        total.values += one.values
+        total.payload_bytes += one.payload_bytes
+        total.sent_bytes += one.sent_bytes
+    return total
+
+
+def _merge(
+    sums: list[Tensor], totals: list[Traffic], dp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, list[Traffic]]:
+    """Of all data-parallel ranks: fp64 ``[sequences, variants, 5]``, and the variants' traffic."""
     parts = [None] * dist.get_world_size(dp_group)
-    dist.all_gather_object(parts, sums, group=dp_group)
-    return torch.stack([score for part in parts for score in part])
+    dist.all_gather_object(parts, (sums, totals), group=dp_group)
+    merged = [Traffic() for _ in totals]
+    for _, of_rank in parts:
+        for total, one in zip(merged, of_rank, strict=True):
+            for name, value in vars(one).items():
+                setattr(total, name, getattr(total, name) + value)
+    return torch.stack([score for scores, _ in parts for score in scores]), merged
 
 
-def _result(variant: Variant, scores: Tensor) -> dict:
+def _result(name: str, scores: Tensor, traffic: Traffic) -> dict:
     """A variant's row of results from its fp64 ``[sequences, 5]`` sums.
 
     ``delta_nll`` and ``kl`` are nats a token, with the standard error over sequences; ``top1`` is
@@ -107,21 +125,16 @@ def _result(variant: Variant, scores: Tensor) -> dict:
     delta = (scores[:, _NLL] - scores[:, _BASE_NLL]) / scores[:, _COUNT]
     kl = scores[:, _KL] / scores[:, _COUNT]
     return {
-        "codec": variant.name,
-        "bits_per_value": _ratio(variant.traffic, "payload_bytes", "values") * 8,
+        "codec": name,
+        "bits_per_value": traffic.bits_per_value,
         "perplexity": math.exp(total[_NLL] / tokens),
         "delta_nll": ((total[_NLL] - total[_BASE_NLL]) / tokens).item(),
         "delta_nll_stderr": _standard_error(delta),
         "kl": (total[_KL] / tokens).item(),
         "kl_stderr": _standard_error(kl),
         "top1": (total[_AGREE] / tokens).item(),
-        "wire_bytes_per_token": sum(t.sent_bytes / t.tokens for t in variant.traffic),
+        "wire_bytes_per_token": traffic.sent_bytes / traffic.tokens,
     }
-
-
-def _ratio(traffic: list[Traffic], numerator: str, denominator: str) -> float:
-    top, bottom = (sum(getattr(t, key) for t in traffic) for key in (numerator, denominator))
-    return top / bottom
 
 
 def _standard_error(values: Tensor) -> float | None:

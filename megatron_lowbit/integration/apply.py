@@ -119,7 +119,7 @@ def apply(
     codec: str | None = None,
     bits: int | None = None,
 ) -> Handle:
-    """Switch the sync points of a Megatron-core model to low-bit payloads.
+    """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
     Args:
         model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
@@ -132,16 +132,13 @@ def apply(
         A handle with `status()` and `remove()`.
 
     Raises:
-        LowbitError: On every rank of the tensor-parallel group: no or a damaged index, an index for
+        LowbitError: On every rank: no or a damaged index, an index for
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
             degree; an unknown codec; a sync point that cannot be reached; ranks that disagree.
     """
-    points, native = find_sync_points(model)
-    group = points[0].group
-    chosen, tables = on_every_rank(
-        lambda: _prepare(model, points, index_dir, codec, bits), group=group
-    )
-    require_equal("codec or index", (repr(chosen), _digest(tables)), group=group)
+    points, native = on_every_rank(lambda: find_sync_points(model))
+    chosen, tables = on_every_rank(lambda: _prepare(model, points, index_dir, codec, bits))
+    require_equal("codec or index", (repr(chosen), _digest(tables)), group=points[0].group)
     reducers = [Reducer(chosen, t, p.group) for t, p in zip(tables, points, strict=True)]
     return Handle(points, reducers, native)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, get_codec
+from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.apply import Handle, apply
 
@@ -76,7 +77,7 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
     Raises:
         LowbitError: See `index_dir_from_args` and `apply`.
     """
-    directory = index_dir_from_args(args)
+    directory = on_every_rank(lambda: index_dir_from_args(args))
     if directory is None:
         return None
     handle = apply(model, directory, codec=args.lowbit_codec, bits=args.lowbit_bits)

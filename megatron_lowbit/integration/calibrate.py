@@ -7,9 +7,11 @@ Megatron's own BF16 all-reduce sum it, so the model runs exactly as without them
 import argparse
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from megatron_lowbit.calibration.index import (
     SyncPointRecord,
     select_bf16_index,
 )
-from megatron_lowbit.calibration.index_files import write_index
+from megatron_lowbit.calibration.index_files import check_destination, write_index
 from megatron_lowbit.calibration.run import (
     Checkpointer,
     Observations,
@@ -31,8 +33,8 @@ from megatron_lowbit.calibration.run import (
 )
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.codecs import Codec
-from megatron_lowbit.comm.agreement import on_every_rank
-from megatron_lowbit.errors import CorpusError, LowbitError
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
@@ -45,9 +47,12 @@ def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> 
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
     args = parse_megatron_args(megatron_argv)
     refuse_pipeline(args)
-    bf16_features = feature_count(options.bf16_features, args.hidden_size, codec)
     output = options.output or Path(options.load) / INDEX_NAME
     runtime.initialize(args)
+    bf16_features = on_every_rank(
+        lambda: feature_count(options.bf16_features, args.hidden_size, codec)
+    )
+    on_every_rank(lambda: check_destination(output))
     corpus, sequences = on_every_rank(lambda: _read(args, options))
     model = runtime.load_model(args)
     cli.say(f"{options.sequences} sequences of {options.seq_length} tokens")
@@ -95,7 +100,9 @@ def calibrate_model(
     Raises:
         LowbitError: On every rank: no finite sequence, or a state of another run to resume.
     """
-    points, native = find_sync_points(model)
+    from megatron.core import parallel_state
+
+    points, native = on_every_rank(lambda: find_sync_points(model))
     for name, reason in native.items():
         cli.say(f"not observed: {name} ({reason})")
     identity = {
@@ -104,45 +111,53 @@ def calibrate_model(
         "corpus": corpus,
     }
     statistics = RunningStatistics(len(points), identity["model"]["hidden_size"])
-    checkpointer = Checkpointer(partial, identity)
+    groups = {
+        "dp_group": parallel_state.get_data_parallel_group(),
+        "tp_group": points[0].group,
+    }
+    checkpointer = Checkpointer(partial, identity, **groups)
+    require_equal("model, corpus or arguments", checkpointer.identity)
     progress = _start(checkpointer, statistics, resume)
-    _observe_all(model, points, sequences, statistics, checkpointer, progress)
+    _observe_all(model, points, sequences, statistics, checkpointer, progress, groups)
     return _index(points, statistics, identity, progress, codec, bf16_features), progress
 
 
 def refuse_pipeline(args: argparse.Namespace) -> None:
     """Raise where the tools' plain forward pass does not serve."""
-    if args.pipeline_model_parallel_size > 1:
-        raise LowbitError(
-            f"pipeline parallel size {args.pipeline_model_parallel_size} is not supported here: "
-            "pass --pipeline-model-parallel-size 1 (an index serves any pipeline split)"
-        )
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
 
 
 def feature_count(text: str | None, hidden: int, codec: Codec) -> int:
     """How many BF16 features ``--bf16-features`` means: a count, or a fraction of `hidden`."""
+    if text is not None and not codec.takes_index:
+        raise LowbitError(
+            f"--bf16-features {text} means nothing to codec {codec.name}: leave it out"
+        )
     if text is None:
         return codec.default_bf16_features(hidden)
     try:
         count = int(text) if text.lstrip("+-").isdigit() else int(float(text) * hidden)
-    except ValueError:
-        raise LowbitError(f"--bf16-features {text}: not a number") from None
+    except (ValueError, OverflowError):
+        raise LowbitError(f"--bf16-features {text}: not a finite number") from None
     if not 0 <= count <= hidden:
         raise LowbitError(f"--bf16-features {text}: not within 0 and the hidden size {hidden}")
     return count
 
 
-def read_tokens(args: argparse.Namespace, paths: list[Path]) -> Corpus:
-    """The corpus in the tokens of the checkpoint's tokenizer."""
-    tokenizer = runtime.build_tokenizer(args)
-    return read_corpus(paths, tokenizer.tokenize)
+def check_length(args: argparse.Namespace, seq_length: int) -> None:
+    """Raise if the model has fewer positions than a sequence has tokens."""
+    if seq_length > args.max_position_embeddings:
+        raise LowbitError(
+            f"--seq-length {seq_length}: the model has {args.max_position_embeddings} positions"
+        )
 
 
 def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Corpus, Tensor]:
-    corpus = read_tokens(args, options.data)
-    longest = args.max_position_embeddings
-    if longest and options.seq_length > longest:
-        raise CorpusError(f"--seq-length {options.seq_length}: the model has {longest} positions")
+    check_length(args, options.seq_length)
+    corpus = read_corpus(options.data, runtime.build_tokenizer(args).tokenize)
     return corpus, corpus.sample(options.sequences, options.seq_length, seed=options.seed)
 
 
@@ -159,8 +174,11 @@ def _describe(corpus: Corpus, options: argparse.Namespace) -> dict:
 
 def _start(checkpointer: Checkpointer, statistics: RunningStatistics, resume: bool) -> Progress:
     if resume:
-        progress = on_every_rank(lambda: checkpointer.load(statistics))
-        cli.say(f"going on after {progress.done} sequences")
+        progress = checkpointer.load(statistics)
+        if progress.done:
+            cli.say(f"going on after {progress.done} sequences")
+        else:
+            cli.say("nothing to resume: starting with the first sequence")
         return progress
     dist.barrier()
     if dist.get_rank() == 0:
@@ -176,10 +194,9 @@ def _observe_all(
     statistics: RunningStatistics,
     checkpointer: Checkpointer,
     progress: Progress,
+    groups: dict[str, dist.ProcessGroup],
 ) -> None:
     """Run the sequences through the model with observers in place."""
-    from megatron.core import parallel_state
-
     observations = Observations([str(point) for point in points], statistics.state.shape[-1])
     reducers = [_observer(observations.observer(i), point) for i, point in enumerate(points)]
     attachment = Attachment(points, reducers)
@@ -191,8 +208,7 @@ def _observe_all(
             statistics,
             checkpointer=checkpointer,
             progress=progress,
-            dp_group=parallel_state.get_data_parallel_group(),
-            tp_group=points[0].group,
+            **groups,
             device=device_of(model),
             track=cli.progress("calibrating", "round"),
         )
@@ -225,10 +241,13 @@ def _index(
     gathered = gather_over_ranks(statistics.result().to(device), points[0].group).cpu()
     layers: dict[int, dict[str, SyncPointRecord]] = {}
     for point, values in zip(points, gathered, strict=True):
-        fields = dict(zip(STATISTICS, values, strict=True))
-        ranges = 2 * values[:2].abs().amax(dim=0)
-        fields["bf16_index"] = select_bf16_index(ranges, bf16_features)
-        layers.setdefault(point.layer, {})[point.name] = SyncPointRecord(**fields)
+        record = SyncPointRecord(
+            bf16_index=torch.empty(0, dtype=torch.int32),
+            **dict(zip(STATISTICS, values, strict=True)),
+        )
+        chosen = select_bf16_index(record.ranges, bf16_features)
+        records = layers.setdefault(point.layer, {})
+        records[point.name] = replace(record, bf16_index=chosen)
     manifest = {
         **identity,
         "corpus": {**identity["corpus"], "skipped_sequences": len(progress.skipped)},

@@ -32,6 +32,8 @@ from megatron_lowbit.integration.megatron_args import TRACKER
 from megatron_lowbit.integration.quiet import quiet
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a converted checkpoint's directory holds, with what calibration adds.
+_OURS = {TRACKER, "release", "tokenizer", "lowbit", ".lowbit.partial"}
 VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
 
 
@@ -150,6 +152,8 @@ def convert(
         LowbitError: The model is missing or not supported, the size does not divide, `save` is
             something else, or torch.distributed is already in use.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LowbitError("conversion runs in one process: do not start it with torchrun")
     source, target = Path(model), Path(save).absolute()
     arch = read_config(source)
     arch.check_tensor_parallel(tensor_parallel)
@@ -168,12 +172,13 @@ def replacing_checkpoint(target: Path) -> Iterator[Path]:
     """Gives a temporary directory that becomes `target` when the block ends well.
 
     Raises:
-        LowbitError: What is at `target` is not a checkpoint, so it is not ours to replace.
+        LowbitError: What is at `target` is not a converted checkpoint: not ours to replace.
     """
     if target.exists() and not target.is_dir():
         raise LowbitError(f"--save {target}: exists and is not a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / TRACKER).is_file():
-        raise LowbitError(f"--save {target}: not empty and not a Megatron checkpoint")
+    foreign = {path.name for path in target.iterdir()} - _OURS if target.is_dir() else set()
+    if foreign:
+        raise LowbitError(f"--save {target}: has {min(foreign)}, which no conversion wrote")
     with atomic_directory(target) as staging:
         yield staging
 
@@ -219,8 +224,6 @@ def single_process_group() -> Iterator[None]:
     """Megatron's model parallelism of size 1 in a process group of one process."""
     from megatron.core import parallel_state, tensor_parallel
 
-    if torch.distributed.is_initialized():
-        raise LowbitError("conversion runs in one process: do not start it with torchrun")
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )

@@ -7,6 +7,7 @@ BF16 index) and ``int4-random`` (as many BF16 features, chosen at random).
 
 import argparse
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -18,16 +19,18 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit import cli
+from megatron_lowbit.calibration.corpus import read_corpus
 from megatron_lowbit.calibration.index import Index
-from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.calibration.index_files import manifest_digest, read_index
 from megatron_lowbit.codecs import Codec, Tables, get_codec
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.compare import Variant, compare
-from megatron_lowbit.files import write_atomic
+from megatron_lowbit.files import check_writable, write_atomic
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.apply import Reducer, check_index
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.calibrate import read_tokens, refuse_pipeline
+from megatron_lowbit.integration.calibrate import check_length, refuse_pipeline
 from megatron_lowbit.integration.forward import logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
@@ -41,21 +44,15 @@ def run(options: argparse.Namespace, megatron_argv: list[str]) -> None:
     args = parse_megatron_args(megatron_argv)
     refuse_pipeline(args)
     runtime.initialize(args)
-    index, corpus = on_every_rank(
-        lambda: (
-            read_index(options.index or Path(options.load) / INDEX_NAME),
-            read_tokens(args, options.data),
-        )
-    )
-    count = -(-options.tokens // options.seq_length)
-    sequences = on_every_rank(lambda: corpus.first(count, options.seq_length))
+    index, tokenizer, corpus, sequences = on_every_rank(lambda: _read(args, options))
+    require_equal("index or text", (manifest_digest(index.manifest), corpus.sha256))
     model = runtime.load_model(args)
-    points, _ = find_sync_points(model)
+    points, _ = on_every_rank(lambda: find_sync_points(model))
     ranks = dist.get_world_size(points[0].group)
-    for codec, _ in chosen.values():
-        on_every_rank(lambda codec=codec: check_index(index, model, codec, ranks))
+    on_every_rank(lambda: _check(index, model, [codec for codec, _ in chosen.values()], ranks))
     variants = [make_variant(n, points, index, *chosen[n]) for n in chosen]
-    native, results = _compare(args, model, sequences, variants, points)
+    size = runtime.vocabulary_size(args, tokenizer)
+    native, results = _compare(model, sequences, variants, points, size)
     summary = {
         "model": options.name or Path(options.load).name,
         "tp_size": ranks,
@@ -64,9 +61,30 @@ def run(options: argparse.Namespace, megatron_argv: list[str]) -> None:
         "native": {**native, "wire_bytes_per_token": _ring_bytes(points, args.hidden_size)},
         "results": results,
     }
-    on_every_rank(lambda: _write(summary, options.output))
     cli.say(table(summary))
+    on_every_rank(lambda: _write(summary, options.output))
     runtime.shutdown()
+
+
+def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple:
+    """Index, tokenizer, corpus and its sequences, before the model is loaded."""
+    check_length(args, options.seq_length)
+    if args.tensor_model_parallel_size == 1:
+        raise LowbitError("tensor parallel size 1 communicates nothing: nothing to compare")
+    if options.output:
+        if options.output.is_dir():
+            raise LowbitError(f"--output {options.output} is a directory: name a file")
+        check_writable(options.output.absolute().parent)
+    index = read_index(options.index or Path(options.load) / INDEX_NAME)
+    tokenizer = runtime.build_tokenizer(args)
+    corpus = read_corpus(options.data, tokenizer.tokenize)
+    count = -(-options.tokens // options.seq_length)
+    return index, tokenizer, corpus, corpus.first(count, options.seq_length)
+
+
+def _check(index: Index, model: nn.Module, codecs: list[Codec], ranks: int) -> None:
+    for codec in codecs:
+        check_index(index, model, codec, ranks)
 
 
 def parse_variant(name: str) -> tuple[Codec, TablesOf]:
@@ -136,14 +154,14 @@ def _with_error(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _compare(args, model: nn.Module, sequences, variants: list[Variant], points) -> tuple:
+def _compare(model: nn.Module, sequences, variants: list[Variant], points, size: int) -> tuple:
     from megatron.core import parallel_state
 
     return compare(
         sequences,
         lambda tokens: logits(model, tokens),
         variants,
-        vocab_size=args.vocab_size or args.padded_vocab_size,
+        vocab_size=size,
         tp_group=points[0].group,
         dp_group=parallel_state.get_data_parallel_group(),
         track=cli.progress("evaluating", "sequence"),
@@ -154,7 +172,8 @@ def _tables_with(choose: Callable[[Index, SyncPoint, int], list[int]]) -> Tables
     """Tables with the calibrated ranges and another BF16 index."""
 
     def tables_of(index: Index, point: SyncPoint, codec: Codec) -> Tables:
-        chosen = choose(index, point, codec.default_bf16_features(index.hidden))
+        count = len(index.bf16_index(point.layer, point.name, codec))
+        chosen = choose(index, point, count)
         ranges = index.record(point.layer, point.name).ranges
         return codec.tables(
             index.hidden, bf16_index=torch.tensor(chosen, dtype=torch.int64), ranges=ranges
@@ -177,5 +196,13 @@ def _ring_bytes(points: list[SyncPoint], hidden: int) -> float:
 def _write(summary: dict, output: Path | None) -> None:
     if output is None or dist.get_rank() != 0:
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, json.dumps(summary, indent=2).encode() + b"\n")
+    write_atomic(output, json.dumps(_finite(summary), indent=2).encode() + b"\n")
+
+
+def _finite(value):
+    """`value` with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

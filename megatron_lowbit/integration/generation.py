@@ -12,6 +12,7 @@ import torch
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.quiet import quiet
+from megatron_lowbit.integration.runtime import vocabulary_size
 
 
 class Generation(NamedTuple):
@@ -35,8 +36,8 @@ def generate(
 ) -> list[Generation]:
     """Generates from `prompts` as one batch; every rank calls it and gets the same result.
 
-    On a GPU the engine is Megatron's default (dynamic batching inside), with a KV buffer of
-    `--inference-dynamic-batching-buffer-size-gb`; on a CPU it is the legacy static one.
+    The engine is the static one as such (`legacy=True`): by default it wraps the dynamic engine,
+    whose attention needs flash-attn and CUDA.
 
     Args:
         args: Megatron's arguments, from `parse_megatron_args`.
@@ -70,7 +71,7 @@ def generate(
         num_tokens_to_generate=tokens, top_k=top_k, top_p=top_p, temperature=temperature
     )
     with quiet(), _no_padding_tokens(args, model, tokenizer), _engine_active():
-        engine = _engine(args, model, tokenizer, len(prompts), length, seed)
+        engine = _engine(model, tokenizer, len(prompts), length, seed)
         requests = engine.generate(prompts=list(prompts), sampling_params=sampling)
     return [_generation(request, tokenizer) for request in requests]
 
@@ -83,7 +84,7 @@ def _longest(tokenizer: Any, prompts: list[str]) -> int:
     return max(lengths)
 
 
-def _engine(args, model, tokenizer, batch: int, length: int, seed: int):
+def _engine(model, tokenizer, batch: int, length: int, seed: int):
     """Megatron's engine for `batch` requests of at most `length` tokens."""
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine
@@ -100,9 +101,7 @@ def _engine(args, model, tokenizer, batch: int, length: int, seed: int):
         controller,
         max_batch_size=batch,
         random_seed=seed,
-        # The dynamic engine's attention and KV kernels exist for CUDA only.
-        legacy=not torch.cuda.is_available(),
-        buffer_size_gb=args.inference_dynamic_batching_buffer_size_gb,
+        legacy=True,
     )
 
 
@@ -143,7 +142,7 @@ def _no_padding_tokens(args, model: torch.nn.Module, tokenizer: Any) -> Iterator
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    vocabulary = getattr(args, "vocab_size", None) or tokenizer.vocab_size
+    vocabulary = vocabulary_size(args, tokenizer)
 
     def mask(module: torch.nn.Module, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         """Sets logits past the vocabulary to -inf."""

@@ -8,10 +8,11 @@ machine without CUDA gets what it can run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     args.use_checkpoint_args = True
     if "tokenizer_model" in given:
         args.use_tokenizer_model_from_checkpoint_args = False
-    with quiet():
+    with quiet(), reading_checkpoint(args.load):
         loaded = load_args_from_checkpoint(args)
     if not isinstance(loaded, tuple):
         raise LowbitError(f"--load {args.load}: the checkpoint carries no Megatron arguments")
@@ -197,6 +198,21 @@ def _fit_vocabulary(args: argparse.Namespace) -> None:
     if padded and padded % ranks:
         multiple = args.make_vocab_size_divisible_by * ranks
         args.padded_vocab_size = -(-padded // multiple) * multiple
+
+
+@contextlib.contextmanager
+def reading_checkpoint(load: str) -> Iterator[None]:
+    """Turns what Megatron and torch raise for damaged files into one line with their name."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        raise LowbitError(f"--load {load}: a damaged checkpoint ({failure!r})") from error
+    except (CheckpointingException, AssertionError) as error:
+        raise LowbitError(f"--load {load}: not a whole checkpoint ({error})") from error
 
 
 def check_checkpoint_dir(load: str) -> None:
@@ -231,7 +247,9 @@ def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     Transformer Engine's row-parallel layers reduce inside themselves, out of our reach.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu or "transformer_impl" not in given:
+    if on_cpu and "transformer_impl" in given and args.transformer_impl != "local":
+        raise LowbitError(f"--transformer-impl {args.transformer_impl} needs CUDA: leave it out")
+    if "transformer_impl" not in given:
         args.transformer_impl = "local"
     if args.transformer_impl == "local":
         args.no_persist_layer_norm = True

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.megatron_args import reading_checkpoint
 from megatron_lowbit.integration.quiet import quiet
 
 _rendezvous: dict[str, Any] = {}
@@ -95,6 +96,9 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     Args:
         args: From `parse_megatron_args`, after `initialize`.
 
+    Raises:
+        LowbitError: The checkpoint's files are damaged or not all there.
+
     Returns:
         This rank's part of the model in eval mode, in `args.params_dtype`, on the GPU or CPU. As
         Megatron's own tools do it: wrapped in `Float16Module` for bf16 and fp16 (it turns logits
@@ -108,7 +112,8 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunks = _builder(args).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
         if args.load is not None:
-            load_checkpoint(chunks, None, None)
+            with reading_checkpoint(args.load):
+                load_checkpoint(chunks, None, None)
     if len(chunks) != 1:
         raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
     return chunks[0].eval()
@@ -119,7 +124,7 @@ def _builder(args: argparse.Namespace):
     from megatron.training import argument_utils, models
 
     if getattr(args, "hybrid_layer_pattern", None):
-        return models.HybridModelBuilder(argument_utils.hybrid_config_from_args(args))
+        raise LowbitError("hybrid models are not supported yet: their layers need CUDA kernels")
     config = argument_utils.gpt_config_from_args(args)
     # gpt_config_from_args (0.19.2) forgets it and leaves 8, which is wrong for Llama 3.2 (32).
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -142,6 +147,11 @@ def build_tokenizer(args: argparse.Namespace):
         raise LowbitError(f"--tokenizer-model {path}: no such directory")
     with quiet():
         return build(args)
+
+
+def vocabulary_size(args: argparse.Namespace, tokenizer: Any) -> int:
+    """Entries of the vocabulary without padding: the checkpoint's, else the tokenizer's."""
+    return getattr(args, "vocab_size", None) or tokenizer.vocab_size
 
 
 def shutdown() -> None:

@@ -55,8 +55,13 @@ def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.M
     layers = {}
     for chunk in [model] if isinstance(model, nn.Module) else model:
         for path, module in chunk.named_modules():
-            if isinstance(module, BaseTransformerLayer) and "mtp" not in path.split("."):
-                layers[module.layer_number] = module
+            if not isinstance(module, BaseTransformerLayer) or "mtp" in path.split("."):
+                continue
+            if layers.setdefault(module.layer_number, module) is not module:
+                raise LowbitError(
+                    f"{path} is a second layer {module.layer_number}: low-bit communication needs "
+                    "a model with one stack of layers"
+                )
     if not layers:
         raise LowbitError(
             f"{type(model).__name__} has no Megatron-core transformer layer: low-bit communication "
@@ -77,13 +82,13 @@ def find_sync_points(
         LowbitError: A row-parallel linear that cannot be reached, or there is no sync point.
     """
     points: list[SyncPoint] = []
-    native: dict[str, str] = {}
+    native = _prediction_heads(model)
     for number, layer in sorted(transformer_layers(model).items()):
         for name, module in layer.named_modules():
-            if not _is_row_parallel(module):
+            if not _is_row_parallel(name, module):
                 continue
             point = SyncPoint(number, name, module)
-            reason = _reason_for_native(module)
+            reason = _reason_for_native(point)
             if reason:
                 native[str(point)] = reason
             else:
@@ -97,15 +102,15 @@ def find_sync_points(
 
 
 def fingerprint(layer: nn.Module) -> str:
-    """Digest of a layer's replicated vectors (norm weights, biases), in BF16.
+    """Digest of a layer's norm weights, in BF16.
 
     They are the same on every tensor-parallel rank, whatever the TP degree and the layer spec, and
     differ between trained models of the same shape.
     """
     vectors = [
         parameter
-        for parameter in layer.parameters()
-        if parameter.ndim == 1 and not getattr(parameter, "tensor_model_parallel", False)
+        for name, parameter in layer.named_parameters()
+        if "norm" in name and parameter.ndim == 1
     ]
     raw = [v.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy() for v in vectors]
     digests = sorted(hashlib.sha256(vector.tobytes()).hexdigest() for vector in raw)
@@ -148,13 +153,25 @@ _SEQUENCE_PARALLEL = (
 )
 
 
-def _is_row_parallel(module: nn.Module) -> bool:
-    """By class name, so that Transformer Engine's and the inference-optimized ones are seen."""
-    return any("RowParallel" in kind.__name__ for kind in type(module).__mro__)
+def _is_row_parallel(name: str, module: nn.Module) -> bool:
+    """By the class's and the module's name, so that classes we do not know are seen and refused."""
+    by_class = any("RowParallel" in kind.__name__ for kind in type(module).__mro__)
+    return by_class or name.rpartition(".")[2] in ("linear_proj", "linear_fc2")
 
 
-def _reason_for_native(module: nn.Module) -> str | None:
-    if getattr(module, "is_expert", False):
+def _prediction_heads(model: nn.Module | Iterable[nn.Module]) -> dict[str, str]:
+    """The row-parallel linears of multi-token-prediction heads, which stay native."""
+    found = {}
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        for path, module in chunk.named_modules():
+            if "mtp" in path.split(".") and _is_row_parallel(path, module):
+                found[path] = "a multi-token-prediction head"
+    return found
+
+
+def _reason_for_native(point: SyncPoint) -> str | None:
+    module = point.module
+    if getattr(module, "is_expert", False) or "experts" in point.name.split("."):
         return "a routed expert's output, summed by the token dispatcher"
     if getattr(module, "explicit_expert_comm", False) and module not in _attached:
         return "already muted by Megatron, which sums it elsewhere"

@@ -124,7 +124,10 @@ def test_edited_manifest(directory):
         ({"codec": 3}, "no valid 'codec'"),
         ({"tp_size": "3"}, "no valid 'tp_size'"),
         ({"tp_size": 2}, r"layer_00001.*float32 \[3, 256\], not float32 \[2, 256\]"),
-        ({"model": {"num_layers": 3, "hidden_size": 256, "fingerprints": {}}}, "set of layers"),
+        (
+            {"model": {"num_layers": 3, "hidden_size": 256, "fingerprints": {}}},
+            "lists layers 1, 2, not 1 to 3",
+        ),
         ({"layers": {"one": {}}}, "bad entry for layer 'one'"),
     ],
 )
@@ -187,6 +190,20 @@ def test_a_full_disk_leaves_the_old_index_and_names_the_file(directory):
     assert sorted(directory.iterdir()) == before
     assert sorted(p.name for p in directory.parent.iterdir()) == ["lowbit"]
     assert sorted(read_index(directory).layers) == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["a file", "a directory of something else"])
+def test_what_is_not_an_index_is_not_replaced(tmp_path, content):
+    target = tmp_path / "thesis"
+    if content == "a file":
+        target.write_text("years of work")
+    else:
+        target.mkdir()
+        (target / "manifest.json").write_text("{}")  # of a browser extension, say
+        (target / "chapter1.txt").write_text("years of work")
+    with pytest.raises(IndexFileError, match="thesis exists and is not an index"):
+        write_index(make_index(), target)
+    assert "years of work" in (target if target.is_file() else target / "chapter1.txt").read_text()
 
 
 def test_an_interrupted_write_leaves_the_old_index(directory, monkeypatch):

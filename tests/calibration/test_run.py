@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_lowbit.calibration import run
@@ -20,8 +21,19 @@ def _partial(tokens: torch.Tensor, point: int) -> torch.Tensor:
     return torch.randn(len(tokens), HIDDEN, generator=generator)
 
 
-def _calibrate(rank: int, directory: str, *, stop_after=None, resume=False, bad=None, identity=0):
+def _calibrate(
+    rank: int,
+    directory: str,
+    *,
+    stop_after=None,
+    resume=False,
+    bad=None,
+    identity=0,
+    dp_group=None,
+    tp_group=None,
+):
     """Calibrate a model whose partials are random but fixed; optionally dying at a sequence."""
+    part = dist.get_rank(tp_group) if tp_group else 0
     observations = Observations(["layer 1 a", "layer 1 b"], HIDDEN)
     observers = [observations.observer(point) for point in range(POINTS)]
 
@@ -29,15 +41,15 @@ def _calibrate(rank: int, directory: str, *, stop_after=None, resume=False, bad=
         if stop_after is not None and int(tokens[0]) >= 4 * stop_after:
             raise InterruptedError
         for point, observe in enumerate(observers):
-            partial = _partial(tokens, point)
-            if bad is not None and int(tokens[0]) == 4 * bad:
+            partial = _partial(tokens, point) + part
+            if bad is not None and int(tokens[0]) == 4 * bad and part == 0:
                 partial[1, 2] = torch.nan
             observe(partial)
 
     statistics = RunningStatistics(POINTS, HIDDEN)
-    checkpointer = Checkpointer(Path(directory), {"run": identity})
+    groups = {"dp_group": dp_group, "tp_group": tp_group}
+    checkpointer = Checkpointer(Path(directory), {"run": identity}, **groups)
     progress = checkpointer.load(statistics) if resume else Progress()
-    groups = {"dp_group": None, "tp_group": None, "device": "cpu"}
     try:
         calibrate(
             SEQUENCES,
@@ -46,6 +58,7 @@ def _calibrate(rank: int, directory: str, *, stop_after=None, resume=False, bad=
             statistics,
             checkpointer=checkpointer,
             progress=progress,
+            device="cpu",
             **groups,
         )
     except InterruptedError:
@@ -78,6 +91,33 @@ def _share(rank: int, directory: str) -> dict:
     }
 
 
+def _two_by_two(rank: int, directory: str) -> dict:
+    """2 tensor-parallel x 2 data-parallel ranks, with a NaN on one part only."""
+    run.SAVE_EVERY = 2
+    mine = {}
+    for name, members in (("tp", ([0, 1], [2, 3])), ("dp", ([0, 2], [1, 3]))):
+        groups = [dist.new_group(ranks) for ranks in members]
+        mine[f"{name}_group"] = next(
+            g for g, ranks in zip(groups, members, strict=True) if rank in ranks
+        )
+    return {
+        "nan": _calibrate(rank, directory, bad=3, **mine),
+        "files": sorted(path.name for path in Path(directory).iterdir()),
+    }
+
+
+def _damaged(rank: int, directory: str) -> str:
+    run.SAVE_EVERY = 2
+    _calibrate(rank, directory, stop_after=5)
+    state = next(Path(directory).glob("state_*"))
+    state.write_bytes(state.read_bytes()[:-9])
+    try:
+        _calibrate(rank, directory, resume=True)
+    except LowbitError as error:
+        return str(error)
+    return "no error"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     directory = tmp_path_factory.mktemp("alone")
@@ -103,6 +143,25 @@ def test_nan_is_left_out_and_named(alone):
 def test_resumed_run_gives_the_same_bits(alone, tmp_path):
     result = run_ranks(1, _stop_and_resume, tmp_path / "ranks", str(tmp_path / "state"))[0]
     assert result["stopped"] is None
-    assert result["left"] == ["progress.json", "state_4_rank0.safetensors"]
+    assert result["left"] == ["progress.json", "state_4_part0.safetensors"]
     assert torch.equal(result["resumed"][0], alone["whole"][0])
     assert "run without --resume" in result["other"]
+
+
+def test_tensor_and_data_parallel_ranks_together(alone, tmp_path):
+    results = run_ranks(4, _two_by_two, tmp_path / "ranks", str(tmp_path / "state"))
+    for rank, result in enumerate(results):
+        statistics, progress = result["nan"]
+        assert progress == alone["nan"][1]
+        if rank % 2 == 0:  # the first part has the partials of the run alone
+            assert torch.equal(statistics, alone["nan"][0])
+        else:
+            assert (statistics[:, :3] > alone["nan"][0][:, :3]).all()
+    parts = [f"state_7_part{part}.safetensors" for part in (0, 1)]
+    assert results[0]["files"] == ["progress.json", *parts]
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    message = run_ranks(1, _damaged, tmp_path / "ranks", str(tmp_path / "state"))[0]
+    assert "cannot resume from" in message
+    assert "run without --resume" in message

@@ -31,11 +31,3 @@ def test_mean_and_second_moment_are_over_all_tokens():
     torch.testing.assert_close(result[2], tokens.mean(dim=0), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(result[3], tokens.square().mean(dim=0), rtol=1e-5, atol=0)
     assert (statistics.sequences, statistics.tokens) == (6, 84)
-
-
-def test_memory_does_not_grow():
-    statistics = RunningStatistics(points=2, hidden=5)
-    before = statistics.state.shape
-    for sequence in _sequences(50):
-        statistics.fold(torch.stack([summarize(sequence)] * 2), tokens=14)
-    assert statistics.state.shape == before

@@ -56,8 +56,14 @@ def _more(rank: int, ranks: int) -> dict:
         "failure": _error(lambda: on_every_rank(lambda: _fail_on_last(rank, ranks))),
         "dtype": _error(lambda: all_reduce(torch.ones(2, 4, dtype=torch.int64))),
         "hidden": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(5), codec="bf16")),
+        "codec": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(48))),
+        "ranks": _error(lambda: all_reduce(x, tables=_five_ranks(), codec="static-hybrid")),
         "scalar": _error(lambda: all_reduce(torch.tensor(1.0))),
     }
+
+
+def _five_ranks():
+    return get_codec("static-hybrid").tables(48, ranges=torch.ones(5, 48))
 
 
 def _fail_on_last(rank: int, ranks: int) -> None:
@@ -133,3 +139,5 @@ def test_errors_come_on_every_rank(results):
         assert "int64" in more["dtype"]
         assert "hidden size 5" in more["hidden"]
         assert "shape ()" in more["scalar"]
+        assert "tables are of codec bf16, the codec is rotated-hybrid" in more["codec"]
+        assert f"tables are for 5 ranks, the group has {len(results)}" in more["ranks"]

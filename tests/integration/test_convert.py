@@ -287,7 +287,7 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path):
     from megatron_lowbit.integration.convert import replacing_checkpoint
 
     (tmp_path / "notes.txt").write_text("keep")
-    refused = pytest.raises(LowbitError, match="not empty and not a Megatron checkpoint")
+    refused = pytest.raises(LowbitError, match="has notes.txt, which no conversion wrote")
     with refused, replacing_checkpoint(tmp_path):
         pass
     assert (tmp_path / "notes.txt").read_text() == "keep"

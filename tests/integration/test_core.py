@@ -49,10 +49,12 @@ def test_two_runs_give_the_same_bits(ranks):
 
 
 def test_bf16_codec_equals_megatron_with_fp32_accumulation(ranks):
-    """Partials are BF16 already, so only the order of the fp32 sum of three could differ."""
-    expected = ranks[0]["fp32_accumulation"].float()
-    got = ranks[0]["codecs"]["bf16", None]["logits"].float()
-    torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7 * expected.abs().max().item())
+    """Partials are BF16 already, so only the order of the fp32 sum of three could differ: rarely
+    more than fp32 rounding before the result is BF16 again. Equal when measured; BF16 sums of the
+    next test are 43.6 dB away.
+    """
+    expected = ranks[0]["fp32_accumulation"]
+    assert sqnr(expected, ranks[0]["codecs"]["bf16", None]["logits"]) > 60
 
 
 def test_bf16_codec_is_close_to_plain_megatron(ranks):
@@ -79,10 +81,31 @@ def test_only_sync_points_are_replaced(ranks):
             assert rank["codecs"][codec]["calls"] == 1, "the embedding stays native"
 
 
-def test_remove_restores_logits_state_dict_and_bindings(ranks):
+def test_remove_restores_logits_and_state_dict(ranks):
     for rank in ranks:
         assert all(rank["codecs"][codec]["restored"] for codec in CODECS)
         assert torch.equal(rank["after_errors"], rank["codecs"]["native"])
+
+
+@pytest.mark.parametrize("kind", ["bias", "moe"])
+def test_other_models(ranks, kind):
+    """Biases are added once, after the sum; shared experts are sync points as dense MLPs are."""
+    for rank in ranks:
+        result = rank[kind]
+        assert result["restored"]
+        assert torch.equal(result["bf16"], ranks[0][kind]["bf16"])
+        assert torch.equal(result["rotated-hybrid"], ranks[0][kind]["rotated-hybrid"])
+        assert sqnr(result["exact"], result["bf16"]) > 60
+        assert 8 < sqnr(result["exact"], result["rotated-hybrid"]) < 40
+
+
+def test_routed_experts_stay_native_and_are_listed(ranks):
+    result = ranks[0]["moe"]
+    names = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
+    assert sorted(result["points"]) == sorted((n, name) for n in (1, 2) for name in names)
+    assert len(result["native"]) == 2 * 4
+    assert all("local_experts" in name for name in result["native"])
+    assert "8 stay native (8: a routed expert's output" in result["text"]
 
 
 def test_status_and_traffic(ranks):
@@ -114,6 +137,11 @@ def test_calibrated_index(ranks):
         assert (record.mean < record.maximum).all()
         assert not torch.equal(record.minimum[0], record.minimum[1]), "ranks have partials apart"
     assert ranks[0]["manifest"]["model"]["num_layers"] == LAYERS
+
+
+def test_nan_in_calibration_is_reported_with_its_layer(ranks):
+    for rank in ranks:
+        assert "sequence 0: not finite at layer 2 mlp.linear_fc2" in rank["not_finite"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,19 @@ def test_calibration_writes_a_whole_index_and_nothing_else(calibrated):
     assert not [path.name for path in calibrated.iterdir() if path.name.startswith(".")]
 
 
+def test_data_parallel_ranks_share_the_corpus_and_give_the_same_bytes(checkpoint, tmp_path):
+    files = {}
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        size = ["--tensor-model-parallel-size", "1", "--output", output]
+        arguments = ["--load", checkpoint, "--data", TEXT, *size, "--sequences", "5"]
+        done = torchrun(ranks, CALIBRATE, *arguments, "--seq-length", "16")
+        assert done.returncode == 0, done.stderr[-4000:]
+        files[ranks] = [path.read_bytes() for path in sorted(output.glob("*.safetensors"))]
+    assert len(files[1]) == 2
+    assert files[1] == files[2]
+
+
 def test_evaluation_prints_and_writes_the_table(calibrated, tmp_path):
     codecs = ["bf16", "int4", "int4-random", "static-hybrid", "rotated-hybrid", "rotated-hybrid-2"]
     output = tmp_path / "new" / "summary.json"
@@ -145,6 +158,24 @@ def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arg
     assert sorted(p.name for p in checkpoint.iterdir() if "lowbit" in p.name) == []
 
 
+@pytest.mark.parametrize("damage", ["truncated", "no metadata"])
+def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, damage):
+    target = tmp_path / "ckpt"
+    shutil.copytree(checkpoint, target)
+    if damage == "truncated":
+        shard = next((target / "release").glob("*.distcp"))
+        os.truncate(shard, shard.stat().st_size // 3)
+    else:
+        (target / "release" / ".metadata").unlink()
+    command = [sys.executable, GENERATE, "--load", target, "--prompts", "a"]
+    command += ["--tensor-model-parallel-size", "1"]
+    env = environment("0.19.2")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.match(f"generate.py: error: --load {target}: .*checkpoint", done.stderr), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_tp_size_that_does_not_divide_the_heads(checkpoint):
     arguments = ["--data", TEXT, "--tensor-model-parallel-size", "2"]
     done = torchrun(2, CALIBRATE, "--load", checkpoint, *arguments)
@@ -189,6 +220,9 @@ def test_a_dead_rank_stops_the_others_and_resume_goes_on(checkpoint, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     process.wait(timeout=60)  # the minute
     assert process.returncode != 0
+    output = process.stdout.read()
+    assert "megatron_lowbit/" not in output, "a traceback of ours"
+    assert re.search(r"\[rank \d\] (error: stopped, since another rank|interrupted)", output)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert not (target / "lowbit").exists()
 

@@ -1,0 +1,72 @@
+"""What the command lines share: exit statuses, one line, and nothing left behind."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from megatron_lowbit import cli
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import atomic_directory
+
+def main():
+    {body}
+
+cli.run(main)
+"""
+
+
+def _start(body: str, directory: Path) -> subprocess.Popen:
+    (directory / "tool.py").write_text(PROGRAM.format(body=body))
+    return subprocess.Popen(
+        [sys.executable, "tool.py"], cwd=directory, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("pass", 0, ""),
+        ("raise LowbitError('7 is not 8: say 8')", 1, "tool.py: error: 7 is not 8: say 8"),
+        ("open('/no/such/file')", 1, "No such file or directory: '/no/such/file'"),
+        ("import no_such_package", 1, "the package no_such_package is missing: pip install"),
+        ("raise RuntimeError('Connection closed by peer')", 1, "another rank is gone"),
+        ("raise KeyboardInterrupt", 130, "tool.py: interrupted"),
+    ],
+)
+def test_exit_status_and_one_line(tmp_path, body, status, message):
+    process = _start(body, tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert message in errors
+    assert len(errors.splitlines()) == (1 if message else 0)
+
+
+@pytest.mark.parametrize("error", ["ValueError('ours')", "RuntimeError('ours')"])
+def test_faults_of_ours_keep_their_traceback(tmp_path, error):
+    process = _start(f"raise {error}", tmp_path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_half_written(tmp_path, number):
+    body = """with atomic_directory(Path("out/index")) as staging:
+        (staging / "half").touch()
+        time.sleep(60)"""
+    process = _start(body, tmp_path)
+    while not list(tmp_path.glob("out/.index.tmp-*/half")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "tool.py: interrupted\n"
+    assert list((tmp_path / "out").iterdir()) == []
