@@ -31,12 +31,7 @@ from megatron_lowbit.integration.megatron_args import parse_megatron_args
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, under the names of Megatron's own inference examples, and Megatron's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    parser = cli.parser(__doc__)
     parser.add_argument("--prompts", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line")
     parser.add_argument(

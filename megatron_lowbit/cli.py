@@ -53,6 +53,17 @@ def _is_lost_rank(error: RuntimeError) -> bool:
     return bool(re.search(lost, str(error), re.IGNORECASE))
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with ``--load``, for tools that leave the arguments they do not know to Megatron."""
+    made = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    return made
+
+
 def progress(description: str, unit: str) -> Callable[[Iterable], Iterable]:
     """A function that wraps an iterable in a progress bar, on rank 0 only."""
     from tqdm import tqdm

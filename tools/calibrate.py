@@ -23,12 +23,7 @@ from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, get_codec
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--data",
         required=True,

@@ -26,12 +26,7 @@ DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid"
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl"
     )

@@ -39,8 +39,8 @@ def thresholds(bits: int, device: torch.device) -> Tensor:
 
 def quantize(values: Tensor, bits: int) -> Tensor:
     """Codes (uint8, same shape) of the levels nearest to `values`; NaN gives code 0."""
-    # Counts the thresholds below each value. 512 x 576 on one CPU thread: 1.0 ms, where
-    # torch.bucketize takes 7.9 ms.
+    # Counts the thresholds below each value. 512 x 576 on one thread of an AMD EPYC (torch 2.13):
+    # 3.7 ms, where torch.bucketize takes 7.4 ms.
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for threshold in thresholds(bits, values.device):
         codes += values > threshold

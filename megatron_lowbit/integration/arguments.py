@@ -65,7 +65,8 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
-    read_manifest(directory)
+    calibrated = read_manifest(directory)["codec"]["name"]
+    get_codec(args.lowbit_codec or calibrated, bits=args.lowbit_bits)
     return directory
 
 

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> 
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
     args = parse_megatron_args(megatron_argv)
     refuse_pipeline(args)
-    output = options.output or Path(options.load) / INDEX_NAME
+    output = (options.output or Path(options.load) / INDEX_NAME).absolute()
     runtime.initialize(args)
     bf16_features = on_every_rank(
         lambda: feature_count(options.bf16_features, args.hidden_size, codec)

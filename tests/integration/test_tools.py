@@ -121,6 +121,7 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
         (GENERATE, ["--lowbit-tp-comm"], "no low-bit index at .*lowbit .*tools/calibrate.py"),
         (GENERATE, ["--lowbit-codec", "bf16"], "--lowbit-codec does nothing without"),
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "mp3"], "unknown codec 'mp3'"),
+        (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "bf16", "--lowbit-bits", "4"], "4-bit"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (EVALUATE, ["--codecs", "bf16,rotated-hybrid-9"], "has no 9-bit version"),
     ],
