@@ -87,6 +87,8 @@ def positive(text: str) -> int:
 
 def _exit(status: int, message: str, *, grace: float = _GRACE) -> NoReturn:
     """Leave without exit handlers: a rank waiting there for others would hang them and itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one would print a traceback
+        signal.signal(number, signal.SIG_IGN)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
