@@ -138,9 +138,10 @@ class Checkpointer:
         try:
             content = json.loads(path.read_bytes())
             identity, progress = content.pop("identity"), Progress(**content)
-            state = safetensors.torch.load_file(self._state_file(progress))
-            statistics.sequences, statistics.tokens = state["counts"].tolist()
-            statistics.state = state["state"]
+            if identity == self.identity:
+                state = safetensors.torch.load_file(self._state_file(progress))
+                statistics.sequences, statistics.tokens = state["counts"].tolist()
+                statistics.state = state["state"]
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             raise LowbitError(
                 f"cannot resume from {self._directory} ({error}): run without --resume"
