@@ -45,7 +45,18 @@ def convert_all(directory: Path) -> None:
         convert(directory / "tied", save=save, dtype=dtype)
     results["siblings"] = sorted(path.name for path in directory.iterdir())
     results["errors"] = parser_errors(directory)
+    results["lowbit"] = lowbit_arguments(directory)
     (directory / "converted.json").write_text(json.dumps(results))
+
+
+def lowbit_arguments(directory: Path) -> dict:
+    """Our argument group in Megatron's own parser."""
+    from megatron_lowbit.integration.arguments import add_lowbit_args
+    from megatron_lowbit.integration.megatron_args import parse_megatron_args
+
+    argv = ["--load", str(directory / "tied-tp1"), "--lowbit-tp-comm", "--lowbit-bits", "3"]
+    args = parse_megatron_args(argv, extra_args_provider=add_lowbit_args)
+    return {name: value for name, value in vars(args).items() if name.startswith("lowbit")}
 
 
 def parser_errors(directory: Path) -> dict[str, str]:

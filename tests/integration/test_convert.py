@@ -138,6 +138,11 @@ def test_load_flags_name_what_megatron_does_not_restore(converted):
     assert "--use-rope-scaling --rope-scaling-factor 32.0" in flags
 
 
+def test_lowbit_arguments_in_megatron_s_own_parser(converted):
+    expected = {"lowbit_tp_comm": "", "lowbit_codec": None, "lowbit_bits": 3}
+    assert converted["lowbit"] == expected
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
