@@ -14,7 +14,6 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,7 +48,6 @@ def parse_megatron_args(
     argv: list[str],
     *,
     extra_args_provider: Callable | None = None,
-    defaults: dict[str, Any] | None = None,
 ) -> argparse.Namespace:
     """Parses and validates Megatron's arguments for inference from a checkpoint.
 
@@ -61,8 +59,6 @@ def parse_megatron_args(
     Args:
         argv: The arguments, without the program name; `sys.argv` is not looked at.
         extra_args_provider: Adds a tool's own arguments to Megatron's parser and returns it.
-        defaults: Values by argument name (`micro_batch_size`) for what is not in `argv`. The
-            checkpoint's architecture goes before them.
 
     Returns:
         Megatron's validated arguments.
@@ -76,9 +72,8 @@ def parse_megatron_args(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     require_megatron_training()
     args, given = _parse(argv, extra_args_provider)
-    for name, value in {"micro_batch_size": 1, **(defaults or {})}.items():
-        if name not in given:
-            setattr(args, name, value)
+    if "micro_batch_size" not in given:
+        args.micro_batch_size = 1
     if args.load is not None:
         _take_from_checkpoint(args, given)
     if args.fp32:
