@@ -45,7 +45,9 @@ def tables_for(codec: Codec, partials: list[Tensor], bf16_features: int) -> Tabl
     stacked = torch.stack([p.float().reshape(-1, hidden) for p in partials])
     absmax = stacked.nan_to_num(0, 0, 0).abs().amax(dim=1) if stacked.shape[1] else stacked.sum(1)
     index = absmax.sum(dim=0).argsort(descending=True)[:bf16_features]
-    return codec.tables(hidden, bf16_index=index, ranges=2 * absmax)
+    sums = stacked.sum(dim=0).nan_to_num(0, 0, 0).abs()
+    sum_absmax = sums.amax(dim=0) if len(sums) else sums.sum(0)
+    return codec.tables(hidden, bf16_index=index, ranges=2 * absmax, sum_ranges=2 * sum_absmax)
 
 
 def reference_sum(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:

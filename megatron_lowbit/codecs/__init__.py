@@ -16,25 +16,21 @@ CODECS: dict[str, type[Codec]] = {
 DEFAULT_CODEC = RotatedHybrid.name
 
 
-def get_codec(name: str = DEFAULT_CODEC, *, bits: int | None = None) -> Codec:
+def get_codec(name: str = DEFAULT_CODEC, *, bits: int | tuple[int, int] | None = None) -> Codec:
     """A codec by its name.
 
     Args:
         name: One of `CODECS`.
-        bits: Bits of a body value; the codec's default if left out.
+        bits: Bits of a body value, or a pair: of the partials, and of the sum in the collectives
+            that send it (two-shot, hierarchical). The codec's default if left out.
 
     Raises:
         LowbitError: No such codec, or it has no version of that many bits.
     """
     if name not in CODECS:
         raise LowbitError(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
-    kind = CODECS[name]
-    if bits is None:
-        return kind()
-    if bits not in kind.supported_bits:
-        supported = ", ".join(map(str, kind.supported_bits))
-        raise LowbitError(f"codec {name} has no {bits}-bit version: choose from {supported}")
-    return kind(bits)
+    first, second = bits if isinstance(bits, tuple) else (bits, None)
+    return CODECS[name](first, sum_bits=second)
 
 
 __all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Tables", "get_codec"]

@@ -9,11 +9,16 @@ its neighbours. A row is laid out as
 
 Codecs are stateless; what calibration knows of a sync point is in its `Tables`.
 
+A two-shot all-reduce quantizes twice: each partial, and then the sum. `reduce_encode` goes from the
+payloads of the partials to a payload of the sum, which `for_sum()`, the same codec with the bits of
+the sum, decodes by the tables `sum_tables(tables)`.
+
 Non-finite input stays visible: a NaN or an infinity in a token's partial gives NaN in that
 token's sum, on every rank, and leaves other tokens untouched.
 """
 
 import abc
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +39,8 @@ class Tables:
         scale: fp32 ``[ranks, hidden]``, the value of one quantization step per rank and feature
             (``static-hybrid`` only).
         signs: fp32 ``[hidden]`` of +1 and -1 (``rotated-hybrid`` only).
+        of_sum: Tables of the sum over ranks, where they are others than these
+            (``static-hybrid`` only).
     """
 
     codec: str
@@ -42,10 +49,12 @@ class Tables:
     body_index: Tensor | None = None
     scale: Tensor | None = None
     signs: Tensor | None = None
+    of_sum: "Tables | None" = None
 
     def to(self, device: torch.device | str) -> "Tables":
         """The same tables on `device`."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        kinds = (Tensor, Tables)
+        moved = {k: v.to(device) if isinstance(v, kinds) else v for k, v in vars(self).items()}
         return Tables(**moved)
 
 
@@ -54,15 +63,27 @@ class Codec(abc.ABC):
 
     Attributes:
         name: The name users choose it by.
-        bits: Bits of one body value.
+        supported_bits: Bits that a body value can have, the default first.
+        bits: Bits of one body value of a partial.
+        sum_bits: Bits of one body value of the sum, in collectives that send it.
         needs_ranges: Whether `tables` needs calibrated ranges, which belong to a TP degree.
         takes_index: Whether features apart from the body mean anything to it.
     """
 
     name: str
-    bits: int
+    supported_bits: tuple[int, ...]
     needs_ranges = False
     takes_index = True
+
+    def __init__(self, bits: int | None = None, *, sum_bits: int | None = None):
+        self.bits = self.supported_bits[0] if bits is None else bits
+        self.sum_bits = self.bits if sum_bits is None else sum_bits
+        for asked in (self.bits, self.sum_bits):
+            if asked not in self.supported_bits:
+                supported = ", ".join(map(str, sorted(self.supported_bits, reverse=True)))
+                raise LowbitError(
+                    f"codec {self.name} has no {asked}-bit version: choose from {supported}"
+                )
 
     @abc.abstractmethod
     def default_bf16_features(self, hidden: int) -> int:
@@ -75,6 +96,7 @@ class Codec(abc.ABC):
         *,
         bf16_index: Tensor | None = None,
         ranges: Tensor | None = None,
+        sum_ranges: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tables:
         """Build the tables of one sync point.
@@ -85,6 +107,8 @@ class Codec(abc.ABC):
                 left out.
             ranges: ``[ranks, hidden]``, the paper's R = 2 max(\\|min\\|, \\|max\\|) of each rank's
                 partial.
+            sum_ranges: ``[hidden]``, the same of the sum over ranks; without it a codec that needs
+                ranges cannot quantize the sum.
             device: Where the tables live.
 
         Raises:
@@ -121,8 +145,42 @@ class Codec(abc.ABC):
             fp32 ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
         """
 
+    def for_sum(self) -> "Codec":
+        """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""
+        codec = copy.copy(self)
+        codec.bits = self.sum_bits
+        return codec
+
+    def sum_tables(self, tables: Tables) -> Tables:
+        """The tables of the sum over ranks.
+
+        Raises:
+            LowbitError: The codec needs calibrated ranges of the sum and `tables` has none.
+        """
+        if self.needs_ranges and tables.of_sum is None:
+            raise LowbitError(
+                f"{self.name} has no calibrated ranges of the sum here: give sum_ranges to tables(), "
+                "calibrate again with tools/calibrate.py, or use one-shot"
+            )
+        return tables.of_sum or tables
+
+    def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
+        """Sum the partials of all ranks and write the sum into a payload of `for_sum()`.
+
+        Args:
+            payloads: ``uint8 [ranks, tokens, row_bytes]``.
+            tables: Of this sync point.
+
+        Returns:
+            ``uint8 [tokens, for_sum().row_bytes(sum_tables(tables))]``, contiguous: the same bits
+            wherever the same payloads are reduced.
+        """
+        total = self.decode_sum(payloads, tables)
+        return self.for_sum().encode(total, self.sum_tables(tables))
+
     def __repr__(self) -> str:
-        return f"{self.name} ({self.bits} bits)"
+        second = "" if self.sum_bits == self.bits else f"+{self.sum_bits}"
+        return f"{self.name} ({self.bits}{second} bits)"
 
 
 def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:

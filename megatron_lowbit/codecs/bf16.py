@@ -14,13 +14,12 @@ class Bf16(Codec):
     supported_bits = (16,)
     takes_index = False
 
-    def __init__(self, bits: int = 16):
-        self.bits = bits
-
     def default_bf16_features(self, hidden: int) -> int:
         return 0
 
-    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+    def tables(
+        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
+    ) -> Tables:
         index = check_index(None, hidden, device or "cpu")
         return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 

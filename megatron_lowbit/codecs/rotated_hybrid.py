@@ -3,9 +3,10 @@
 Encode, for each token: set the features of the BF16 index to zero; multiply by fixed signs and
 apply a block Hadamard transform (`codecs.rotation`), after which a row is close to Gaussian; divide
 by the row's own root mean square, kept as one BF16 number; replace each value by the nearest of
-16 (8, 4) Gaussian-optimal levels (`codecs.codebook`). Nothing is static but the index, so nothing
+2**bits Gaussian-optimal levels (`codecs.codebook`). Nothing is static but the index, so nothing
 clips and no table depends on the TP degree. The transform is linear and the same on all ranks:
-the sum is taken in the rotated domain and turned back once.
+the sum is taken, and where a collective sends it quantized again, in the rotated domain, and turned
+back once.
 
 Special cases: an empty BF16 index quantizes every feature; `rotate=False` leaves signs and
 transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
@@ -24,16 +25,20 @@ class RotatedHybrid(Codec):
     """`bits` bits a value, 16 more for each BF16 feature, and 16 for the scale of a token."""
 
     name = "rotated-hybrid"
-    supported_bits = codebook.SUPPORTED_BITS
+    supported_bits = (4, 3, 2, 5, 6)
 
-    def __init__(self, bits: int = 4, *, rotate: bool = True):
-        self.bits = bits
+    def __init__(
+        self, bits: int | None = None, *, sum_bits: int | None = None, rotate: bool = True
+    ):
+        super().__init__(bits, sum_bits=sum_bits)
         self.rotate = rotate
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
 
-    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+    def tables(
+        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
+    ) -> Tables:
         device = device or (bf16_index.device if bf16_index is not None else "cpu")
         signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
         index = check_index(bf16_index, hidden, device)
@@ -47,13 +52,28 @@ class RotatedHybrid(Codec):
         kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
         body = partial.float() * tables.signs
         body[:, tables.bf16_index] = 0
-        body = self._transform(body)
+        return self._write(self._transform(body), kept)
+
+    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        total, kept = self._sum(payloads, tables)
+        block = rotation.block_size(tables.hidden) if self.rotate else 1
+        out = self._transform(total) * (tables.signs / block)
+        out[:, tables.bf16_index] = kept
+        return out
+
+    def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
+        total, kept = self._sum(payloads, tables)
+        return self.for_sum()._write(total, wire.to_wire_bf16(kept))
+
+    def _write(self, body: Tensor, kept: Tensor) -> Tensor:
+        """Rows of a rotated body, fp32 ``[tokens, hidden]``, and BF16 features ``[tokens, k]``."""
         scale = self._scale(body, kept)
         inverse = torch.where(scale == 0, 0, 1 / scale.float())
         codes = codebook.quantize(body * inverse, self.bits)
         return wire.join_row(wire.pack(codes, self.bits), torch.cat([kept, scale], dim=1))
 
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def _sum(self, payloads: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """fp32 sums in rank order: the rotated body ``[tokens, hidden]``, the BF16 features."""
         packed, floats = wire.split_row(payloads, wire.packed_bytes(tables.hidden, self.bits))
         kept, scale = floats[..., :-1], floats[..., -1:]
         total = None
@@ -61,10 +81,7 @@ class RotatedHybrid(Codec):
             values = codebook.dequantize(wire.unpack(codes, self.bits, tables.hidden), self.bits)
             values *= scale[rank]
             total = values if total is None else total.add_(values)
-        block = rotation.block_size(tables.hidden) if self.rotate else 1
-        out = self._transform(total) * (tables.signs / block)
-        out[:, tables.bf16_index] = sum_in_rank_order(kept)
-        return out
+        return total, sum_in_rank_order(kept)
 
     def _transform(self, body: Tensor) -> Tensor:
         return rotation.hadamard(body) if self.rotate else body

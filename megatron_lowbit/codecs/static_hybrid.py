@@ -2,10 +2,12 @@
 
 The features of the BF16 index travel in BF16, all others as signed int4 with one calibrated scale
 per sync point, rank and feature: absmax / 7, where absmax is half the calibrated range. Nothing
-but values is on the wire: scales and index are known to all ranks.
+but values is on the wire: scales and index are known to all ranks. The sum over ranks, where a
+collective sends it, has calibrated ranges of its own.
 
-The codes are -7 to 7. The sixteenth, -8, marks a NaN or an infinity, so that a row without any
-float still keeps the contract on non-finite values. A value outside the calibrated range clips.
+The codes are -7 to 7 (at 6 bits -31 to 31). The one left over, -8 (-32), marks a NaN or an
+infinity, so that a row without any float still keeps the contract on non-finite values. A value
+outside the calibrated range clips.
 """
 
 import torch
@@ -16,24 +18,25 @@ from megatron_lowbit.codecs.base import Codec, Tables, check_index
 from megatron_lowbit.codecs.bf16 import sum_in_rank_order
 from megatron_lowbit.errors import LowbitError
 
-_LARGEST = 7
-_NOT_FINITE = -8
+
+def _largest(bits: int) -> int:
+    """The largest code, 7 at 4 bits; the one below its negative marks what is not finite."""
+    return (1 << (bits - 1)) - 1
 
 
 class StaticHybrid(Codec):
     """4 bits a value and 12 more for each BF16 feature: 4 + 12/64 = 4.19 by default."""
 
     name = "static-hybrid"
-    supported_bits = (4,)
+    supported_bits = (4, 3, 5, 6, 8)
     needs_ranges = True
-
-    def __init__(self, bits: int = 4):
-        self.bits = bits
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 64
 
-    def tables(self, hidden, *, bf16_index=None, ranges=None, device=None) -> Tables:
+    def tables(
+        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
+    ) -> Tables:
         if ranges is None:
             raise LowbitError(
                 "static-hybrid needs calibrated ranges: pass an index made by tools/calibrate.py, "
@@ -47,12 +50,18 @@ class StaticHybrid(Codec):
         index = check_index(bf16_index, hidden, device)
         is_body = torch.ones(hidden, dtype=torch.bool, device=device)
         is_body[index] = False
+        of_sum = None
+        if sum_ranges is not None:
+            of_sum = self.for_sum().tables(
+                hidden, bf16_index=index, ranges=sum_ranges.view(1, -1), device=device
+            )
         return Tables(
             codec=self.name,
             hidden=hidden,
             bf16_index=index,
             body_index=is_body.nonzero().flatten(),
-            scale=(ranges.float() / (2 * _LARGEST)).to(device),
+            scale=(ranges.float() / (2 * _largest(self.bits))).to(device),
+            of_sum=of_sum,
         )
 
     def row_bytes(self, tables: Tables) -> int:
@@ -65,15 +74,16 @@ class StaticHybrid(Codec):
         scale = tables.scale[rank, body]
         # A feature that was always zero has a zero scale: it travels as zero.
         step = torch.where(scale > 0, 1 / scale, 0)
-        codes = (values * step).round().clamp(-_LARGEST, _LARGEST)
-        codes = torch.where(values.isfinite(), codes, _NOT_FINITE).to(torch.int32)
-        packed = wire.pack(codes & 15, self.bits)
+        largest = _largest(self.bits)
+        codes = (values * step).round().clamp(-largest, largest)
+        codes = torch.where(values.isfinite(), codes, -largest - 1).to(torch.int32)
+        packed = wire.pack(codes & ((1 << self.bits) - 1), self.bits)
         return wire.join_row(packed, wire.to_wire_bf16(partial[:, tables.bf16_index]))
 
     def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
         body = tables.body_index
         packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
-        values = _values_of_codes(payloads.device)
+        values = _values_of_codes(self.bits, payloads.device)
         total = None
         for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
             levels = values[wire.unpack(codes, self.bits, body.numel())]
@@ -84,9 +94,10 @@ class StaticHybrid(Codec):
         return torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
 
 
-def _values_of_codes(device: torch.device) -> Tensor:
-    """fp32 ``[16]``: 0 to 7, then the mark of what is not finite, then -7 to -1."""
-    values = torch.arange(16.0, device=device)
-    values[8:] -= 16
-    values[_NOT_FINITE] = torch.nan
+def _values_of_codes(bits: int, device: torch.device) -> Tensor:
+    """fp32 ``[2**bits]``; at 4 bits 0 to 7, then the mark of what is not finite, then -7 to -1."""
+    half = 1 << (bits - 1)
+    values = torch.arange(2.0 * half, device=device)
+    values[half:] -= 2 * half
+    values[half] = torch.nan
     return values

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_lowbit.codecs import codebook
+from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 
 CPU = torch.device("cpu")
 
@@ -18,7 +19,7 @@ def _cdf(x):
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
-@pytest.mark.parametrize("bits", codebook.SUPPORTED_BITS)
+@pytest.mark.parametrize("bits", RotatedHybrid.supported_bits)
 def test_each_level_is_the_mean_of_its_cell(bits):
     levels = codebook.levels(bits, CPU).double().tolist()
     edges = [-40.0, *codebook.thresholds(bits, CPU).double().tolist(), 40.0]
@@ -28,7 +29,9 @@ def test_each_level_is_the_mean_of_its_cell(bits):
         assert abs(level - mean) < 1e-6
 
 
-@pytest.mark.parametrize(("bits", "decibel"), [(2, 9.30), (3, 14.62), (4, 20.22)])
+@pytest.mark.parametrize(
+    ("bits", "decibel"), [(2, 9.30), (3, 14.62), (4, 20.22), (5, 26.01), (6, 31.91)]
+)
 def test_gaussian_sqnr(bits, decibel):
     values = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     error = codebook.dequantize(codebook.quantize(values, bits), bits) - values

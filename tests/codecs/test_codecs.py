@@ -28,6 +28,12 @@ FLOORS = {
     ("rotated-hybrid", 2): (9.0, 8.5, 9.0, 8.8),
 }
 
+# Likewise for a sum that is quantized again (2 to 8 ranks, heavy-tailed), by bits of both steps.
+SUM_FLOORS = {
+    (4, 4): {"rotated-hybrid": 16.5, "static-hybrid": 7.3},
+    (4, 6): {"rotated-hybrid": 19.0, "static-hybrid": 9.6},
+}
+
 
 @each_codec
 @settings(deadline=None, max_examples=25)
@@ -198,10 +204,53 @@ def test_extreme_magnitudes_are_visible_or_zero():
     assert torch.equal(tiny, torch.zeros(1, 64))
 
 
+@pytest.mark.parametrize(("bits", "floor"), SUM_FLOORS.items())
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_sqnr_floor_of_a_sum_quantized_again(bits, floor, ranks):
+    partials = [sample("heavy-tailed", (512, 576), seed) for seed in range(ranks)]
+    for name, least in floor.items():
+        codec = get_codec(name, bits=bits)
+        tables = tables_for(codec, partials, 4)
+        payloads = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
+        of_sum = codec.reduce_encode(payloads, tables)
+        sum_tables = codec.sum_tables(tables)
+        assert of_sum.shape == (512, codec.for_sum().row_bytes(sum_tables))
+        total = codec.for_sum().decode_sum(of_sum[None], sum_tables)
+        got = sqnr(torch.stack(partials).double().sum(dim=0), total)
+        assert got >= least, f"{codec} with {ranks} ranks: {got:.2f} dB, floor {least}"
+
+
+def test_the_sum_is_quantized_without_turning_back():
+    """Codes of the sum are those of the sum of the rotated bodies, bit for bit."""
+    codec = get_codec("rotated-hybrid", bits=(4, 6))
+    partials = [sample("normal", (16, 96), seed) for seed in range(3)]
+    tables = codec.tables(96)
+    payloads = torch.stack([codec.encode(p, tables) for p in partials])
+    total = 0
+    for payload in payloads:
+        packed, scale = wire.split_row(payload, 48)
+        total = total + codebook.dequantize(wire.unpack(packed, 4, 96), 4) * scale
+    packed, scale = wire.split_row(codec.reduce_encode(payloads, tables), 72)
+    assert torch.equal(wire.unpack(packed, 6, 96), codebook.quantize(total * (1 / scale), 6).int())
+
+
+def test_static_hybrid_without_ranges_of_the_sum_says_so():
+    codec = get_codec("static-hybrid")
+    tables = codec.tables(64, ranges=torch.ones(2, 64))
+    payloads = torch.stack([codec.encode(torch.ones(1, 64), tables)] * 2)
+    with pytest.raises(LowbitError, match="no calibrated ranges of the sum"):
+        codec.reduce_encode(payloads, tables)
+
+
+def test_bits_of_partial_and_sum_are_shown():
+    assert repr(get_codec("rotated-hybrid", bits=(4, 6))) == "rotated-hybrid (4+6 bits)"
+    assert repr(get_codec("rotated-hybrid", bits=(4, 4))) == "rotated-hybrid (4 bits)"
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_unsupported_bits_are_named(name):
-    with pytest.raises(LowbitError, match=f"{name} has no 5-bit version"):
-        get_codec(name, bits=5)
+    with pytest.raises(LowbitError, match=f"{name} has no 7-bit version"):
+        get_codec(name, bits=7)
 
 
 def test_unknown_codec_is_named():
