@@ -159,8 +159,8 @@ class Codec(abc.ABC):
         """
         if self.needs_ranges and tables.of_sum is None:
             raise LowbitError(
-                f"{self.name} has no calibrated ranges of the sum here: give sum_ranges to tables(), "
-                "calibrate again with tools/calibrate.py, or use one-shot"
+                f"{self.name} has no calibrated ranges of the sum here: give "
+                "sum_ranges to tables(), calibrate again with tools/calibrate.py, or use one-shot"
             )
         return tables.of_sum or tables
 
