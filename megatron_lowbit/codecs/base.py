@@ -19,7 +19,7 @@ token's sum, on every rank, and leaves other tokens untouched.
 
 import abc
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,20 @@ class Tables:
         kinds = (Tensor, Tables)
         moved = {k: v.to(device) if isinstance(v, kinds) else v for k, v in vars(self).items()}
         return Tables(**moved)
+
+    def of_ranks(self, start: int, stop: int) -> "Tables":
+        """The tables of a group of ranks ``[start, stop)`` of these."""
+        return self if self.scale is None else replace(self, scale=self.scale[start:stop])
+
+    def of_nodes(self, nodes: int) -> "Tables":
+        """Tables for the sums inside each of `nodes` equal nodes, a row a node.
+
+        A node's sum is at most the sum of its ranks' ranges, so it clips nothing that the ranks
+        themselves would not.
+        """
+        if self.scale is None:
+            return self
+        return replace(self, scale=self.scale.unflatten(0, (nodes, -1)).sum(dim=1))
 
 
 class Codec(abc.ABC):
@@ -134,15 +148,17 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
 
         Args:
             payloads: ``uint8 [ranks, tokens, row_bytes]``.
             tables: Of this sync point.
+            out: ``[tokens, hidden]`` of any float dtype to round the sum into; a new fp32 tensor
+                if left out.
 
         Returns:
-            fp32 ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
+            ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
         """
 
     def for_sum(self) -> "Codec":
@@ -181,6 +197,11 @@ class Codec(abc.ABC):
     def __repr__(self) -> str:
         second = "" if self.sum_bits == self.bits else f"+{self.sum_bits}"
         return f"{self.name} ({self.bits}{second} bits)"
+
+
+def into(out: Tensor | None, total: Tensor) -> Tensor:
+    """`total` itself, or rounded into `out`."""
+    return total if out is None else out.copy_(total)
 
 
 def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:

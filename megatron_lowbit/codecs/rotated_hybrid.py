@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
 from megatron_lowbit.codecs.bf16 import sum_in_rank_order
 
 
@@ -54,12 +54,12 @@ class RotatedHybrid(Codec):
         body[:, tables.bf16_index] = 0
         return self._write(self._transform(body), kept)
 
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         total, kept = self._sum(payloads, tables)
         block = rotation.block_size(tables.hidden) if self.rotate else 1
-        out = self._transform(total) * (tables.signs / block)
-        out[:, tables.bf16_index] = kept
-        return out
+        body = self._transform(total) * (tables.signs / block)
+        body[:, tables.bf16_index] = kept
+        return into(out, body)
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
         total, kept = self._sum(payloads, tables)

@@ -1,46 +1,27 @@
-"""The low-bit all-reduce: any shape, any float dtype, differentiable, with accounting.
+"""The low-bit collectives on tensors: any shape, any float dtype, differentiable, with accounting.
 
 Contract, for every codec and collective (README, "What it promises"): all ranks end with the same
 bits; sums are fp32 in rank order; any number of tokens, zero included; the output has the input's
-dtype; a NaN or infinity in a token gives NaN in that token alone; the backward pass is the
-identity, as that of Megatron's `reduce_from_tensor_model_parallel_region`.
+dtype; a NaN or infinity in a token gives NaN in that token alone; the backward pass is that of
+Megatron's function in the same place (`megatron/core/tensor_parallel/mappings.py`): the identity
+for the all-reduce, an all-gather for the reduce-scatter, a reduce-scatter for the all-gather.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables, get_codec
+from megatron_lowbit.comm import sequence, transport
+from megatron_lowbit.comm.choice import Chooser, Settings
+from megatron_lowbit.comm.hierarchical import hierarchical
 from megatron_lowbit.comm.one_shot import one_shot
+from megatron_lowbit.comm.traffic import Choice, Clock, Counters, Traffic
+from megatron_lowbit.comm.two_shot import two_shot
 from megatron_lowbit.errors import LowbitError
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass
-class Traffic:
-    """What went through a sync point: real payload sizes, added up call by call.
-
-    Attributes:
-        calls: All-reduces.
-        tokens: Tokens reduced.
-        values: Values reduced (tokens x hidden).
-        payload_bytes: Bytes of this rank's own payloads.
-        sent_bytes: Bytes that this rank sent.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    values: int = 0
-    payload_bytes: int = 0
-    sent_bytes: int = 0
-
-    @property
-    def bits_per_value(self) -> float:
-        """Payload bits per value; NaN before the first call."""
-        return 8 * self.payload_bytes / self.values if self.values else float("nan")
+_PLAIN = ("native", "one-shot", "two-shot")
 
 
 def all_reduce(
@@ -49,6 +30,7 @@ def all_reduce(
     group: dist.ProcessGroup | None = None,
     codec: str | Codec = DEFAULT_CODEC,
     tables: Tables | None = None,
+    collective: str | Chooser = "one-shot",
     traffic: Traffic | None = None,
 ) -> Tensor:
     """Sum `x` over the ranks of `group` with low-bit payloads on the wire.
@@ -60,36 +42,126 @@ def all_reduce(
         codec: A codec, or its name (`megatron_lowbit.get_codec` for other bits).
         tables: What calibration knows of this tensor (`codec.tables`). Left out: no feature
             travels in BF16, which codecs with calibrated ranges refuse.
+        collective: ``native``, ``one-shot`` or ``two-shot``; a `Chooser` made once
+            (`comm.choice.make_chooser`) for ``hierarchical`` and ``auto``.
         traffic: Counters to add this call to.
 
     Returns:
         The sum, of `x`'s shape and dtype, bit-identical on all ranks.
 
     Raises:
-        LowbitError: Unsupported dtype, no feature dimension, unknown codec, or tables of another
-            codec, hidden size or number of ranks.
+        LowbitError: Unsupported dtype, no feature dimension, unknown codec or collective, or tables
+            of another codec, hidden size or number of ranks.
     """
-    codec = get_codec(codec) if isinstance(codec, str) else codec
-    _check_input(x)
-    ranks = dist.get_world_size(group)
-    if tables is None:
-        tables = codec.tables(x.shape[-1], device=x.device)
-    _check_tables(tables, codec, x.shape[-1], ranks)
-    if ranks == 1:
-        return x
-    return _AllReduce.apply(x, tables, codec, group or dist.group.WORLD, traffic)
+    call = _Call(x, group, codec, tables, collective, traffic)
+    return x if call.ranks == 1 else _AllReduce.apply(x, call)
+
+
+def reduce_scatter(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    codec: str | Codec = DEFAULT_CODEC,
+    tables: Tables | None = None,
+    collective: str | Chooser = "one-shot",
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Sum `x` over the ranks of `group`; each rank gets its share of the first axis.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[sequence, ..., hidden]``, of the same shape on every rank; the
+            number of ranks divides `sequence`.
+        group: As for `all_reduce`.
+        codec: As for `all_reduce`.
+        tables: As for `all_reduce`.
+        collective: ``native``: the backend's own. Any other: in low bits, quantized once.
+        traffic: Counters to add this call to.
+
+    Returns:
+        ``[sequence / ranks, ..., hidden]`` of `x`'s dtype: this rank's block of the sum.
+
+    Raises:
+        LowbitError: As `all_reduce`, or the ranks do not divide `sequence`.
+    """
+    call = _Call(x, group, codec, tables, collective, traffic)
+    if x.ndim < 2 or x.shape[0] % call.ranks:
+        raise LowbitError(
+            f"reduce_scatter needs [sequence, ..., hidden] with a sequence that {call.ranks} ranks "
+            f"divide, got {tuple(x.shape)}"
+        )
+    return x if call.ranks == 1 else _ReduceScatter.apply(x, call)
+
+
+def all_gather(
+    x: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    codec: str | Codec = DEFAULT_CODEC,
+    tables: Tables | None = None,
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """Put the `x` of all ranks together along the first axis, with low-bit payloads on the wire.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[sequence / ranks, ..., hidden]``, of the same shape on every rank.
+        group: As for `all_reduce`.
+        codec: As for `all_reduce`.
+        tables: As for `all_reduce`.
+        traffic: Counters to add this call to.
+
+    Returns:
+        ``[sequence, ..., hidden]`` of `x`'s dtype, bit-identical on all ranks.
+
+    Raises:
+        LowbitError: As `all_reduce`.
+    """
+    call = _Call(x, group, codec, tables, "one-shot", traffic)
+    return x if call.ranks == 1 else _AllGather.apply(x, call)
+
+
+class _Call:
+    """One call's arguments, checked: every error comes before any rank sends, on all alike."""
+
+    def __init__(self, x, group, codec, tables, collective, traffic):
+        self.codec = get_codec(codec) if isinstance(codec, str) else codec
+        self.group = group or dist.group.WORLD
+        self.ranks = dist.get_world_size(self.group)
+        _check_input(x)
+        if tables is None:
+            tables = self.codec.tables(x.shape[-1], device=x.device)
+        _check_tables(tables, self.codec, x.shape[-1], self.ranks)
+        self.tables, self.traffic = tables, traffic
+        self.chooser = collective
+        if isinstance(collective, str):
+            if collective not in _PLAIN:
+                Settings(collective)  # an unknown one is named
+                raise LowbitError(f"{collective} needs comm.choice.make_chooser, once for a group")
+            self.chooser = Chooser(collective)
+
+    def count(self, choice: Choice, x: Tensor, payload: int, sent: int, clock: Clock) -> None:
+        if self.traffic is not None:
+            tokens = x.numel() // x.shape[-1]
+            counters = Counters(1, tokens, x.numel(), payload, sent)
+            self.traffic.add(choice, counters, clock.stop())
+
+    def payload_bytes(self, collective: str, tokens: int) -> int:
+        """Bytes of `tokens` in the form they travel in; the mean of two where a sum is sent."""
+        first = self.codec.row_bytes(self.tables)
+        if collective not in ("two-shot", "hierarchical"):
+            return tokens * first
+        second = self.codec.for_sum().row_bytes(self.codec.sum_tables(self.tables))
+        return tokens * (first + second) // 2
 
 
 def _check_input(x: Tensor) -> None:
     if x.dtype not in _DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise LowbitError(f"cannot all-reduce {x.dtype} in low bits: supported are {supported}")
+        raise LowbitError(f"cannot send {x.dtype} in low bits: supported are {supported}")
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise LowbitError(f"all_reduce needs [..., hidden], got shape {tuple(x.shape)}")
+        raise LowbitError(f"low bits need [..., hidden], got shape {tuple(x.shape)}")
 
 
 def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None:
-    """Raise on every rank alike, before any of them sends."""
     if tables.codec != codec.name:
         raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
     if tables.hidden != hidden:
@@ -102,17 +174,81 @@ class _AllReduce(torch.autograd.Function):
     """The sum over ranks; every rank's gradient is the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx, x, tables, codec, group, traffic):
+    def forward(ctx, x, call):
+        clock, choice = Clock(x.device), call.chooser.all_reduce(x.numel())
+        if choice.collective == "native":
+            out = x.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(out, group=call.group)
+            size = x.numel() * x.element_size()
+            call.count(choice, x, size, 2 * size * (call.ranks - 1) // call.ranks, clock)
+            return out
         partial = x.reshape(-1, x.shape[-1])
-        total, payload_bytes, sent_bytes = one_shot(partial, tables, codec=codec, group=group)
-        if traffic is not None:
-            traffic.calls += 1
-            traffic.tokens += len(partial)
-            traffic.values += x.numel()
-            traffic.payload_bytes += payload_bytes
-            traffic.sent_bytes += sent_bytes
-        return total.to(x.dtype).view(x.shape)
+        out = torch.empty_like(partial, memory_format=torch.contiguous_format)
+        sent = _send(choice.collective, partial, call, out)
+        payload = call.payload_bytes(choice.collective, len(partial))
+        call.count(choice, x, payload, sent, clock)
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, None, None, None
+        return grad, None
+
+
+def _send(collective: str, partial: Tensor, call: _Call, out: Tensor) -> int:
+    """Sum `partial` into `out` by a low-bit collective; the bytes that were sent."""
+    if collective == "hierarchical":
+        nodes = call.chooser.nodes
+        return hierarchical(partial, call.tables, codec=call.codec, nodes=nodes, out=out)
+    step = {"one-shot": one_shot, "two-shot": two_shot}[collective]
+    return step(partial, call.tables, codec=call.codec, group=call.group, out=out)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """This rank's block of the sum; the gradients of all blocks, together, are everyone's."""
+
+    @staticmethod
+    def forward(ctx, x, call):
+        ctx.group = call.group
+        clock, choice = Clock(x.device), call.chooser.reduce_scatter(x.numel())
+        out = x.new_empty(x.shape[0] // call.ranks, *x.shape[1:])
+        if choice.collective == "native reduce-scatter":
+            transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
+            size = x.numel() * x.element_size()
+            call.count(choice, x, size, size * (call.ranks - 1) // call.ranks, clock)
+            return out
+        partial = x.reshape(-1, x.shape[-1])
+        rows = out.view(len(partial) // call.ranks, x.shape[-1])
+        sent = sequence.reduce_scatter(
+            partial, call.tables, codec=call.codec, group=call.group, out=rows
+        )
+        call.count(choice, x, call.payload_bytes(choice.collective, len(partial)), sent, clock)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        ranks = dist.get_world_size(ctx.group)
+        full = grad.new_empty(ranks * grad.shape[0], *grad.shape[1:])
+        transport.native_all_gather(full, grad.contiguous(), group=ctx.group)
+        return full, None
+
+
+class _AllGather(torch.autograd.Function):
+    """All ranks' blocks; the gradient of a block is the sum of all ranks' gradients of it."""
+
+    @staticmethod
+    def forward(ctx, x, call):
+        ctx.group = call.group
+        clock = Clock(x.device)
+        shard = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(call.ranks * x.shape[0], *x.shape[1:])
+        rows = out.view(call.ranks * len(shard), x.shape[-1])
+        sent = sequence.all_gather(shard, call.tables, codec=call.codec, group=call.group, out=rows)
+        payload = call.payload_bytes("all-gather", len(shard))
+        call.count(Choice("all-gather", "fixed"), x, payload, sent, clock)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        mine = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        transport.native_reduce_scatter(mine, grad.contiguous(), group=ctx.group)
+        return mine, None

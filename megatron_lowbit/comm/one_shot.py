@@ -6,19 +6,18 @@ One step and one quantization. Each rank sends (ranks - 1) payloads, so it wins 
 Every rank decodes the same payloads, its own included, in the same order: all end bit-identical.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.comm.transport import Channel, Steps, chunks, run
 
-# torch 2.13 renames all_gather_into_tensor and warns where the old name is used.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SLOTS = 2
 
 
 def one_shot(
-    partial: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup
-) -> tuple[Tensor, int, int]:
+    partial: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup, out: Tensor
+) -> int:
     """Sum `partial` over the ranks of `group`.
 
     Args:
@@ -26,15 +25,23 @@ def one_shot(
         tables: Of this sync point, the same on every rank.
         codec: The same on every rank.
         group: Any backend that gathers uint8.
+        out: ``[tokens, hidden]`` of any float dtype: the sum, bit-identical on all ranks.
 
     Returns:
-        The sum, fp32 ``[tokens, hidden]``, bit-identical on all ranks; the bytes of this rank's
-        payload; the bytes that this rank sent.
+        The bytes that this rank sent.
     """
-    ranks = dist.get_world_size(group)
-    payload = codec.encode(partial, tables, rank=dist.get_rank(group))
-    payloads = torch.empty((ranks, *payload.shape), dtype=torch.uint8, device=payload.device)
-    if payload.numel():
-        _all_gather(payloads.flatten(0, 1), payload, group=group)
-    sent = (ranks - 1) * payload.numel()
-    return codec.decode_sum(payloads, tables), payload.numel(), sent
+    spans = chunks(*partial.shape, dist.get_world_size(group))
+    return run(
+        one_shot_steps(partial[a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
+        for i, (a, b) in enumerate(spans)
+    )
+
+
+def one_shot_steps(
+    partial: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
+) -> Steps:
+    """The steps of one chunk; arguments as those of `one_shot`."""
+    payload = codec.encode(partial, tables, rank=channel.rank)
+    transfer, rows = channel.gather(payload, "one-shot")
+    yield transfer
+    codec.decode_sum(rows.view(channel.ranks, *payload.shape), tables, out=out)

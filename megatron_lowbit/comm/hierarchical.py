@@ -1,0 +1,157 @@
+"""Two-level all-reduce for groups that span nodes: few bits where the link is slow.
+
+1. Inside each node the ranks reduce-scatter: each owns a share of the tokens and sums it.
+2. Ranks with the same place in their nodes all-reduce that share in low bits, over the slow links:
+   one-shot between two nodes, two-shot between more.
+3. Inside each node the ranks all-gather the sums.
+
+With N nodes of L ranks, a rank sends over the slow link 2 (N - 1) / N of 1/L of the message, in low
+bits, where a flat two-shot sends up to (N - 1) / N of all of it. Inside a node the codec is
+BF16 by default: one quantization (two between more than two nodes); or the low-bit codec itself,
+which adds one in step 1 and one in step 3.
+
+A share is summed by rank inside each node and then by node: in fp32, in a fixed order, the same on
+all ranks, so all end bit-identical.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.comm.one_shot import one_shot_steps
+from megatron_lowbit.comm.transport import Channel, Steps, chunks, equal_rows, run
+from megatron_lowbit.comm.two_shot import two_shot_steps
+from megatron_lowbit.errors import LowbitError
+
+_SLOTS = 5
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The two levels of a group.
+
+    Attributes:
+        inside: This rank's node, as a group.
+        between: The ranks at this rank's place in their nodes, as a group.
+        size: Ranks in a node.
+        codec_inside: What travels inside a node; the low-bit codec itself if None.
+    """
+
+    inside: dist.ProcessGroup
+    between: dist.ProcessGroup
+    size: int
+    codec_inside: Codec | None
+
+    @property
+    def count(self) -> int:
+        """How many nodes."""
+        return dist.get_world_size(self.between)
+
+    @property
+    def number(self) -> int:
+        """Which of them this rank is in."""
+        return dist.get_rank(self.between)
+
+
+def spans_nodes(group: dist.ProcessGroup) -> bool:
+    """Whether torchrun's LOCAL_WORLD_SIZE says that the group's ranks are on several nodes."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = dist.get_process_group_ranks(group)
+    return local.isdigit() and len({rank // int(local) for rank in ranks}) > 1
+
+
+def node_size(group: dist.ProcessGroup) -> int:
+    """Ranks of `group` in a node, from torchrun's LOCAL_WORLD_SIZE.
+
+    Raises:
+        LowbitError: LOCAL_WORLD_SIZE is not set, or the group is not the same number of
+            neighbouring ranks on each node.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not local.isdigit():
+        raise LowbitError(
+            "hierarchical needs the node boundaries: start with torchrun, which sets "
+            "LOCAL_WORLD_SIZE, or give --lowbit-node-size"
+        )
+    nodes = [rank // int(local) for rank in dist.get_process_group_ranks(group)]
+    size = nodes.count(nodes[0])
+    if nodes != sorted(nodes) or any(nodes.count(node) != size for node in nodes):
+        raise LowbitError(
+            f"hierarchical needs as many ranks of the group on each node, one node after another; "
+            f"the group's ranks are on nodes {nodes}"
+        )
+    return size
+
+
+def make_nodes(group: dist.ProcessGroup, *, size: int, low_bit_inside: bool = False) -> Nodes:
+    """Split `group` into nodes; call it on every rank of the group.
+
+    Args:
+        group: The ranks that all-reduce.
+        size: Ranks in a node; it divides the group.
+        low_bit_inside: Send low bits inside a node, too, instead of BF16.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    mine = dist.get_rank(group)
+    first, place = mine - mine % size, mine % size
+    inside = dist.new_group(ranks[first : first + size], use_local_synchronization=True)
+    between = dist.new_group(ranks[place::size], use_local_synchronization=True)
+    return Nodes(inside, between, size, None if low_bit_inside else get_codec("bf16"))
+
+
+def hierarchical(
+    partial: Tensor, tables: Tables, *, codec: Codec, nodes: Nodes, out: Tensor
+) -> int:
+    """Sum `partial` over the ranks of all nodes.
+
+    Args:
+        partial: Floating point ``[tokens, hidden]``, the same shape on every rank.
+        tables: Of this sync point, for all ranks, the same on every rank.
+        codec: The same on every rank.
+        nodes: From `make_nodes`.
+        out: ``[tokens, hidden]`` of any float dtype: the sum, bit-identical on all ranks.
+
+    Returns:
+        The bytes that this rank sent, inside its node and to others.
+    """
+    if nodes.count > 2 or nodes.codec_inside is None:
+        codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
+    spans = chunks(*partial.shape, nodes.size)
+    return run(
+        _steps(partial[a:b], tables, codec, nodes, i % _SLOTS, out[a:b])
+        for i, (a, b) in enumerate(spans)
+    )
+
+
+def _steps(
+    partial: Tensor, tables: Tables, codec: Codec, nodes: Nodes, slot: int, out: Tensor
+) -> Steps:
+    """The steps of one chunk: at most four transfers."""
+    inside, between = Channel(nodes.inside, slot), Channel(nodes.between, slot)
+    in_node, in_tables = (
+        codec,
+        tables.of_ranks(nodes.number * nodes.size, (nodes.number + 1) * nodes.size),
+    )
+    if nodes.codec_inside is not None:
+        in_node = nodes.codec_inside
+        in_tables = in_node.tables(tables.hidden, device=partial.device)
+    payload = in_node.encode(partial, in_tables, rank=inside.rank)
+    transfer, received = inside.exchange(payload, "hierarchical partials")
+    yield transfer
+    share = in_node.decode_sum(received, in_tables)
+
+    total = torch.empty_like(share)
+    between_steps = one_shot_steps if nodes.count <= 2 else two_shot_steps
+    yield from between_steps(share, tables.of_nodes(nodes.count), codec, between, total)
+
+    out_codec, out_tables = in_node.for_sum(), in_tables
+    if nodes.codec_inside is None:
+        out_tables = codec.sum_tables(tables)
+    rows = equal_rows(out_codec.encode(total, out_tables), len(partial), nodes.size)
+    transfer, gathered = inside.gather(rows, "hierarchical sums")
+    yield transfer
+    out_codec.decode_sum(gathered[None, : len(partial)], out_tables, out=out)

@@ -1,0 +1,89 @@
+"""Reduce-scatter for sequence parallelism: each rank gets the sum of its own tokens.
+
+The first half of two-shot: an all-to-all of payload rows, then the owner decodes and sums its own.
+One quantization. `all_gather` is the counterpart, which brings every rank's tokens to all in low
+bits, for the input of the next column-parallel layer.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel, Steps, run
+
+_SLOTS = 2
+
+
+def reduce_scatter(
+    partial: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup, out: Tensor
+) -> int:
+    """Sum `partial` over the ranks of `group`, each rank its own block of tokens.
+
+    Args:
+        partial: Floating point ``[tokens, hidden]``, the same shape on every rank; `ranks` divides
+            the tokens.
+        tables: Of this sync point, the same on every rank.
+        codec: The same on every rank.
+        group: Any backend that exchanges uint8.
+        out: ``[tokens / ranks, hidden]`` of any float dtype: the sum of tokens
+            ``[rank * tokens / ranks, (rank + 1) * tokens / ranks)``.
+
+    Returns:
+        The bytes that this rank sent.
+    """
+    ranks, hidden = dist.get_world_size(group), partial.shape[1]
+    blocks = partial.view(ranks, -1, hidden) if len(partial) else partial.view(ranks, 0, hidden)
+    spans = _spans(len(out), hidden * ranks)
+    return run(
+        _reduce_steps(blocks[:, a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
+        for i, (a, b) in enumerate(spans)
+    )
+
+
+def all_gather(
+    shard: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup, out: Tensor
+) -> int:
+    """Bring the tokens of every rank to all ranks, each through one quantization.
+
+    Args:
+        shard: Floating point ``[tokens, hidden]``, the same shape on every rank.
+        tables: The same on every rank.
+        codec: The same on every rank.
+        group: Any backend that gathers uint8.
+        out: ``[ranks * tokens, hidden]`` of any float dtype: the shards in rank order,
+            bit-identical on all ranks, the own one included.
+
+    Returns:
+        The bytes that this rank sent.
+    """
+    ranks, hidden = dist.get_world_size(group), shard.shape[1]
+    blocks = out.view(ranks, len(shard), hidden)
+    spans = _spans(len(shard), hidden * ranks)
+    return run(
+        _gather_steps(shard[a:b], tables, codec, Channel(group, i % _SLOTS), blocks[:, a:b])
+        for i, (a, b) in enumerate(spans)
+    )
+
+
+def _spans(tokens: int, values_per_token: int) -> list[tuple[int, int]]:
+    size = max(CHUNK_VALUES // values_per_token, 1)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _reduce_steps(
+    blocks: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
+) -> Steps:
+    payload = codec.encode(blocks.flatten(0, 1), tables, rank=channel.rank)
+    transfer, received = channel.exchange(payload, "reduce-scatter")
+    yield transfer
+    codec.decode_sum(received, tables, out=out)
+
+
+def _gather_steps(
+    shard: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
+) -> Steps:
+    payload = codec.encode(shard, tables, rank=channel.rank)
+    transfer, rows = channel.gather(payload, "all-gather")
+    yield transfer
+    for rank, rows_of in enumerate(rows.view(channel.ranks, *payload.shape)):
+        codec.decode_sum(rows_of[None], tables.of_ranks(rank, rank + 1), out=out[rank])

@@ -1,0 +1,120 @@
+"""Accounting: what went through a sync point, by which collective, why, and how long it took."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which collective a message goes by, and why.
+
+    Attributes:
+        collective: ``native``, ``one-shot``, ``two-shot``, ``hierarchical`` or ``reduce-scatter``.
+        why: ``fixed``, or what `auto` went by.
+    """
+
+    collective: str
+    why: str
+
+
+@dataclass
+class Counters:
+    """Calls of one kind added up.
+
+    Attributes:
+        calls: Collectives.
+        tokens: Tokens reduced.
+        values: Values reduced (tokens x hidden).
+        payload_bytes: Bytes of this rank's message in the form it travels in: of its payload, or
+            the mean of both steps' payloads where a sum is sent, too.
+        sent_bytes: Bytes that this rank sent to others; for native, those of a ring.
+        seconds: From the call to its end: on a CPU wall time, on a GPU time on the stream.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    values: int = 0
+    payload_bytes: int = 0
+    sent_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: "Counters") -> None:
+        """Add another's counts to these."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Traffic:
+    """What went through a sync point, by choice: real sizes, added up call by call."""
+
+    by_choice: dict[Choice, Counters] = field(default_factory=dict)
+    _open: list = field(default_factory=list, repr=False, compare=False)
+
+    def add(self, choice: Choice, counters: Counters, clock: "Clock") -> None:
+        """Count one call."""
+        entry = self.by_choice.setdefault(choice, Counters())
+        entry.add(counters)
+        self._open.append((entry, clock))
+        # A GPU's clocks are read once their events have passed; nothing waits for them here.
+        while self._open and self._open[0][1].passed():
+            done, clock = self._open.pop(0)
+            done.seconds += clock.seconds()
+
+    def total(self) -> Counters:
+        """All calls together; on a GPU this waits for the calls that are under way."""
+        for entry, clock in self._open:
+            entry.seconds += clock.seconds()
+        self._open.clear()
+        total = Counters()
+        for counters in self.by_choice.values():
+            total.add(counters)
+        return total
+
+    @property
+    def calls(self) -> int:
+        """Collectives of any kind."""
+        return self.total().calls
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent."""
+        return self.total().sent_bytes
+
+    @property
+    def bits_per_value(self) -> float:
+        """Payload bits per value; NaN before the first call."""
+        total = self.total()
+        return 8 * total.payload_bytes / total.values if total.values else float("nan")
+
+
+class Clock:
+    """Times one call: wall time on a CPU; events on a GPU's stream, unless that is being captured."""
+
+    def __init__(self, device: torch.device):
+        self._events = None
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._on_gpu = device.type == "cuda"
+        self._start, self._stop = time.perf_counter(), 0.0
+
+    def stop(self) -> "Clock":
+        """The call has ended (on a GPU: has been put on the stream)."""
+        self._stop = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+        return self
+
+    def passed(self) -> bool:
+        """Whether `seconds` would not wait."""
+        return self._events is None or self._events[1].query()
+
+    def seconds(self) -> float:
+        """How long the call took; 0 for one captured in a CUDA graph, which nothing times."""
+        if self._events:
+            self._events[1].synchronize()
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return 0.0 if self._on_gpu else self._stop - self._start
