@@ -147,7 +147,9 @@ class _Call:
     def payload_bytes(self, collective: str, tokens: int) -> int:
         """Bytes of `tokens` in the form they travel in; the mean of two where a sum is sent."""
         first = self.codec.row_bytes(self.tables)
-        if collective not in ("two-shot", "hierarchical"):
+        nodes = self.chooser.nodes
+        sums = collective == "two-shot" or (collective == "hierarchical" and nodes.count > 2)
+        if not sums:
             return tokens * first
         second = self.codec.for_sum().row_bytes(self.codec.sum_tables(self.tables))
         return tokens * (first + second) // 2

@@ -3,9 +3,9 @@
 A fixed mode takes one collective for every message, so that a token's result never depends on the
 batch that it is in. `auto` takes the fastest for the message's size: by the times of a tuning file
 (`comm.tuning`) if there is one, else by the cost model (`comm.cost_model`) with figures measured
-when the model is loaded (`comm.probe`). Both come to all ranks with the same bits, and a message has
-the same size on all ranks, so all choose alike. Low bits are taken only where they promise to save
-at least `_MARGIN` of native's time.
+when the model is loaded (`comm.probe`). Both come to all ranks with the same bits, and a message
+has the same size on all ranks, so all choose alike. Low bits are taken only where they promise to
+save at least `_MARGIN` of native's time.
 """
 
 from collections.abc import Callable

@@ -91,7 +91,7 @@ class Traffic:
 
 
 class Clock:
-    """Times one call: wall time on a CPU; events on a GPU's stream, unless that is being captured."""
+    """Times one call: wall time on a CPU, events on a GPU's stream unless a graph captures it."""
 
     def __init__(self, device: torch.device):
         self._events = None

@@ -3,6 +3,7 @@
     handle = megatron_lowbit.apply(model, "CKPT/lowbit")
     print(handle)            # one line: how many sync points, which codec, what stays native
     handle.status()          # each sync point, with its codec and traffic
+    handle.stats()           # calls, bytes, time and choices, as JSON can hold them
     handle.remove()          # Megatron's own reduction again
 
 Call it after the checkpoint is loaded and before the first forward pass: the index is checked
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.codecs import Codec, Tables, get_codec
-from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm import all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
-from megatron_lowbit.comm.all_reduce import Traffic
+from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
+from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
+from megatron_lowbit.integration.stats import stats
 from megatron_lowbit.integration.sync_points import (
     Attachment,
     SyncPoint,
@@ -57,25 +61,39 @@ class SyncPointStatus:
 class Reducer:
     """Sums one sync point's partial through a codec and counts what it sends."""
 
-    def __init__(self, codec: Codec, tables: Tables, group: dist.ProcessGroup):
-        self.codec, self.tables, self.group = codec, tables, group
+    def __init__(
+        self, codec: Codec, tables: Tables, group: dist.ProcessGroup, chooser: str | Chooser
+    ):
+        self.codec, self.tables, self.group, self.chooser = codec, tables, group, chooser
         self.traffic = Traffic()
 
-    def __call__(self, partial: Tensor) -> Tensor:
+    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
         if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
             self.tables = self.tables.to(partial.device)
-        return all_reduce(
-            partial, group=self.group, codec=self.codec, tables=self.tables, traffic=self.traffic
+        return (reduce_scatter if scatter else all_reduce)(
+            partial,
+            group=self.group,
+            codec=self.codec,
+            tables=self.tables,
+            collective=self.chooser,
+            traffic=self.traffic,
         )
 
 
 class Handle:
     """The low-bit path of one model; see the module's docstring."""
 
-    def __init__(self, points: list[SyncPoint], reducers: list[Reducer], native: dict[str, str]):
+    def __init__(
+        self,
+        points: list[SyncPoint],
+        reducers: list[Reducer],
+        native: dict[str, str],
+        gatherers: list[Gatherer],
+    ):
         self.native = native
         self._points, self._reducers = points, reducers
-        self._attachment = Attachment(points, reducers)
+        self._attachments = [Attachment(points, reducers), GatherAttachment(gatherers)]
+        self._gatherers = gatherers
 
     def status(self) -> list[SyncPointStatus]:
         """Each sync point of this rank that runs in low bits; `native` names the others."""
@@ -90,10 +108,15 @@ class Handle:
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
 
+    def stats(self) -> dict:
+        """What this rank sent since `apply`, as JSON can hold it; see `integration.stats`."""
+        return stats(self.status(), self._gatherers)
+
     def remove(self) -> None:
         """Give Megatron's own reduction back, exactly as it was. A second call does nothing."""
-        self._attachment.remove()
-        self._points, self._reducers = [], []
+        for attachment in self._attachments:
+            attachment.remove()
+        self._points, self._reducers, self._gatherers = [], [], []
 
     def __str__(self) -> str:
         if not self._reducers:
@@ -104,11 +127,13 @@ class Handle:
         bits = 8 * first.codec.row_bytes(first.tables) / hidden
         text = (
             f"low-bit communication: {len(self._reducers)} sync points use {first.codec.name}, "
-            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, one-shot over {ranks} "
-            f"ranks"
+            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, over {ranks} ranks, "
+            f"collective {first.chooser}"
         )
         if ranks == 1:
             text += " (one rank: nothing is sent)"
+        if self._gatherers:
+            text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
         return f"{text}; {len(self.native)} stay native" + _listed(self.native)
 
 
@@ -117,7 +142,9 @@ def apply(
     index_dir: str | Path | Index,
     *,
     codec: str | None = None,
-    bits: int | None = None,
+    bits: int | tuple[int, int] | None = None,
+    collective: str | Settings = DEFAULT_MODE,
+    all_gather_bits: int | None = None,
 ) -> Handle:
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
@@ -126,21 +153,34 @@ def apply(
             model chunks.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name; the index's own if left out.
-        bits: Bits of a body value; the index's, or the codec's default for another codec.
+        bits: Bits of a body value, or a pair: of partials, and of sums; the index's, or the
+            codec's default for another codec.
+        collective: A mode of `comm.choice.MODES`, or `Settings` with a tuning file or nodes.
+        all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
+            each column-parallel linear; native BF16 if left out.
 
     Returns:
-        A handle with `status()` and `remove()`.
+        A handle with `status()`, `stats()` and `remove()`.
 
     Raises:
         LowbitError: On every rank: no or a damaged index, an index for
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
-            degree; an unknown codec; a sync point that cannot be reached; ranks that disagree.
+            degree; an unknown codec or collective; a tuning file for another machine; a sync point
+            that cannot be reached; ranks that disagree.
     """
+    settings = collective if isinstance(collective, Settings) else Settings(collective)
     points, native = on_every_rank(lambda: find_sync_points(model))
     chosen, tables = on_every_rank(lambda: _prepare(model, points, index_dir, codec, bits))
-    require_equal("codec or index", (repr(chosen), _digest(tables)), group=points[0].group)
-    reducers = [Reducer(chosen, t, p.group) for t, p in zip(tables, points, strict=True)]
-    return Handle(points, reducers, native)
+    gatherers = []
+    if all_gather_bits is not None:
+        gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
+    group = points[0].group
+    agreed = (repr(chosen), all_gather_bits, str(points[0].module.weight.dtype), _digest(tables))
+    require_equal("codec, dtype or index", agreed, group=group)
+    device = points[0].module.weight.device
+    chooser = make_chooser(settings, group=group, codec=chosen, tables=tables[0], device=device)
+    reducers = [Reducer(chosen, t, p.group, chooser) for t, p in zip(tables, points, strict=True)]
+    return Handle(points, reducers, native, gatherers)
 
 
 def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
@@ -192,13 +232,14 @@ def _digest(tables: list[Tables]) -> str:
     """Of all that sender and receiver must agree on."""
     digest = hashlib.sha256()
     for table in tables:
-        for tensor in (table.bf16_index, table.scale, table.signs):
+        of_sum = table.of_sum.scale if table.of_sum else None
+        for tensor in (table.bf16_index, table.scale, table.signs, of_sum):
             if tensor is not None:
                 digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def choose_codec(index: Index, name: str | None, bits: int | None) -> Codec:
+def choose_codec(index: Index, name: str | None, bits: int | tuple[int, int] | None) -> Codec:
     """The codec that was asked for; what was not said is taken from the index."""
     own = index.manifest["codec"]
     if name is None or name == own["name"]:

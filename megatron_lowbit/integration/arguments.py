@@ -6,6 +6,7 @@ handle = apply_from_args(model, args)                    # None without the flag
 """
 
 import argparse
+import atexit
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,8 +15,11 @@ from torch import nn
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration.apply import Handle, apply
+from megatron_lowbit.integration.stats import write_stats
 
 _BESIDE_CHECKPOINT = ""
 INDEX_NAME = "lowbit"
@@ -40,33 +44,98 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--lowbit-bits",
-        type=int,
+        metavar="BITS[,BITS]",
+        help="bits of a quantized value, or of a partial and of a sum, as in 4,6 (default: the "
+        "index's own for both)",
+    )
+    group.add_argument(
+        "--lowbit-collective",
+        metavar="MODE",
+        help=f"one of {', '.join(MODES)} (default: {DEFAULT_MODE}, the fastest for each message "
+        "size; the others make a token's result independent of its batch)",
+    )
+    group.add_argument(
+        "--lowbit-tuning",
+        metavar="FILE",
+        help="times that tools/bench_all_reduce.py --write-tuning measured here, for auto "
+        "(default: a short measurement at load and the cost model)",
+    )
+    group.add_argument(
+        "--lowbit-node-size",
+        metavar="RANKS",
+        help="tensor-parallel ranks in a node, for hierarchical (default: from torchrun)",
+    )
+    group.add_argument(
+        "--lowbit-inside-node",
+        metavar="bf16|low-bit",
+        help="what hierarchical sends inside a node (default: bf16)",
+    )
+    group.add_argument(
+        "--lowbit-all-gather",
         metavar="BITS",
-        help="bits of a quantized value (default: the index's own)",
+        help="with --sequence-parallel: also gather the inputs of column-parallel linears in so "
+        "many bits (default: native BF16)",
+    )
+    group.add_argument(
+        "--lowbit-stats",
+        metavar="FILE",
+        help="write calls, bytes, time and choices of rank 0 as JSON when the script ends",
     )
     return parser
+
+
+def settings_from_args(args: argparse.Namespace) -> Settings:
+    """What the arguments say about collectives.
+
+    Raises:
+        LowbitError: An unknown mode, or an argument that means nothing to it.
+    """
+    inside = args.lowbit_inside_node
+    if inside not in (None, "bf16", "low-bit"):
+        raise LowbitError(f"--lowbit-inside-node {inside}: choose bf16 or low-bit")
+    return Settings(
+        mode=args.lowbit_collective or DEFAULT_MODE,
+        tuning=Path(args.lowbit_tuning) if args.lowbit_tuning else None,
+        node_size=_number("--lowbit-node-size", args.lowbit_node_size),
+        low_bit_inside=inside == "low-bit",
+    )
+
+
+def parse_bits(text: str | None) -> int | tuple[int, int] | None:
+    """Bits of ``--lowbit-bits``: one number, or two with a comma; None stays None."""
+    if text is None:
+        return None
+    numbers = [_number("--lowbit-bits", part) for part in text.split(",")]
+    if len(numbers) > 2:
+        raise LowbitError(f"--lowbit-bits {text}: give one number, or two with a comma, as in 4,6")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
 def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     """The index directory that the arguments name, or None without `--lowbit-tp-comm`.
 
     Raises:
-        LowbitError: Low-bit arguments without the flag, an unknown codec or number of bits, no
-            checkpoint to look beside, no index there or one with a bad manifest.
+        LowbitError: Low-bit arguments without the flag, one with a bad value, no checkpoint to look
+            beside, no index there or one with a bad manifest.
     """
     if args.lowbit_tp_comm is None:
-        for name in ("lowbit_codec", "lowbit_bits"):
-            if getattr(args, name) is not None:
+        for name, value in vars(args).items():
+            if name.startswith("lowbit_") and value is not None:
                 flag = "--" + name.replace("_", "-")
                 raise LowbitError(f"{flag} does nothing without --lowbit-tp-comm: add it")
         return None
+    settings_from_args(args)
+    bits = parse_bits(args.lowbit_bits)
+    _all_gather_bits(args)
+    if args.lowbit_stats is not None:
+        check_writable(Path(args.lowbit_stats).absolute().parent)
     if args.lowbit_codec is not None:
-        get_codec(args.lowbit_codec, bits=args.lowbit_bits)
+        get_codec(args.lowbit_codec, bits=bits)
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
     calibrated = read_manifest(directory)["codec"]["name"]
-    get_codec(args.lowbit_codec or calibrated, bits=args.lowbit_bits)
+    get_codec(args.lowbit_codec or calibrated, bits=bits)
     return directory
 
 
@@ -81,7 +150,31 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
     directory = on_every_rank(lambda: index_dir_from_args(args))
     if directory is None:
         return None
-    handle = apply(model, directory, codec=args.lowbit_codec, bits=args.lowbit_bits)
+    handle = apply(
+        model,
+        directory,
+        codec=args.lowbit_codec,
+        bits=parse_bits(args.lowbit_bits),
+        collective=settings_from_args(args),
+        all_gather_bits=_all_gather_bits(args),
+    )
     if dist.get_rank() == 0:
         print(f"> {handle}", flush=True)
+        if args.lowbit_stats is not None:
+            atexit.register(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
     return handle
+
+
+def _all_gather_bits(args: argparse.Namespace) -> int | None:
+    bits = _number("--lowbit-all-gather", args.lowbit_all_gather)
+    if bits is not None:
+        get_codec(bits=bits)
+    return bits
+
+
+def _number(flag: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.strip().isdigit() or int(text) == 0:
+        raise LowbitError(f"{flag} {text}: not a positive whole number")
+    return int(text)

@@ -3,9 +3,10 @@
 A sync point is a `RowParallelLinear` of megatron-core under a transformer layer: attention's
 `linear_proj` and the MLP's `linear_fc2`. Megatron itself can mute such a module's reduction
 (`explicit_expert_comm`, as its shared experts do): the module then returns its partial, and a
-forward hook bound to the sync point reduces it. So only registered sync points change;
-`reduce_from_tensor_model_parallel_region` itself is left alone, and with it everything else that
-Megatron sums through that name: embeddings, token counts, losses, gradients.
+forward hook bound to the sync point sums it, by an all-reduce or with sequence parallelism by a
+reduce-scatter. So only registered sync points change: `reduce_from_tensor_model_parallel_region`
+and `reduce_scatter_to_sequence_parallel_region` themselves are left alone, and with them everything
+else that Megatron sums through those names: embeddings, token counts, losses, gradients.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from megatron_lowbit.errors import LowbitError
 
-Reducer = Callable[[Tensor], Tensor]
+# (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
+Reducer = Callable[[Tensor, bool], Tensor]
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -126,7 +128,7 @@ class Attachment:
         for point, reducer in zip(points, reducers, strict=True):
             point.module.explicit_expert_comm = True
             _attached.add(point.module)
-            self._hooks.append(point.module.register_forward_hook(_hook(point, reducer)))
+            self._hooks.append(point.module.register_forward_hook(_hook(reducer)))
 
     def remove(self) -> None:
         """Restore Megatron's own reduction. A second call does nothing."""
@@ -137,20 +139,13 @@ class Attachment:
         self._modules, self._hooks = [], []
 
 
-def _hook(point: SyncPoint, reducer: Reducer):
+def _hook(reducer: Reducer):
     def reduce(module, inputs, output):
-        if module.sequence_parallel:  # engines switch it between calls
-            raise LowbitError(_SEQUENCE_PARALLEL.format(point))
         partial, bias = output
-        return reducer(partial), bias
+        # Read at every call: engines switch it off for the steps of decoding.
+        return reducer(partial, module.sequence_parallel), bias
 
     return reduce
-
-
-_SEQUENCE_PARALLEL = (
-    "{} is sequence parallel, which sums by reduce-scatter: not supported in low bits yet, "
-    "run without --sequence-parallel"
-)
 
 
 def _is_row_parallel(name: str, module: nn.Module) -> bool:
@@ -189,8 +184,6 @@ def _check_reachable(point: SyncPoint) -> None:
         )
     if module in _attached:
         raise LowbitError(f"{point} is already attached: remove() the first handle before")
-    if module.sequence_parallel:
-        raise LowbitError(_SEQUENCE_PARALLEL.format(point))
     if not module.skip_bias_add:
         raise LowbitError(
             f"{point} adds its bias itself (skip_bias_add=False), so its reduction cannot be muted"

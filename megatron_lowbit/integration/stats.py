@@ -1,0 +1,60 @@
+"""Accounting for people and scripts: `handle.stats()` and `--lowbit-stats FILE`.
+
+    {"sync_points": [{"layer": 1, "name": "mlp.linear_fc2", "codec": "rotated-hybrid (4 bits)",
+                      "bits_per_value": 4.14,
+                      "choices": [{"collective": "two-shot", "why": "fixed", "calls": 8,
+                                   "tokens": 523, "values": ..., "payload_bytes": ...,
+                                   "sent_bytes": ..., "seconds": ...}]}, ...],
+     "all_gathers": [...],      likewise, with --lowbit-all-gather
+     "total": [...]}            choices of all together
+
+Numbers are this rank's. Sent bytes are what the payloads really took; for native, which does not
+tell, those of a ring. Seconds are wall time on a CPU, waiting for other ranks included, and time on
+the stream on a GPU (none for calls inside a CUDA graph).
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_lowbit.comm.traffic import Choice, Counters, Traffic
+from megatron_lowbit.files import write_atomic
+
+
+def stats(points: Iterable, gatherers: Iterable) -> dict:
+    """The counters of sync points and all-gathers, each with layer, name, codec and traffic."""
+    points, gatherers = list(points), list(gatherers)
+    together: dict[Choice, Counters] = {}
+    for one in (*points, *gatherers):
+        one.traffic.total()  # closes what a GPU has still open
+        for choice, counters in one.traffic.by_choice.items():
+            together.setdefault(choice, Counters()).add(counters)
+    return {
+        "sync_points": [_entry(point) for point in points],
+        "all_gathers": [_entry(gatherer) for gatherer in gatherers],
+        "total": _choices(Traffic(together)),
+    }
+
+
+def write_stats(content: dict, path: Path) -> None:
+    """Write what `stats` gave to `path`, whole or not at all."""
+    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _entry(one) -> dict:
+    bits = one.traffic.bits_per_value
+    return {
+        "layer": one.layer,
+        "name": one.name,
+        "codec": repr(one.codec),
+        "bits_per_value": None if math.isnan(bits) else bits,
+        "choices": _choices(one.traffic),
+    }
+
+
+def _choices(traffic: Traffic) -> list[dict]:
+    return [
+        {"collective": choice.collective, "why": choice.why, **vars(counters)}
+        for choice, counters in traffic.by_choice.items()
+    ]
