@@ -15,12 +15,12 @@ BF16 value, which only fp32 input can have, are taken for that value.
 
 The configurations follow the peers' sources (QuickReduce as in vLLM, `csrc/quickreduce`; FlashInfer
 `comm/quantized_allreduce.py`; SGLang `npu_communicator.py`) in format, group size and type of the
-scale. What they do not follow are the peers' departures from the contract of `codecs.base`: 16-bit
-accumulation, NaN made into a number, an own chunk that skips the wire. QuickReduce's two groups in
-64 features are the even and the odd ones; here they are the first 32 and the last.
+scale. What they do not follow is where the peers depart from the contract of `codecs.base`: sums in
+16 bits (QuickReduce, SGLang), an own chunk that skips the wire (FlashInfer). QuickReduce's two
+groups in 64 features are the even and the odd ones; here they are the first 32 and the last.
 
-Another format is one more subclass of `Grouped`: its group and scale type, and of the three hooks
-`_scale`, `_to_codes` and `_from_codes` those that differ.
+Another format with one number per group is one more subclass of `Grouped`: its group and scale
+type, and of the three hooks `_scale`, `_to_codes` and `_from_codes` those that differ.
 """
 
 import torch
@@ -65,8 +65,9 @@ class Grouped(Codec):
         values = values.view(tokens, groups, size)
         scale = self._wire_scale(values)
         # Divided by the scale that the receivers will see, not by what it was before rounding.
-        steps = values / scale.float()
-        steps = torch.where(scale.isfinite() & (scale != 0), steps, 0)
+        received = scale.float()
+        usable = received.isfinite() & (received != 0)
+        steps = torch.where(usable, values / received, 0)
         codes = self._to_codes(steps).flatten(1)[:, :hidden]
         return self._join(wire.pack(codes, self.bits), scale.squeeze(-1), hidden)
 
