@@ -11,6 +11,9 @@ CODECS = [
     ("rotated-hybrid", 4),
     ("rotated-hybrid", 3),
     ("rotated-hybrid", 2),
+    ("int4-g32", 4),
+    ("int8-token", 8),
+    ("fp8-g256", 8),
 ]
 
 # No token, one, fewer than ranks, odd sizes, a block of 64, several leading dimensions.

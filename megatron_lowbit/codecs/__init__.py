@@ -6,12 +6,14 @@ calibration, integration and evaluation take it from there.
 
 from megatron_lowbit.codecs.base import Codec, Tables
 from megatron_lowbit.codecs.bf16 import Bf16
+from megatron_lowbit.codecs.grouped import Fp8Group256, Int4Group32, Int8Token
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.codecs.static_hybrid import StaticHybrid
 from megatron_lowbit.errors import LowbitError
 
 CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (Bf16, StaticHybrid, RotatedHybrid)
+    codec.name: codec
+    for codec in (Bf16, StaticHybrid, RotatedHybrid, Int4Group32, Int8Token, Fp8Group256)
 }
 DEFAULT_CODEC = RotatedHybrid.name
 

@@ -7,6 +7,8 @@ its neighbours. A row is laid out as
 
     packed body | a zero byte if the body is odd | BF16 features | BF16 scale, if the codec has one
 
+(`codecs.grouped`: packed body, padding, scales).
+
 Codecs are stateless; what calibration knows of a sync point is in its `Tables`.
 
 A two-shot all-reduce quantizes twice: each partial, and then the sum. `reduce_encode` goes from the
