@@ -18,6 +18,7 @@ from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.errors import IndexFileError
 
 STATISTICS = ("minimum", "maximum", "mean", "second_moment")
+SUM_STATISTICS = ("sum_minimum", "sum_maximum")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class SyncPointRecord:
         maximum: Likewise.
         mean: fp32 ``[ranks, hidden]``, over all tokens.
         second_moment: fp32 ``[ranks, hidden]``, mean of squares over all tokens.
+        sum_minimum: fp32 ``[hidden]``, as `minimum`, of the sum over ranks.
+        sum_maximum: Likewise.
     """
 
     bf16_index: Tensor
@@ -37,11 +40,18 @@ class SyncPointRecord:
     maximum: Tensor
     mean: Tensor
     second_moment: Tensor
+    sum_minimum: Tensor
+    sum_maximum: Tensor
 
     @property
     def ranges(self) -> Tensor:
         """fp32 ``[ranks, hidden]``: R = 2 max(|min|, |max|) (arXiv:2411.07942, section 3)."""
         return 2 * torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+    @property
+    def sum_ranges(self) -> Tensor:
+        """fp32 ``[hidden]``: the same of the sum over ranks."""
+        return 2 * torch.maximum(self.sum_minimum.abs(), self.sum_maximum.abs())
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Index:
             self.hidden,
             bf16_index=self.bf16_index(layer, name, codec),
             ranges=record.ranges if codec.needs_ranges else None,
+            sum_ranges=record.sum_ranges if codec.needs_ranges else None,
             device=device,
         )
 

@@ -4,6 +4,8 @@
                                   file and sha256 of each layer, sha256 of the manifest itself
     DIR/layer_NNNNN.safetensors   per sync point NAME: NAME/bf16_index int32 [k] and
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
+                                  and, of the sum over ranks,
+                                  NAME/{sum_minimum,sum_maximum} fp32 [hidden]
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
@@ -21,12 +23,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from megatron_lowbit.calibration.index import STATISTICS, Index, SyncPointRecord
+from megatron_lowbit.calibration.index import STATISTICS, SUM_STATISTICS, Index, SyncPointRecord
 from megatron_lowbit.codecs import CODECS
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.files import atomic_directory, check_writable, write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _REMEDY = "make the index again with tools/calibrate.py"
 
@@ -138,8 +140,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise IndexFileError(f"{path} has no format_version: {_REMEDY}")
     if version > FORMAT_VERSION:
         raise IndexFileError(
-            f"{path} has format version {version}, this release reads up to {FORMAT_VERSION}: "
-            "update megatron_lowbit"
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: update "
+            "megatron_lowbit"
+        )
+    if version < FORMAT_VERSION:
+        raise IndexFileError(
+            f"{path} has format version {version}, of an older release than this, which reads "
+            f"{FORMAT_VERSION}: {_REMEDY}"
         )
     if manifest.get("sha256") != manifest_digest(manifest):
         raise IndexFileError(f"{path} was changed after it was written: {_REMEDY}")
@@ -190,7 +197,10 @@ def _to_records(
     hidden, ranks = manifest["model"]["hidden_size"], manifest["tp_size"]
     records = {}
     for name in sorted({key.rpartition("/")[0] for key in tensors}):
-        fields = {key: tensors.get(f"{name}/{key}") for key in ("bf16_index", *STATISTICS)}
+        fields = {
+            key: tensors.get(f"{name}/{key}")
+            for key in ("bf16_index", *STATISTICS, *SUM_STATISTICS)
+        }
         for key, value in fields.items():
             problem = _problem(key, value, ranks, hidden)
             if problem:
@@ -209,6 +219,7 @@ def _problem(key: str, value: Tensor | None, ranks: int, hidden: int) -> str | N
         ascending = bool((value[1:] > value[:-1]).all())
         inside = bool(((value >= 0) & (value < hidden)).all())
         return None if ascending and inside else f"is not ascending within 0..{hidden - 1}"
-    if value.dtype != torch.float32 or list(value.shape) != [ranks, hidden]:
-        return f"is {value.dtype} {list(value.shape)}, not float32 {[ranks, hidden]}"
+    shape = [hidden] if key in SUM_STATISTICS else [ranks, hidden]
+    if value.dtype != torch.float32 or list(value.shape) != shape:
+        return f"is {value.dtype} {list(value.shape)}, not float32 {shape}"
     return None if bool(value.isfinite().all()) else "is not finite"

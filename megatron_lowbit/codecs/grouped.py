@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -71,7 +71,7 @@ class Grouped(Codec):
         codes = self._to_codes(steps).flatten(1)[:, :hidden]
         return self._join(wire.pack(codes, self.bits), scale.squeeze(-1), hidden)
 
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         hidden = tables.hidden
         _, size = self._groups(hidden)
         packed = payloads[..., : wire.packed_bytes(hidden, self.bits)]
@@ -81,7 +81,7 @@ class Grouped(Codec):
             values = self._from_codes(wire.unpack(codes, self.bits, hidden))
             values *= scales[rank].float().repeat_interleave(size, dim=1)[:, :hidden]
             total = values if total is None else total.add_(values)
-        return total
+        return into(out, total)
 
     def _scale(self, values: Tensor) -> Tensor:
         """fp32 ``[tokens, groups, 1]``: the value of one step, of fp32 ``[tokens, groups, size]``.

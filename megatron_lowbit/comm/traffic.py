@@ -40,6 +40,11 @@ class Counters:
     sent_bytes: int = 0
     seconds: float = 0.0
 
+    @property
+    def bits_per_value(self) -> float:
+        """Payload bits per value; NaN before the first call."""
+        return 8 * self.payload_bytes / self.values if self.values else float("nan")
+
     def add(self, other: "Counters") -> None:
         """Add another's counts to these."""
         for name, value in vars(other).items():
@@ -50,12 +55,12 @@ class Counters:
 class Traffic:
     """What went through a sync point, by choice: real sizes, added up call by call."""
 
-    by_choice: dict[Choice, Counters] = field(default_factory=dict)
+    _by_choice: dict[Choice, Counters] = field(default_factory=dict)
     _open: list = field(default_factory=list, repr=False, compare=False)
 
     def add(self, choice: Choice, counters: Counters, clock: "Clock") -> None:
         """Count one call."""
-        entry = self.by_choice.setdefault(choice, Counters())
+        entry = self._by_choice.setdefault(choice, Counters())
         entry.add(counters)
         self._open.append((entry, clock))
         # A GPU's clocks are read once their events have passed; nothing waits for them here.
@@ -63,31 +68,20 @@ class Traffic:
             done, clock = self._open.pop(0)
             done.seconds += clock.seconds()
 
-    def total(self) -> Counters:
-        """All calls together; on a GPU this waits for the calls that are under way."""
+    @property
+    def by_choice(self) -> dict[Choice, Counters]:
+        """The counters; on a GPU this waits for the calls that are under way."""
         for entry, clock in self._open:
             entry.seconds += clock.seconds()
         self._open.clear()
+        return self._by_choice
+
+    def total(self) -> Counters:
+        """All calls together."""
         total = Counters()
         for counters in self.by_choice.values():
             total.add(counters)
         return total
-
-    @property
-    def calls(self) -> int:
-        """Collectives of any kind."""
-        return self.total().calls
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that this rank sent."""
-        return self.total().sent_bytes
-
-    @property
-    def bits_per_value(self) -> float:
-        """Payload bits per value; NaN before the first call."""
-        total = self.total()
-        return 8 * total.payload_bytes / total.values if total.values else float("nan")
 
 
 class Clock:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lowbit.comm.all_reduce import Traffic
+from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.evaluation import language_model as lm
 
 _NLL, _BASE_NLL, _KL, _AGREE, _COUNT = range(5)
@@ -89,31 +89,29 @@ def _log_probs(logits, sequence: Tensor, vocab_size: int, tp_group) -> Tensor:
     return lm.log_softmax(logits(sequence[:-1]), vocab_size=vocab_size, group=tp_group)
 
 
-def _totals(traffic: list[Traffic]) -> Traffic:
+def _totals(traffic: list[Traffic]) -> Counters:
     """The sum over sync points, of which each sees every token."""
-    total = Traffic(tokens=traffic[0].tokens)
+    total = Counters()
     for one in traffic:
-        total.values += one.values
-        total.payload_bytes += one.payload_bytes
-        total.sent_bytes += one.sent_bytes
+        total.add(one.total())
+    total.tokens = traffic[0].total().tokens
     return total
 
 
 def _merge(
-    sums: list[Tensor], totals: list[Traffic], dp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, list[Traffic]]:
+    sums: list[Tensor], totals: list[Counters], dp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, list[Counters]]:
     """Of all data-parallel ranks: fp64 ``[sequences, variants, 5]``, and the variants' traffic."""
     parts = [None] * dist.get_world_size(dp_group)
     dist.all_gather_object(parts, (sums, totals), group=dp_group)
-    merged = [Traffic() for _ in totals]
+    merged = [Counters() for _ in totals]
     for _, of_rank in parts:
         for total, one in zip(merged, of_rank, strict=True):
-            for name, value in vars(one).items():
-                setattr(total, name, getattr(total, name) + value)
+            total.add(one)
     return torch.stack([score for scores, _ in parts for score in scores]), merged
 
 
-def _result(name: str, scores: Tensor, traffic: Traffic) -> dict:
+def _result(name: str, scores: Tensor, traffic: Counters) -> dict:
     """A variant's row of results from its fp64 ``[sequences, 5]`` sums.
 
     ``delta_nll`` and ``kl`` are nats a token, with the standard error over sequences; ``top1`` is

@@ -24,10 +24,10 @@ from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm import all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
-from megatron_lowbit.comm.traffic import Traffic
+from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
-from megatron_lowbit.integration.stats import stats
+from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sync_points import (
     Attachment,
     SyncPoint,
@@ -48,14 +48,14 @@ class SyncPointStatus:
         name: Path under the layer.
         codec: The codec.
         bf16_features: How many features travel in BF16.
-        traffic: Counters of real payloads.
+        traffic: What went through it so far; `stats()` has it by collective.
     """
 
     layer: int
     name: str
     codec: Codec
     bf16_features: int
-    traffic: Traffic
+    traffic: Counters
 
 
 class Reducer:
@@ -103,14 +103,19 @@ class Handle:
                 point.name,
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
-                reducer.traffic,
+                reducer.traffic.total(),
             )
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
 
     def stats(self) -> dict:
         """What this rank sent since `apply`, as JSON can hold it; see `integration.stats`."""
-        return stats(self.status(), self._gatherers)
+        points = [
+            Counted(point.layer, point.name, reducer.codec, reducer.traffic)
+            for point, reducer in zip(self._points, self._reducers, strict=True)
+        ]
+        gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._gatherers]
+        return stats(points, gathers)
 
     def remove(self) -> None:
         """Give Megatron's own reduction back, exactly as it was. A second call does nothing."""

@@ -1,7 +1,7 @@
 """Calibration of a Megatron checkpoint: what tools/calibrate.py does, step by step.
 
-Observers take the place of the sync points' reduction: each notes its partial and then lets
-Megatron's own BF16 all-reduce sum it, so the model runs exactly as without them.
+Observers take the place of the sync points' reduction: each notes its partial, lets Megatron's own
+BF16 all-reduce sum it, so the model runs exactly as without them, and notes the sum.
 """
 
 import argparse
@@ -19,11 +19,16 @@ from megatron_lowbit import cli
 from megatron_lowbit.calibration.corpus import Corpus, read_corpus
 from megatron_lowbit.calibration.index import (
     STATISTICS,
+    SUM_STATISTICS,
     Index,
     SyncPointRecord,
     select_bf16_index,
 )
-from megatron_lowbit.calibration.index_files import check_destination, write_index
+from megatron_lowbit.calibration.index_files import (
+    FORMAT_VERSION,
+    check_destination,
+    write_index,
+)
 from megatron_lowbit.calibration.run import (
     Checkpointer,
     Observations,
@@ -40,7 +45,12 @@ from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.forward import device_of, logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
-from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
+from megatron_lowbit.integration.sync_points import (
+    Attachment,
+    Reducer,
+    SyncPoint,
+    find_sync_points,
+)
 
 
 def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> None:
@@ -106,11 +116,13 @@ def calibrate_model(
     for name, reason in native.items():
         cli.say(f"not observed: {name} ({reason})")
     identity = {
+        "format_version": FORMAT_VERSION,
         "model": model_identity(model),
         "tp_size": dist.get_world_size(points[0].group),
         "corpus": corpus,
     }
-    statistics = RunningStatistics(len(points), identity["model"]["hidden_size"])
+    # A row for each partial, then a row for each sum.
+    statistics = RunningStatistics(2 * len(points), identity["model"]["hidden_size"])
     groups = {
         "dp_group": parallel_state.get_data_parallel_group(),
         "tp_group": points[0].group,
@@ -197,8 +209,12 @@ def _observe_all(
     groups: dict[str, dist.ProcessGroup],
 ) -> None:
     """Run the sequences through the model with observers in place."""
-    observations = Observations([str(point) for point in points], statistics.state.shape[-1])
-    reducers = [_observer(observations.observer(i), point) for i, point in enumerate(points)]
+    names = [str(point) for point in points] + [f"{point} (sum)" for point in points]
+    observations = Observations(names, statistics.state.shape[-1])
+    reducers = [
+        _observer(observations.observer(i), observations.observer(len(points) + i), point)
+        for i, point in enumerate(points)
+    ]
     attachment = Attachment(points, reducers)
     try:
         calibrate(
@@ -216,12 +232,19 @@ def _observe_all(
         attachment.remove()
 
 
-def _observer(observe: Callable[[Tensor], None], point: SyncPoint) -> Callable[[Tensor], Tensor]:
+def _observer(
+    observe: Callable[[Tensor], None], observe_sum: Callable[[Tensor], None], point: SyncPoint
+) -> Reducer:
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-    def reduce(partial: Tensor) -> Tensor:
+    def reduce(partial: Tensor, scatter: bool) -> Tensor:
         observe(partial)
-        return reduce_from_tensor_model_parallel_region(partial, group=point.group)
+        total = reduce_from_tensor_model_parallel_region(partial, group=point.group)
+        observe_sum(total)
+        if not scatter:
+            return total
+        # Every rank needs the whole sum here, for its statistics; the model gets its own tokens.
+        return total.chunk(dist.get_world_size(point.group))[dist.get_rank(point.group)]
 
     return reduce
 
@@ -240,10 +263,12 @@ def _index(
     device = device_of(points[0].module)
     gathered = gather_over_ranks(statistics.result().to(device), points[0].group).cpu()
     layers: dict[int, dict[str, SyncPointRecord]] = {}
-    for point, values in zip(points, gathered, strict=True):
+    partials, sums = gathered.chunk(2)
+    for point, values, of_sum in zip(points, partials, sums[:, :, 0], strict=True):
         record = SyncPointRecord(
             bf16_index=torch.empty(0, dtype=torch.int32),
             **dict(zip(STATISTICS, values, strict=True)),
+            **dict(zip(SUM_STATISTICS, of_sum[:2], strict=True)),
         )
         chosen = select_bf16_index(record.ranges, bf16_features)
         records = layers.setdefault(point.layer, {})

@@ -1,8 +1,9 @@
 """Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step.
 
 A variant is named as in the results: a codec (``rotated-hybrid``), a codec and bits
-(``rotated-hybrid-3``), or one of the paper's baselines made from ``static-hybrid``: ``int4`` (no
-BF16 index) and ``int4-random`` (as many BF16 features, chosen at random).
+(``rotated-hybrid-3``), a codec and the bits of partials and sums (``rotated-hybrid-4+6``: two-shot,
+where the others are one-shot), or one of the paper's baselines made from ``static-hybrid``:
+``int4`` (no BF16 index) and ``int4-random`` (as many BF16 features, chosen at random).
 """
 
 import argparse
@@ -97,9 +98,15 @@ def parse_variant(name: str) -> tuple[Codec, TablesOf]:
         return get_codec("static-hybrid"), _tables_with(lambda index, point, k: [])
     if name == "int4-random":
         return get_codec("static-hybrid"), _tables_with(_random_features)
-    match = re.fullmatch(r"(.+)-(\d+)", name)
-    codec = get_codec(match[1], bits=int(match[2])) if match else get_codec(name)
+    match = re.fullmatch(r"(.+)-(\d+)(\+(\d+))?", name)
+    bits = (int(match[2]), int(match[4])) if match and match[4] else match and int(match[2])
+    codec = get_codec(match[1], bits=bits) if match else get_codec(name)
     return codec, lambda index, point, codec: index.tables(point.layer, point.name, codec)
+
+
+def _collective(name: str) -> str:
+    """By which collective a variant is measured: two-shot where its name has bits of the sum."""
+    return "two-shot" if "+" in name else "one-shot"
 
 
 def make_variant(
@@ -109,7 +116,7 @@ def make_variant(
     reducers = []
     for point in points:
         tables = tables_of(index, point, codec).to(point.module.weight.device)
-        reducers.append(Reducer(codec, tables, point.group))
+        reducers.append(Reducer(codec, tables, point.group, _collective(name)))
 
     @contextmanager
     def active():

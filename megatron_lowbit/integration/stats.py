@@ -16,24 +16,35 @@ the stream on a GPU (none for calls inside a CUDA graph).
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.traffic import Choice, Counters, Traffic
 from megatron_lowbit.files import write_atomic
 
 
-def stats(points: Iterable, gatherers: Iterable) -> dict:
-    """The counters of sync points and all-gathers, each with layer, name, codec and traffic."""
-    points, gatherers = list(points), list(gatherers)
+@dataclass(frozen=True)
+class Counted:
+    """A module that communicates in low bits, and its traffic."""
+
+    layer: int
+    name: str
+    codec: Codec
+    traffic: Traffic
+
+
+def stats(sync_points: Iterable[Counted], all_gathers: Iterable[Counted]) -> dict:
+    """The counters of all modules, and of all together."""
+    sync_points, all_gathers = list(sync_points), list(all_gathers)
     together: dict[Choice, Counters] = {}
-    for one in (*points, *gatherers):
-        one.traffic.total()  # closes what a GPU has still open
+    for one in (*sync_points, *all_gathers):
         for choice, counters in one.traffic.by_choice.items():
             together.setdefault(choice, Counters()).add(counters)
     return {
-        "sync_points": [_entry(point) for point in points],
-        "all_gathers": [_entry(gatherer) for gatherer in gatherers],
-        "total": _choices(Traffic(together)),
+        "sync_points": [_entry(one) for one in sync_points],
+        "all_gathers": [_entry(one) for one in all_gathers],
+        "total": _choices(together),
     }
 
 
@@ -42,19 +53,19 @@ def write_stats(content: dict, path: Path) -> None:
     write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def _entry(one) -> dict:
-    bits = one.traffic.bits_per_value
+def _entry(one: Counted) -> dict:
+    bits = one.traffic.total().bits_per_value
     return {
         "layer": one.layer,
         "name": one.name,
         "codec": repr(one.codec),
         "bits_per_value": None if math.isnan(bits) else bits,
-        "choices": _choices(one.traffic),
+        "choices": _choices(one.traffic.by_choice),
     }
 
 
-def _choices(traffic: Traffic) -> list[dict]:
+def _choices(by_choice: dict[Choice, Counters]) -> list[dict]:
     return [
         {"collective": choice.collective, "why": choice.why, **vars(counters)}
-        for choice, counters in traffic.by_choice.items()
+        for choice, counters in by_choice.items()
     ]

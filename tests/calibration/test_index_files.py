@@ -30,7 +30,7 @@ def make_index(layers: int = 2) -> Index:
         for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
             low, high, mean, square = torch.randn(4, RANKS, HIDDEN, generator=generator)
             index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
-            records[layer][name] = SyncPointRecord(index, low, high, mean, square)
+            records[layer][name] = SyncPointRecord(index, low, high, mean, square, low[0], high[1])
     manifest = {
         "model": {"num_layers": layers, "hidden_size": HIDDEN, "fingerprints": {}},
         "tp_size": RANKS,
@@ -118,7 +118,8 @@ def test_edited_manifest(directory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": FORMAT_VERSION + 1}, "format version 2, this release reads up to 1"),
+        ({"format_version": FORMAT_VERSION + 1}, "format version 3, this release reads 2: update"),
+        ({"format_version": 1}, "format version 1, of an older release"),
         ({"format_version": None}, "no format_version"),
         ({"codec": {"name": "mp3", "bits": 4}}, "codec 'mp3'"),
         ({"codec": 3}, "no valid 'codec'"),

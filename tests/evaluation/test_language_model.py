@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.comm.all_reduce import Traffic
+from megatron_lowbit.comm.traffic import Choice, Counters, Traffic
 from megatron_lowbit.evaluation import language_model as lm
 from megatron_lowbit.evaluation.compare import Variant, compare
 
@@ -60,7 +60,8 @@ def _compare(rank: int) -> tuple:
         yield
         noise = 0.0
 
-    traffic = [Traffic(1, 10, 1000, 500, 2000), Traffic(1, 10, 1000, 500, 2000)]
+    counters = Counters(calls=1, tokens=10, values=1000, payload_bytes=500, sent_bytes=2000)
+    traffic = [Traffic({Choice("one-shot", "fixed"): counters}) for _ in range(2)]
     variants = [Variant(str(n), lambda n=n: active(n), traffic) for n in (0.0, 0.1, 0.5)]
     mine = dist.new_subgroups(1)[0]  # each rank is a tensor-parallel group of its own
     return compare(
