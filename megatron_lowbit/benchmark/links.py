@@ -27,8 +27,8 @@ _LINK = "link0"  # every rank's interface: namespaces keep the equal names apart
 _PORT = 29500
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
-# Jumbo frames: headers take 0.7 % of the rate, against 4.4 % at 1500 bytes, where the segmenting
-# also took so much of a busy 2-core machine that 1gbit could not be filled.
+# Jumbo frames: headers take 0.7 % of the rate, against 4.4 % at 1500 bytes, where a bf16 all-reduce
+# of 4 MiB by 4 ranks at 1gbit took 57 ms instead of 51 on a 2-core machine.
 _MTU = 9000
 # Seconds of the rate that tbf passes at once. Half of it made 4 ranks at 1gbit 30 % slower on a
 # busy machine: tokens are lost whenever the bucket's timer fires late.
@@ -37,7 +37,7 @@ _BURST = 1e-3
 # (tcp_wmem, 4 MB), so that many senders to one receiver cause no loss and no stalls.
 _QUEUE = 8 << 20
 # Always in the kernel, and on a queue without loss it keeps the link full. The host's default may
-# be BBR, which slows down on purpose to probe the link.
+# be BBR, which slows down to probe the link: p90 / p10 of that all-reduce 1.18 instead of 1.05.
 _CONGESTION = "reno"
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # bits, from linux/capability.h
 
