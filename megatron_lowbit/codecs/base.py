@@ -134,15 +134,17 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
 
         Args:
             payloads: ``uint8 [ranks, tokens, row_bytes]``.
             tables: Of this sync point.
+            out: Floating point ``[tokens, hidden]`` that the sum is rounded into; a new fp32
+                tensor if left out.
 
         Returns:
-            fp32 ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
+            `out`: the same bits wherever the same payloads are decoded.
         """
 
     def for_sum(self) -> "Codec":
@@ -181,6 +183,11 @@ class Codec(abc.ABC):
     def __repr__(self) -> str:
         second = "" if self.sum_bits == self.bits else f"+{self.sum_bits}"
         return f"{self.name} ({self.bits}{second} bits)"
+
+
+def rounded_into(out: Tensor | None, total: Tensor) -> Tensor:
+    """`total` itself, or `out` with its values: the end of every `Codec.decode_sum`."""
+    return total if out is None else out.copy_(total)
 
 
 def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:

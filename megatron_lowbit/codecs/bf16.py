@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
 
 
@@ -29,8 +29,8 @@ class Bf16(Codec):
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
         return bf16_bytes(to_wire_bf16(partial))
 
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
-        return sum_in_rank_order(payloads.view(torch.bfloat16))
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        return rounded_into(out, sum_in_rank_order(payloads.view(torch.bfloat16)))
 
 
 def sum_in_rank_order(values: Tensor) -> Tensor:

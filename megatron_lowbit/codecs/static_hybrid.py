@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 from megatron_lowbit.codecs.bf16 import sum_in_rank_order
 from megatron_lowbit.errors import LowbitError
 
@@ -80,7 +80,7 @@ class StaticHybrid(Codec):
         packed = wire.pack(codes & ((1 << self.bits) - 1), self.bits)
         return wire.join_row(packed, wire.to_wire_bf16(partial[:, tables.bf16_index]))
 
-    def decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         body = tables.body_index
         packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
         values = _values_of_codes(self.bits, payloads.device)
@@ -91,7 +91,8 @@ class StaticHybrid(Codec):
             total = levels if total is None else total.add_(levels)
         # Body and BF16 features side by side, then every feature to its place.
         place = torch.cat([body, tables.bf16_index]).argsort()
-        return torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
+        total = torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
+        return rounded_into(out, total)
 
 
 def _values_of_codes(bits: int, device: torch.device) -> Tensor:
