@@ -1,4 +1,8 @@
-"""Packaging of megatron_lowbit: pure Python, nothing compiled, no hardware probed."""
+"""Packaging of megatron_lowbit: nothing compiled, no hardware probed.
+
+The C of the CPU kernels is shipped as source; `megatron_lowbit.kernels.build` compiles it at first
+use, on the user's machine.
+"""
 
 import re
 from pathlib import Path
@@ -36,6 +40,7 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]),
+    package_data={"megatron_lowbit.kernels": ["*.c", "*.h"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -156,11 +156,11 @@ class Codec(abc.ABC):
         Args:
             payloads: ``uint8 [ranks, tokens, row_bytes]``.
             tables: Of this sync point.
-            out: ``[tokens, hidden]`` of any float dtype to round the sum into; a new fp32 tensor
-                if left out.
+            out: Floating point ``[tokens, hidden]`` that the sum is rounded into; a new fp32
+                tensor if left out.
 
         Returns:
-            ``[tokens, hidden]``: the same bits wherever the same payloads are decoded.
+            `out`: the same bits wherever the same payloads are decoded.
         """
 
     def for_sum(self) -> "Codec":
@@ -201,8 +201,8 @@ class Codec(abc.ABC):
         return f"{self.name} ({self.bits}{second} bits)"
 
 
-def into(out: Tensor | None, total: Tensor) -> Tensor:
-    """`total` itself, or rounded into `out`."""
+def rounded_into(out: Tensor | None, total: Tensor) -> Tensor:
+    """`total` itself, or `out` with its values: the end of every `Codec.decode_sum`."""
     return total if out is None else out.copy_(total)
 
 

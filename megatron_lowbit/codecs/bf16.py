@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
 
 
@@ -30,7 +30,7 @@ class Bf16(Codec):
         return bf16_bytes(to_wire_bf16(partial))
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        return into(out, sum_in_rank_order(payloads.view(torch.bfloat16)))
+        return rounded_into(out, sum_in_rank_order(payloads.view(torch.bfloat16)))
 
 
 def sum_in_rank_order(values: Tensor) -> Tensor:

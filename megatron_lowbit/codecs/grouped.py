@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -81,7 +81,7 @@ class Grouped(Codec):
             values = self._from_codes(wire.unpack(codes, self.bits, hidden))
             values *= scales[rank].float().repeat_interleave(size, dim=1)[:, :hidden]
             total = values if total is None else total.add_(values)
-        return into(out, total)
+        return rounded_into(out, total)
 
     def _scale(self, values: Tensor) -> Tensor:
         """fp32 ``[tokens, groups, 1]``: the value of one step, of fp32 ``[tokens, groups, size]``.

@@ -11,14 +11,19 @@ back once.
 Special cases: an empty BF16 index quantizes every feature; `rotate=False` leaves signs and
 transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
 (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
+
+The plain torch in the methods that begin with ``_reference`` is the specification. On CPUs
+`kernels.rotated_hybrid` gives the same bits about 30 times faster (512 x 4096 on one thread of an
+AMD EPYC).
 """
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 from megatron_lowbit.codecs.bf16 import sum_in_rank_order
+from megatron_lowbit.kernels import rotated_hybrid as kernel
 
 
 class RotatedHybrid(Codec):
@@ -49,19 +54,64 @@ class RotatedHybrid(Codec):
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        if not self._has_kernel(partial, tables):
+            return self._reference_encode(partial, tables)
+        return kernel.encode(
+            partial,
+            signs=tables.signs,
+            bf16_index=tables.bf16_index,
+            block=rotation.block_size(tables.hidden),
+            thresholds=codebook.thresholds(self.bits, partial.device),
+            bits=self.bits,
+            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+        )
+
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        if not self._has_kernel(payloads, tables):
+            return rounded_into(out, self._reference_decode_sum(payloads, tables))
+        return kernel.decode_sum(
+            payloads,
+            signs=tables.signs,
+            bf16_index=tables.bf16_index,
+            block=rotation.block_size(tables.hidden),
+            levels=codebook.levels(self.bits, payloads.device),
+            bits=self.bits,
+            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+            out=out,
+        )
+
+    def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
+        if not self._has_kernel(payloads, tables):
+            return self._reference_reduce_encode(payloads, tables)
+        return kernel.reduce_encode(
+            payloads,
+            hidden=tables.hidden,
+            kept=tables.bf16_index.numel(),
+            levels=codebook.levels(self.bits, payloads.device),
+            bits=self.bits,
+            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+            thresholds=codebook.thresholds(self.sum_bits, payloads.device),
+            sum_bits=self.sum_bits,
+            sum_body_bytes=wire.packed_bytes(tables.hidden, self.sum_bits),
+        )
+
+    def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
+        return self.rotate and kernel.available(values, tables.signs)
+
+    def _reference_encode(self, partial: Tensor, tables: Tables) -> Tensor:
         kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
         body = partial.float() * tables.signs
         body[:, tables.bf16_index] = 0
         return self._write(self._transform(body), kept)
 
-    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+    def _reference_decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
         total, kept = self._sum(payloads, tables)
         block = rotation.block_size(tables.hidden) if self.rotate else 1
-        body = self._transform(total) * (tables.signs / block)
-        body[:, tables.bf16_index] = kept
-        return into(out, body)
+        out = self._transform(total) * (tables.signs / block)
+        out[:, tables.bf16_index] = kept
+        return out
 
-    def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
+    def _reference_reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
         total, kept = self._sum(payloads, tables)
         return self.for_sum()._write(total, wire.to_wire_bf16(kept))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, into
+from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
 from megatron_lowbit.codecs.bf16 import sum_in_rank_order
 from megatron_lowbit.errors import LowbitError
 
@@ -91,8 +91,8 @@ class StaticHybrid(Codec):
             total = levels if total is None else total.add_(levels)
         # Body and BF16 features side by side, then every feature to its place.
         place = torch.cat([body, tables.bf16_index]).argsort()
-        both = torch.cat([total, sum_in_rank_order(kept)], dim=1)
-        return into(out, both.index_select(1, place))
+        total = torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
+        return rounded_into(out, total)
 
 
 def _values_of_codes(bits: int, device: torch.device) -> Tensor:

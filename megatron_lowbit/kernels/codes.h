@@ -1,0 +1,155 @@
+/* Codes of the levels: found, packed into the little-endian bit stream of a row, read and summed.
+ *
+ * All is done by groups of GROUP values; `bits` is a constant in every function that is inlined, so
+ * that loops over it unroll. A threshold is found by binary search instead of counting, and level *
+ * scale is looked up in one table a rank: both have one possible result.
+ */
+#pragma once
+#include "numbers.h"
+
+#define GROUP 32                          /* values; twice the lanes of the widest register */
+#define PACKED(bits) (GROUP / 8 * (bits)) /* bytes of their codes */
+
+typedef float table[64] __attribute__((aligned(64)));
+
+/* entries[code], of which there are at most 2^bits. */
+INLINE vf pick(const float *entries, vi code, int bits) {
+#ifdef PERMUTE
+    const vf *t = (const vf *)entries;
+    vi found = (vi)PERMUTE(t[0], code);
+#pragma GCC unroll 8
+    for (int i = 1; i < (1 << bits) / W; i++) {
+        vi here = (code & -W) == i * W;
+        found = (found & ~here) | ((vi)PERMUTE(t[i], code) & here);
+    }
+    return (vf)found;
+#else
+    vf found;
+    for (int k = 0; k < W; k++) found[k] = entries[code[k]];
+    return found;
+#endif
+}
+
+/* The thresholds as `count_below` wants them: searches[s][p] decides bit s, from the highest, of
+ * codes that begin with p; all in searches[0] where there is no PERMUTE. */
+static void plan_search(const float *thresholds, int bits, table *searches) {
+#ifdef PERMUTE
+    for (int s = 0; s < bits; s++)
+        for (int p = 0; p < 1 << s; p++)
+            searches[s][p] = thresholds[(2 * p + 1) * (1 << (bits - s - 1)) - 1];
+#else
+    memcpy(searches[0], thresholds, sizeof(float) * ((1 << bits) - 1));
+#endif
+}
+
+/* How many thresholds are below each value; none for NaN. */
+INLINE vi count_below(vf value, const table *searches, int bits) {
+    vi code = {0};
+#ifdef PERMUTE
+#pragma GCC unroll 6
+    for (int s = 0; s < bits; s++) code = code + code - (vi)(value > pick(searches[s], code, s));
+#else
+    for (int i = 0; i < (1 << bits) - 1; i++) code -= (vi)(value > searches[0][i]);
+#endif
+    return code;
+}
+
+/* 8 codes, a byte each, to the lowest 8 * bits bits, and back. */
+INLINE uint64_t squeeze(uint64_t x, int bits) {
+#ifdef __AVX512F__ /* and so a CPU on which these two are fast */
+    return _pext_u64(x, 0x0101010101010101 * ((1u << bits) - 1));
+#else
+    x = (x & 0x00ff00ff00ff00ff) | (x & 0xff00ff00ff00ff00) >> (8 - bits);
+    x = (x & 0x0000ffff0000ffff) | (x & 0xffff0000ffff0000) >> (16 - 2 * bits);
+    return (x & 0xffffffff) | x >> 32 << (4 * bits);
+#endif
+}
+
+INLINE uint64_t spread(uint64_t x, int bits) {
+#ifdef __AVX512F__
+    return _pdep_u64(x, 0x0101010101010101 * ((1u << bits) - 1));
+#else
+    const uint64_t four = (1u << 4 * bits) - 1, one = (1u << bits) - 1;
+    const uint64_t two = ((1u << 2 * bits) - 1) * 0x100000001;
+    x = (x & four) | (x >> 4 * bits & four) << 32;
+    x = (x & two) | (x >> 2 * bits & two) << 16;
+    return (x & one * 0x1000100010001) | (x >> bits & one * 0x1000100010001) << 8;
+#endif
+}
+
+/* Quantize a group of values, of which `valid` are of the row. */
+INLINE void write_group(const float *row, float inverse, const table *searches, int bits,
+                        int64_t valid, uint8_t *out) {
+    uint8_t codes[GROUP];
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += W) {
+        vi code = count_below(*(const vf *)(row + i) * inverse, searches, bits);
+        if (valid < GROUP) code &= LANES + i < (int)valid;
+        if (bits == 4) { /* the default: two codes are one byte */
+            vhalf bytes = __builtin_convertvector((vq)code | (vq)code >> 28, vhalf);
+            memcpy(out + i / 2, &bytes, W / 2);
+        } else {
+            vb bytes = __builtin_convertvector(code, vb);
+            memcpy(codes + i, &bytes, W);
+        }
+    }
+    for (int word = 0; word < GROUP / 8 && bits != 4; word++) {
+        uint64_t x;
+        memcpy(&x, codes + 8 * word, 8);
+        x = squeeze(x, bits);
+        memcpy(out + word * bits, &x, bits);
+    }
+}
+
+/* The codes of a group; reads GROUP bytes, of which the first PACKED(bits) matter. */
+INLINE void read_group(const uint8_t *group, int bits, vi *codes) {
+    uint8_t bytes[GROUP];
+    for (int word = 0; word < GROUP / 8 && bits != 4; word++) {
+        uint64_t x;
+        memcpy(&x, group + word * bits, 8);
+        x = spread(x, bits);
+        memcpy(bytes + 8 * word, &x, 8);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < GROUP; i += W)
+        if (bits == 4) {
+            vq pairs = WIDEN64(group + i / 2);
+            codes[i / W] = (vi)(pairs | pairs << 28) & 15;
+        } else {
+            codes[i / W] = WIDEN32(bytes + i);
+        }
+}
+
+INLINE void write_codes(const float *row, int64_t hidden, float inverse, const table *searches,
+                        int bits, uint8_t *out, int64_t body) {
+    uint8_t last[GROUP];
+    int64_t done = 0;
+    for (; done + GROUP <= hidden; done += GROUP, out += PACKED(bits), body -= PACKED(bits))
+        write_group(row + done, inverse, searches, bits, GROUP, out);
+    if (done == hidden) return;
+    write_group(row + done, inverse, searches, bits, hidden - done, last);
+    memcpy(out, last, body);
+}
+
+INLINE void sum_group(const uint8_t *group, int64_t rank_stride, int64_t ranks,
+                      const table *scaled, int bits, int64_t bytes, vf *row) {
+    vf sum[GROUP / W];
+    for (int i = 0; i < GROUP / W; i++) sum[i] = -0.0f - (vf){0}; /* -0 + x is x for all x */
+    for (int64_t r = 0; r < ranks; r++, group += rank_stride) {
+        vi codes[GROUP / W];
+        uint8_t last[GROUP] = {0};
+        if (bytes < GROUP) memcpy(last, group, bytes);
+        read_group(bytes < GROUP ? last : group, bits, codes);
+        for (int i = 0; i < GROUP / W; i++) sum[i] += pick(scaled[r], codes[i], bits);
+    }
+    for (int i = 0; i < GROUP / W; i++) row[i] = sum[i];
+}
+
+/* The sum of level * scale over ranks; scaled[r] has the products of rank r. */
+INLINE void sum_codes(const uint8_t *rows, int64_t rank_stride, int64_t ranks,
+                      const table *scaled, int bits, int64_t body, float *row) {
+    for (; body >= GROUP; body -= PACKED(bits), rows += PACKED(bits), row += GROUP)
+        sum_group(rows, rank_stride, ranks, scaled, bits, GROUP, (vf *)row);
+    for (; body > 0; body -= PACKED(bits), rows += PACKED(bits), row += GROUP)
+        sum_group(rows, rank_stride, ranks, scaled, bits, body, (vf *)row);
+}
