@@ -23,11 +23,11 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm.one_shot import one_shot_steps
-from megatron_lowbit.comm.transport import Channel, Steps, chunks, equal_rows, run
+from megatron_lowbit.comm.transport import Channel, Steps, chunks, owned, padded, run, share
 from megatron_lowbit.comm.two_shot import two_shot_steps
 from megatron_lowbit.errors import LowbitError
 
-_SLOTS = 5
+_SLOTS = 6
 
 
 @dataclass(frozen=True)
@@ -132,26 +132,28 @@ def _steps(
 ) -> Steps:
     """The steps of one chunk: at most four transfers."""
     inside, between = Channel(nodes.inside, slot), Channel(nodes.between, slot)
-    in_node, in_tables = (
-        codec,
-        tables.of_ranks(nodes.number * nodes.size, (nodes.number + 1) * nodes.size),
-    )
-    if nodes.codec_inside is not None:
-        in_node = nodes.codec_inside
-        in_tables = in_node.tables(tables.hidden, device=partial.device)
-    payload = in_node.encode(partial, in_tables, rank=inside.rank)
-    transfer, received = inside.exchange(payload, "hierarchical partials")
-    yield transfer
-    share = in_node.decode_sum(received, in_tables)
-
-    total = torch.empty_like(share)
-    between_steps = one_shot_steps if nodes.count <= 2 else two_shot_steps
-    yield from between_steps(share, tables.of_nodes(nodes.count), codec, between, total)
-
-    out_codec, out_tables = in_node.for_sum(), in_tables
+    tokens, device = len(partial), partial.device
+    first = nodes.number * nodes.size
+    in_codec, in_tables = codec, tables.of_ranks(first, first + nodes.size)
+    out_codec, out_tables = codec.for_sum(), tables
     if nodes.codec_inside is None:
         out_tables = codec.sum_tables(tables)
-    rows = equal_rows(out_codec.encode(total, out_tables), len(partial), nodes.size)
-    transfer, gathered = inside.gather(rows, "hierarchical sums")
-    yield transfer
-    out_codec.decode_sum(gathered[None, : len(partial)], out_tables, out=out)
+    else:
+        in_codec = out_codec = nodes.codec_inside
+        in_tables = out_tables = in_codec.tables(tables.hidden, device=device)
+
+    start, stop = owned(tokens, nodes.size)[inside.rank]
+    total = torch.empty(stop - start, tables.hidden, device=device)
+    node_sum = torch.empty_like(total)
+    exchange = inside.exchange(tokens, in_codec.row_bytes(in_tables), device)
+    gather = inside.gather(share(tokens, nodes.size), out_codec.row_bytes(out_tables), device)
+    between_steps = one_shot_steps if nodes.count <= 2 else two_shot_steps
+    across = between_steps(node_sum, tables.of_nodes(nodes.count), codec, between, total)
+    yield next(across)  # opens its transfers
+
+    yield exchange.send(in_codec.encode(partial, in_tables, rank=inside.rank))
+    in_codec.decode_sum(exchange.received, in_tables, out=node_sum)
+    yield from across
+    rows = out_codec.encode(total, out_tables)
+    yield gather.send(padded(rows, share(tokens, nodes.size)))
+    out_codec.decode_sum(gather.received.flatten(0, 1)[None, :tokens], out_tables, out=out)

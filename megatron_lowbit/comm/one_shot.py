@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.transport import Channel, Steps, chunks, run
 
-_SLOTS = 2
+_SLOTS = 3
 
 
 def one_shot(
@@ -41,7 +41,7 @@ def one_shot_steps(
     partial: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
     """The steps of one chunk; arguments as those of `one_shot`."""
-    payload = codec.encode(partial, tables, rank=channel.rank)
-    transfer, rows = channel.gather(payload, "one-shot")
-    yield transfer
-    codec.decode_sum(rows.view(channel.ranks, *payload.shape), tables, out=out)
+    gather = channel.gather(len(partial), codec.row_bytes(tables), partial.device)
+    yield
+    yield gather.send(codec.encode(partial, tables, rank=channel.rank))
+    codec.decode_sum(gather.received, tables, out=out)

@@ -64,7 +64,11 @@ def _link_seconds(hidden: int, group: dist.ProcessGroup, device: torch.device) -
 
     def exchange(size: int) -> float:
         payload = torch.zeros(ranks, size, dtype=torch.uint8, device=device)
-        return _seconds(lambda: channel.exchange(payload, "probe")[0].wait(), group, device)
+
+        def step() -> None:
+            channel.exchange(ranks, size, device).send(payload).wait()
+
+        return _seconds(step, group, device)
 
     def native(size: int) -> float:
         values = torch.zeros(size, dtype=torch.bfloat16, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel, Steps, run
 
-_SLOTS = 2
+_SLOTS = 3
 
 
 def reduce_scatter(
@@ -73,17 +73,18 @@ def _spans(tokens: int, values_per_token: int) -> list[tuple[int, int]]:
 def _reduce_steps(
     blocks: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
-    payload = codec.encode(blocks.flatten(0, 1), tables, rank=channel.rank)
-    transfer, received = channel.exchange(payload, "reduce-scatter")
-    yield transfer
-    codec.decode_sum(received, tables, out=out)
+    tokens = blocks.shape[0] * blocks.shape[1]
+    exchange = channel.exchange(tokens, codec.row_bytes(tables), blocks.device)
+    yield
+    yield exchange.send(codec.encode(blocks.flatten(0, 1), tables, rank=channel.rank))
+    codec.decode_sum(exchange.received, tables, out=out)
 
 
 def _gather_steps(
     shard: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
-    payload = codec.encode(shard, tables, rank=channel.rank)
-    transfer, rows = channel.gather(payload, "all-gather")
-    yield transfer
-    for rank, rows_of in enumerate(rows.view(channel.ranks, *payload.shape)):
-        codec.decode_sum(rows_of[None], tables.of_ranks(rank, rank + 1), out=out[rank])
+    gather = channel.gather(len(shard), codec.row_bytes(tables), shard.device)
+    yield
+    yield gather.send(codec.encode(shard, tables, rank=channel.rank))
+    for rank, rows in enumerate(gather.received):
+        codec.decode_sum(rows[None], tables.of_ranks(rank, rank + 1), out=out[rank])

@@ -1,54 +1,37 @@
 """Moving payload rows between ranks: buffers, the two primitives, and the pipeline over chunks.
 
-A collective is written as a generator of *steps* for one chunk of tokens: it encodes, yields a
-transfer that is under way, goes on when its bytes have come, and so on to the end. `run` drives the
-chunks of a message so that while one chunk's bytes travel another is encoded or decoded, as far as
-the backend works in the background (Gloo: its two threads; NCCL: its own stream). The order
-of transfers depends on the number of chunks alone, so it is the same on every rank.
+A collective is written as a generator of *steps* for one chunk of tokens: it opens its transfers and
+yields once; then it encodes, sends, yields the transfer that is under way, goes on when its bytes
+have come, and so on to the end. `run` drives the chunks of a message so that while one chunk's bytes
+travel another is encoded or decoded, as far as the backend works in the background (Gloo: its
+two threads; NCCL: its own stream). The order of transfers depends on the number of chunks alone,
+so it is the same on every rank.
 
 Workspace: received bytes land in buffers that are kept per group, allocated once per slot and size
-class (powers of two) and used again by every later call. At most `SLOTS` chunks are under way and
-no chunk is larger than `CHUNK_VALUES` values, which bounds them whatever the message size (README,
-"Memory").
+class (powers of two) and used again by every later call. A chunk has at most `CHUNK_VALUES` values
+(or a token a rank) and a collective has few chunks under way, which bounds the buffers whatever the
+message size (README, "Memory").
 """
 
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Steps = Generator["Transfer", None, None]
+Steps = Generator["Transfer | None", None, None]
 
 # Values in a chunk.
-CHUNK_VALUES = 1 << 18
+CHUNK_VALUES = 1 << 20
+# Of our point-to-point messages; each slot and use has a tag of its own.
+_TAG = 0x10B17
 
 # torch 2.13 renames these and warns where the old names are used.
 native_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 native_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _workspaces: WeakKeyDictionary[dist.ProcessGroup, dict] = WeakKeyDictionary()
-
-
-@dataclass
-class Transfer:
-    """Bytes that are under way; `wait` before what was received is read.
-
-    Attributes:
-        works: What the backend does.
-        sent_bytes: Bytes that this rank sends to others.
-        source: What the backend reads until the works are done.
-    """
-
-    works: list[dist.Work]
-    sent_bytes: int
-    source: object = field(repr=False)
-
-    def wait(self) -> None:
-        """Until all bytes have come and gone."""
-        for work in self.works:
-            work.wait()
 
 
 @dataclass(frozen=True)
@@ -66,80 +49,115 @@ class Channel:
     def rank(self) -> int:
         return dist.get_rank(self.group)
 
-    def rows(self, use: str, count: int, row_bytes: int, device: torch.device) -> Tensor:
-        """A buffer ``uint8 [count, row_bytes]`` of the workspace; `use` tells buffers apart."""
-        needed = count * row_bytes
-        size_class = 1 << max(needed - 1, 0).bit_length()
+    def exchange(self, tokens: int, row_bytes: int, device: torch.device) -> "Transfer":
+        """Each rank is to get its own tokens (`owned`) from all."""
+        counts = [stop - start for start, stop in owned(tokens, self.ranks)]
+        return Transfer(self, "exchange", counts, counts[self.rank], row_bytes, device)
+
+    def gather(self, rows: int, row_bytes: int, device: torch.device) -> "Transfer":
+        """Each rank is to get the rows of all, as many of each."""
+        return Transfer(self, "gather", [rows] * self.ranks, rows, row_bytes, device)
+
+    def buffer(self, use: str, size: int, device: torch.device) -> Tensor:
+        """``uint8 [size]`` of the workspace."""
+        size_class = 1 << max(size - 1, 0).bit_length()
         key = (use, self.slot, size_class, device)
         buffers = _workspaces.setdefault(self.group, {})
         if key not in buffers:
             buffers[key] = torch.empty(size_class, dtype=torch.uint8, device=device)
-        return buffers[key][:needed].view(count, row_bytes)
+        return buffers[key][:size]
 
-    def gather(self, payload: Tensor, use: str) -> tuple[Transfer, Tensor]:
-        """Send ``uint8 [rows, row_bytes]`` to all, as many rows on every rank.
 
-        Returns:
-            The transfer, and where it puts ``uint8 [ranks * rows, row_bytes]``.
-        """
-        rows, row_bytes = payload.shape
-        received = self.rows(use, self.ranks * rows, row_bytes, payload.device)
-        parts = list(received.view(self.ranks, rows, row_bytes))
-        if self._by_pairs():
-            return self._swap([payload] * self.ranks, parts), received
-        work = native_all_gather(received, payload, group=self.group, async_op=True)
-        return Transfer([work], (self.ranks - 1) * payload.numel(), payload), received
+class Transfer:
+    """Rows that go from every rank to every rank; receiving is open before anything is sent.
 
-    def exchange(self, payload: Tensor, use: str) -> tuple[Transfer, Tensor]:
-        """Send each rank its rows (`owned`) of ``uint8 [tokens, row_bytes]``.
+    Gloo goes by pairs of sends and receives. Its all-to-all posts its sends before its receives and
+    often uses one direction of a link at a time (4 MB, 2 ranks, 1 Gbit/s: 33 ms, pairs 17 ms), its
+    all-gather is a ring of ranks - 1 steps (1 MB, 8 ranks, 1 Gbit/s: 13.7 ms, pairs 10.4 ms), and
+    a receive that is posted late is announced to the sender behind all that this rank is sending.
 
-        Returns:
-            The transfer, and where it puts ``uint8 [ranks, own rows, row_bytes]``.
-        """
-        tokens, row_bytes = payload.shape
-        spans = owned(tokens, self.ranks)
-        counts = [stop - start for start, stop in spans]
-        mine = counts[self.rank]
-        received = self.rows(use, self.ranks * mine, row_bytes, payload.device)
-        parts = received.view(self.ranks, mine, row_bytes)
-        if self._by_pairs():
-            return self._swap([payload[a:b] for a, b in spans], list(parts)), parts
-        work = dist.all_to_all_single(
-            received, payload, [mine] * self.ranks, counts, group=self.group, async_op=True
+    Attributes:
+        received: ``uint8 [ranks, rows, row_bytes]``, to be read after `wait`.
+        sent_bytes: Bytes that this rank has sent to others.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        use: str,
+        counts: list[int],
+        rows: int,
+        row_bytes: int,
+        device: torch.device,
+    ):
+        self._channel, self._use, self._counts = channel, use, counts
+        buffer = channel.buffer(use, channel.ranks * rows * row_bytes, device)
+        self.received = buffer.view(channel.ranks, rows, row_bytes)
+        self.sent_bytes = 0
+        self._works: list[dist.Work] = []
+        self._source: Tensor | None = None
+        self._by_pairs = "gloo" in str(dist.get_backend(channel.group))
+        self._tag = _TAG + 2 * channel.slot + (use == "gather")
+        if self._by_pairs and self.received.numel():
+            for step in range(1, channel.ranks):
+                self._receive((channel.rank - step) % channel.ranks)
+
+    def send(self, payload: Tensor) -> "Transfer":
+        """Send rows ``uint8 [n, row_bytes]``: each rank its own to exchange, all to all to gather."""
+        self._source = payload  # the backend reads it until `wait`
+        if self._use == "gather":
+            parts = [payload] * self._channel.ranks
+        else:
+            parts = list(payload.split(self._counts))
+        own = self._channel.rank
+        self.sent_bytes = sum(part.numel() for rank, part in enumerate(parts) if rank != own)
+        if self._by_pairs:
+            self.received[own].copy_(parts[own])
+            for step in range(1, self._channel.ranks):
+                self._send((own + step) % self._channel.ranks, parts)
+        else:
+            self._works.append(self._collective(payload))
+        return self
+
+    def wait(self) -> None:
+        """Until all bytes have come and gone."""
+        for work in self._works:
+            work.wait()
+
+    def _receive(self, peer: int) -> None:
+        target, group = self.received[peer], self._channel.group
+        self._works.append(dist.irecv(target, group=group, group_src=peer, tag=self._tag))
+
+    def _send(self, peer: int, parts: list[Tensor]) -> None:
+        if parts[peer].numel():
+            group = self._channel.group
+            work = dist.isend(parts[peer], group=group, group_dst=peer, tag=self._tag)
+            self._works.append(work)
+
+    def _collective(self, payload: Tensor) -> dist.Work:
+        group, received = self._channel.group, self.received.flatten(0, 1)
+        if self._use == "gather":
+            return native_all_gather(received, payload, group=group, async_op=True)
+        mine = [self.received.shape[1]] * self._channel.ranks
+        return dist.all_to_all_single(
+            received, payload, mine, self._counts, group=group, async_op=True
         )
-        return Transfer([work], (tokens - mine) * row_bytes, payload), parts
-
-    def _by_pairs(self) -> bool:
-        # Gloo's all-to-all posts its sends before its receives and often uses one direction of a
-        # link at a time (4 MB, 2 ranks, 1 Gbit/s: 33 ms, pairs with the receives first 17 ms), and
-        # its all-gather is a ring of ranks - 1 steps (1 MB, 8 ranks, 1 Gbit/s: 13.7 ms, 10.4 ms).
-        return "gloo" in str(dist.get_backend(self.group))
-
-    def _swap(self, to_send: list[Tensor], received: list[Tensor]) -> Transfer:
-        """Send ``to_send[r]`` to each rank r and put what comes from it into ``received[r]``."""
-        ranks, rank, works, sent = self.ranks, self.rank, [], 0
-        for step in range(1, ranks):
-            peer = (rank - step) % ranks
-            if received[peer].numel():
-                works.append(dist.irecv(received[peer], group=self.group, group_src=peer))
-        for step in range(1, ranks):
-            peer = (rank + step) % ranks
-            if to_send[peer].numel():
-                works.append(dist.isend(to_send[peer], group=self.group, group_dst=peer))
-                sent += to_send[peer].numel()
-        received[rank].copy_(to_send[rank])
-        return Transfer(works, sent, to_send)
 
 
 def owned(tokens: int, ranks: int) -> list[tuple[int, int]]:
     """The tokens ``[start, stop)`` that each rank sums: equal blocks, the last ones shorter."""
-    block = -(-tokens // ranks)
+    block = share(tokens, ranks)
     return [(min(r * block, tokens), min((r + 1) * block, tokens)) for r in range(ranks)]
 
 
-def equal_rows(rows: Tensor, tokens: int, ranks: int) -> Tensor:
-    """Rows of a rank's own tokens, as many as the first rank owns: all-gathers send equal parts."""
-    missing = -(-tokens // ranks) - len(rows)
+def share(tokens: int, ranks: int) -> int:
+    """How many tokens the first rank owns; the last ones may own fewer."""
+    return -(-tokens // ranks)
+
+
+def padded(rows: Tensor, count: int) -> Tensor:
+    """`rows` and as many of zeros as make `count`: a gather takes equal parts."""
+    missing = count - len(rows)
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
@@ -153,23 +171,23 @@ def run(pipeline: Iterable[Steps]) -> int:
     """Drive the chunks of a message to their ends.
 
     In each turn one more chunk starts, and then those before it go one step on, the newest first:
-    what they wait for was sent in the turn before, and travelled while the new chunk was encoded.
+    what they wait for was sent in the turn before, and travelled while the new chunk was encoded. A
+    chunk opens its transfers a turn before it starts.
 
     Args:
         pipeline: The steps of each chunk, in order. A chunk of k transfers is done k turns after
-            it started, so k + 1 slots are enough.
+            it started, so k + 2 slots are enough.
 
     Returns:
         Bytes that this rank sent.
     """
     sent = 0
     waiting = iter(pipeline)
+    opened = _open(waiting)
     under_way: list[tuple[Steps, Transfer | None]] = []
-    while True:
-        fresh = next(waiting, None)
-        turn = under_way if fresh is None else [(fresh, None), *under_way]
-        if not turn:
-            return sent
+    while opened is not None or under_way:
+        turn = under_way if opened is None else [(opened, None), *under_way]
+        opened = _open(waiting)
         under_way = []
         for steps, transfer in turn:
             if transfer is not None:
@@ -178,3 +196,12 @@ def run(pipeline: Iterable[Steps]) -> int:
             if transfer is not None:
                 sent += transfer.sent_bytes
                 under_way.append((steps, transfer))
+    return sent
+
+
+def _open(waiting: Iterator[Steps]) -> Steps | None:
+    """The next chunk, its transfers open."""
+    steps = next(waiting, None)
+    if steps is not None:
+        next(steps)
+    return steps

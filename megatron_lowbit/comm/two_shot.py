@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
-from megatron_lowbit.comm.transport import Channel, Steps, chunks, equal_rows, run
+from megatron_lowbit.comm.transport import Channel, Steps, chunks, padded, run, share
 
-_SLOTS = 3
+_SLOTS = 4
 
 
 def two_shot(
@@ -39,10 +39,13 @@ def two_shot_steps(
     partial: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
     """The steps of one chunk; arguments as those of `one_shot`."""
-    payload = codec.encode(partial, tables, rank=channel.rank)
-    transfer, received = channel.exchange(payload, "two-shot partials")
-    yield transfer
-    of_sum = equal_rows(codec.reduce_encode(received, tables), len(partial), channel.ranks)
-    transfer, rows = channel.gather(of_sum, "two-shot sums")
-    yield transfer
-    codec.for_sum().decode_sum(rows[None, : len(partial)], codec.sum_tables(tables), out=out)
+    tokens, device = len(partial), partial.device
+    sum_codec, sum_tables = codec.for_sum(), codec.sum_tables(tables)
+    exchange = channel.exchange(tokens, codec.row_bytes(tables), device)
+    gather = channel.gather(share(tokens, channel.ranks), sum_codec.row_bytes(sum_tables), device)
+    yield
+    yield exchange.send(codec.encode(partial, tables, rank=channel.rank))
+    of_sum = codec.reduce_encode(exchange.received, tables)
+    yield gather.send(padded(of_sum, share(tokens, channel.ranks)))
+    rows = gather.received.flatten(0, 1)[:tokens]
+    sum_codec.decode_sum(rows[None], sum_tables, out=out)
