@@ -71,7 +71,7 @@ def describe() -> str:
     if loaded.library is None:
         return f"none: {loaded.reason}"
     loaded.library.compiler.restype = ctypes.c_char_p
-    return f"C ({loaded.library.compiler().decode()})"
+    return f"C ({loaded.library.compiler().decode().strip()})"
 
 
 def _load_once() -> _Loaded:
@@ -105,22 +105,24 @@ def _build() -> ctypes.CDLL:
     name = f"rotated_hybrid-{_key(compiler)}.so"
     try:
         return _open(compiler, _cache() / name)
-    except OSError:  # no such place, nothing can be written or run there, or a damaged file
+    except OSError:  # no such place, or nothing can be written or run there
         # The mapping outlives the file.
         with tempfile.TemporaryDirectory(prefix="megatron_lowbit-") as directory:
             return _open(compiler, Path(directory) / name)
 
 
 def _open(compiler: list[str], path: Path) -> ctypes.CDLL:
-    if not path.exists():
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # not there yet, or damaged
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            _compile(compiler, temporary)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        _compile(compiler, temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     return ctypes.CDLL(str(path))
 
 

@@ -8,6 +8,7 @@ from cases import CODECS, DTYPES, OUTLIER, all_codecs, reference_sum, sample, sq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lowbit import kernels
 from megatron_lowbit.codecs import CODECS as REGISTRY
 from megatron_lowbit.codecs import codebook, get_codec, rotation, wire
 from megatron_lowbit.codecs.grouped import Grouped
@@ -39,6 +40,18 @@ SUM_FLOORS = {
     (4, 6): {"rotated-hybrid": 19.0, "static-hybrid": 9.6, "int4-g32": 17.1},
     (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4},
 }
+
+
+@pytest.fixture(scope="module", autouse=True, params=["kernel", "plain-torch"])
+def path(request):
+    """All of this for the C kernels and for the plain torch that specifies them."""
+    if request.param == "kernel":
+        if kernels.describe().startswith("none"):
+            pytest.skip(kernels.describe())
+        yield
+    else:
+        with kernels.disabled():
+            yield
 
 
 @each_codec
@@ -112,6 +125,18 @@ def test_a_token_does_not_depend_on_its_neighbours(codec):
     together = codec.encode(partial, tables)
     alone = [codec.encode(partial[i : i + 1], tables) for i in range(9)]
     assert torch.equal(together, torch.cat(alone))
+
+
+@each_codec
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_sum_is_rounded_into_out(codec, dtype):
+    partials = [sample("heavy-tailed", (9, 96), seed) for seed in range(3)]
+    tables = tables_for(codec, partials, 2)
+    payloads = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
+    expected = codec.decode_sum(payloads, tables).to(dtype)
+    for out in (torch.empty(9, 96, dtype=dtype), torch.empty(96, 18, dtype=dtype).T[::2]):
+        assert codec.decode_sum(payloads, tables, out=out) is out
+        assert torch.equal(out, expected)
 
 
 @each_codec

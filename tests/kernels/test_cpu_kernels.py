@@ -1,0 +1,347 @@
+"""The C kernels against the plain torch that specifies them, bit for bit.
+
+Where a value is NaN only that it is NaN is compared: its bits differ between CPUs, in torch too.
+"""
+
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import DTYPES, sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_lowbit import kernels
+from megatron_lowbit.codecs import get_codec, wire
+from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import build
+
+NONE = kernels.describe() if kernels.describe().startswith("none") else None
+needs_kernel = pytest.mark.skipif(NONE is not None, reason=str(NONE))
+
+HIDDEN = [1, 33, 48, 64, 96, 576, 1000, 4096, 5120]
+KINDS = ["normal", "heavy-tailed", "one-outlier", "constant", "zero"]
+BITS = sorted(RotatedHybrid.supported_bits)
+OUT_DTYPES = [None, *DTYPES]
+
+
+def _tables(codec, hidden: int, kept: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
+    return codec.tables(hidden, bf16_index=index)
+
+
+def _bits_of(values: Tensor) -> Tensor:
+    """The bits of floats, those of every NaN alike: -0 is not 0 here."""
+    integer = torch.int32 if values.dtype == torch.float32 else torch.int16
+    return values.contiguous().view(integer).masked_fill(values.isnan(), -1)
+
+
+def _bits_of_payload(payload: Tensor, codec, hidden: int) -> tuple[Tensor, Tensor]:
+    body = wire.packed_bytes(hidden, codec.bits)
+    floats = payload[..., body + body % 2 :].contiguous().view(torch.bfloat16)
+    return payload[..., : body + body % 2], _bits_of(floats)
+
+
+def _check_payload(got: Tensor, expected: Tensor, codec, hidden: int) -> None:
+    for a, b in zip(*(_bits_of_payload(p, codec, hidden) for p in (got, expected)), strict=True):
+        if not torch.equal(a, b):
+            where = (a != b).nonzero()[0].tolist()
+            raise AssertionError(f"{codec}, hidden {hidden}: payloads differ first at {where}")
+
+
+def _check(codec, partials: list[Tensor], tables) -> None:
+    """Encode, decode_sum and reduce_encode of `partials`, each against plain torch."""
+    for partial in partials:
+        with kernels.disabled():
+            expected = codec.encode(partial, tables)
+        _check_payload(codec.encode(partial, tables), expected, codec, tables.hidden)
+    _check_sums(codec, torch.stack([codec.encode(p, tables) for p in partials]), tables)
+
+
+def _check_sums(codec, payloads: Tensor, tables) -> None:
+    with kernels.disabled():
+        total = codec.decode_sum(payloads, tables)
+        of_sum = codec.reduce_encode(payloads, tables)
+    for dtype in OUT_DTYPES:
+        out = None if dtype is None else torch.empty(total.shape, dtype=dtype)
+        got = codec.decode_sum(payloads, tables, out=out)
+        expected = total.to(dtype or torch.float32)
+        assert torch.equal(_bits_of(got), _bits_of(expected)), f"{codec}, {tables.hidden}, {dtype}"
+    _check_payload(codec.reduce_encode(payloads, tables), of_sum, codec.for_sum(), tables.hidden)
+
+
+@needs_kernel
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_input(bits, hidden):
+    codec = get_codec("rotated-hybrid", bits=(bits, BITS[-1] - bits + BITS[0]))
+    kinds = [kind for kind in KINDS if kind != "one-outlier" or hidden > 5]
+    for dtype in DTYPES:
+        for kept in {0, 1, min(5, hidden), hidden}:
+            tables = _tables(codec, hidden, kept)
+            _check(codec, [sample(kind, (3, hidden), 1).to(dtype) for kind in kinds], tables)
+            _check(codec, [sample("zero", (2, hidden), 1).to(dtype)], tables)  # zeros have signs
+
+
+@needs_kernel
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_every_number_of_ranks(ranks):
+    codec = get_codec("rotated-hybrid", bits=(4, 6))
+    partials = [sample("heavy-tailed", (5, 576), seed) for seed in range(ranks)]
+    _check(codec, partials, _tables(codec, 576, 4))
+
+
+@needs_kernel
+def test_the_tree_of_squares():
+    """Another order of its additions changes the BF16 scale of one row in ten thousand or so."""
+    codec = get_codec("rotated-hybrid")
+    partial = sample("heavy-tailed", (200_000, 33), 0)
+    tables = _tables(codec, 33, 0)
+    with kernels.disabled():
+        expected = codec.encode(partial, tables)
+    _check_payload(codec.encode(partial, tables), expected, codec, 33)
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=80)
+@given(data=st.data())
+def test_any_bits_in_any_shape(data):
+    """Inputs, then payloads, of random bytes: NaN, infinities, subnormals, every magnitude."""
+    bits = (data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(BITS)))
+    codec = get_codec("rotated-hybrid", bits=bits)
+    tokens, hidden = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 300))
+    tables = _tables(codec, hidden, data.draw(st.integers(0, 9)))
+    dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_bytes(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    raw = random_bytes(tokens * hidden * dtype.itemsize).view(dtype).view(tokens, hidden)
+    magnitude = 2.0 ** data.draw(st.integers(-100, 60))
+    scaled = torch.randn(tokens, hidden, generator=generator) * magnitude
+    _check(codec, [raw, scaled.to(dtype)], tables)
+    ranks = data.draw(st.integers(1, 5))
+    _check_sums(codec, random_bytes(ranks, tokens, codec.row_bytes(tables)), tables)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kept", [0, 3, 96])
+def test_rows_that_are_not_finite(bad, kept):
+    codec = get_codec("rotated-hybrid")
+    partials = [sample("normal", (96, 96), seed) for seed in range(2)]
+    partials[1].fill_diagonal_(bad)  # every feature in some token
+    _check(codec, partials, _tables(codec, 96, kept))
+    _check(codec, [torch.full((2, 96), 3.4e38), torch.full((2, 96), 1e-45)], _tables(codec, 96, 2))
+
+
+@needs_kernel
+def test_every_fp16_and_every_bf16():
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 256, 256)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
+        _check(codec, [every, every.flip(0)], tables)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_any_strides(dtype):
+    codec = get_codec("rotated-hybrid", bits=3)
+    tables = _tables(codec, 48, 2)
+    wide = sample("normal", (96, 100), 0).to(dtype)
+    views = [wide[:20, 3:51], wide[::5, 1:49], wide[:48].T, wide[:1, 4:52].expand(7, 48)]
+    for view in views:
+        _check(codec, [view], tables)
+    payloads = torch.stack([codec.encode(sample("normal", (9, 48), r), tables) for r in range(8)])
+    row = payloads.shape[2]
+    shifted = torch.empty(payloads.numel() + 1, dtype=torch.uint8)[1:].view(payloads.shape)
+    wider = torch.empty(8, 9, row + 3, dtype=torch.uint8)[..., 1 : row + 1]
+    for view in (shifted, wider):
+        _check_sums(codec, view.copy_(payloads), tables)
+    for view in (
+        payloads[::3],
+        payloads[:, 2:5],
+        payloads[:, ::2],
+        payloads[2:3].expand(4, 9, row),
+    ):
+        _check_sums(codec, view, tables)
+
+
+@needs_kernel
+def test_offsets_above_two_to_the_31():
+    try:
+        far = torch.empty(2**32 + 4096, dtype=torch.uint8)  # reserved, not touched
+    except RuntimeError:
+        pytest.skip("this machine does not reserve 4 GiB")
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 64, 1)
+    partial = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
+    _check(codec, [partial.copy_(sample("normal", (2, 64), 0))], tables)
+    payloads = far.as_strided((2, 3, codec.row_bytes(tables)), (2**32, codec.row_bytes(tables), 1))
+    _check_sums(codec, payloads.random_(0, 256), tables)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_threads_change_nothing(three_threads):
+    codec = get_codec("rotated-hybrid")
+    partials = [sample("normal", (1000, 576), seed) for seed in range(2)]
+    _check(codec, partials, _tables(codec, 576, 4))
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(three_threads):
+    codec = get_codec("rotated-hybrid")
+    partial = sample("normal", (1000, 576), 0)
+    tables = _tables(codec, 576, 4)
+    expected = bytes(codec.encode(partial, tables).numpy())
+
+    def child() -> None:
+        os._exit(0 if bytes(codec.encode(partial, tables).numpy()) == expected else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode == 0
+
+
+@needs_kernel
+def test_wrong_shapes_are_named():
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 64, 1)
+    with pytest.raises(LowbitError, match=r"\[tokens, 64\], got \[2, 65\]"):
+        codec.encode(torch.zeros(2, 65), tables)
+    for payloads in (torch.zeros(1, 2, 35), torch.zeros(1, 2, 36), torch.zeros(0, 2, 36)):
+        with pytest.raises(LowbitError, match=r"uint8 \[ranks, tokens, 36\], got torch.float32"):
+            codec.decode_sum(payloads, tables)
+        with pytest.raises(LowbitError, match=r"uint8 \[ranks, tokens, 36\]"):
+            codec.reduce_encode(payloads[:, :, :-1].byte(), tables)
+
+
+# What a process of its own finds: the kernels, the warnings, and a digest of what it computed.
+PROBE = """
+import hashlib, warnings, torch
+from megatron_lowbit import kernels
+from megatron_lowbit.codecs import get_codec
+digest = hashlib.sha256()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for bits in (2, 3, 4, 5, 6):
+        for hidden in (1, 33, 48, 576):
+            codec = get_codec("rotated-hybrid", bits=(bits, 8 - bits))
+            tables = codec.tables(hidden, bf16_index=torch.tensor([hidden // 2]))
+            x = torch.arange(7.0 * hidden).view(7, hidden).sin().bfloat16()
+            payloads = codec.encode(x, tables).expand(3, -1, -1)
+            for result in (codec.decode_sum(payloads, tables).view(torch.uint8),
+                           payloads, codec.reduce_encode(payloads, tables)):
+                digest.update(result.contiguous().numpy().tobytes())
+print(digest.hexdigest())
+print(kernels.describe())
+for warning in caught:
+    print(warning.message)
+"""
+
+
+def _start(**environment: str) -> subprocess.Popen:
+    search = os.pathsep.join(sys.path)
+    env = {**os.environ, "PYTHONPATH": search, build.SWITCH: "1", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROBE], stdout=subprocess.PIPE, text=True, env=env
+    )
+
+
+def _finish(process: subprocess.Popen) -> list[str]:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return output.splitlines()
+
+
+@pytest.fixture(scope="module")
+def plain_digest():
+    digest, kernel, *warned = _finish(_start(**{build.SWITCH: "0"}))
+    assert kernel == f"none: switched off by {build.SWITCH}=0"
+    assert not warned
+    return digest
+
+
+def test_without_a_compiler_it_warns_once_and_gives_the_same(tmp_path, plain_digest):
+    environment = {"CC": "/nonexistent/cc", "XDG_CACHE_HOME": str(tmp_path)}
+    digest, kernel, *warned = _finish(_start(**environment))
+    assert digest == plain_digest
+    assert kernel == "none: no C compiler: CC names /nonexistent/cc, which cannot be run"
+    assert len(warned) == 1
+    assert "/nonexistent/cc" in warned[0] and "times slower" in warned[0]
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, plain_digest):
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text("#!/bin/sh\necho 'error: out of order' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    environment = {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    digest, kernel, *warned = _finish(_start(**environment))
+    assert digest == plain_digest
+    assert kernel.endswith("broken-cc failed: error: out of order")
+    assert len(warned) == 1
+
+
+@needs_kernel
+def test_two_processes_build_at_once(tmp_path, plain_digest):
+    both = [_start(XDG_CACHE_HOME=str(tmp_path)) for _ in range(2)]
+    for process in both:
+        digest, kernel, *warned = _finish(process)
+        assert digest == plain_digest
+        assert kernel.startswith("C (")
+        assert not warned
+    [built] = (tmp_path / "megatron_lowbit").iterdir()
+    built.write_bytes(b"damaged")
+    assert _finish(_start(XDG_CACHE_HOME=str(tmp_path)))[1].startswith("C (")
+    assert built.stat().st_size > 1000
+
+
+@needs_kernel
+def test_a_cache_that_cannot_be_written(tmp_path, plain_digest):
+    (tmp_path / "file").touch()
+    digest, kernel, *warned = _finish(_start(XDG_CACHE_HOME=str(tmp_path / "file")))
+    assert digest == plain_digest
+    assert kernel.startswith("C (")
+    assert not warned
+
+
+@needs_kernel
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx2"])
+def test_older_instruction_sets(flag, tmp_path, plain_digest):
+    """What AVX2 and what any other CPU runs."""
+    compiler = " ".join([*build._compiler(), flag])
+    digest, kernel, *_ = _finish(_start(CC=compiler, XDG_CACHE_HOME=str(tmp_path)))
+    assert kernel.startswith("C (")
+    assert digest == plain_digest
+
+
+def test_disabled_ends_with_its_block():
+    before = kernels.describe()
+    with kernels.disabled():
+        with kernels.disabled():
+            pass
+        assert kernels.describe() == "none: disabled"
+    assert kernels.describe() == before
