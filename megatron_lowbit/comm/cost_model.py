@@ -22,7 +22,7 @@ costs `per_chunk`. The formulas are checked against emulated links by tools/pred
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_lowbit.comm.transport import CHUNK_VALUES
+from megatron_lowbit.comm.transport import chunk_values
 
 BF16_BYTES = 2
 
@@ -123,5 +123,5 @@ FORMULAS: dict[str, Callable[[Message, Costs], float]] = {
 
 
 def _pipe(send: float, work: float, m: Message, c: Costs) -> float:
-    chunks = max(-(-m.values // CHUNK_VALUES), 1)
+    chunks = max(-(-m.values // chunk_values(m.values, m.ranks)), 1)
     return max(send, work) + min(send, work) / chunks + (chunks - 1) * c.per_chunk

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.cost_model import BF16_BYTES, Costs
-from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel
+from megatron_lowbit.comm.transport import Channel
 
 _REPEATS = 5
 # Bytes: enough for the bandwidth to show, few enough for a link of 100 Mbit/s.
 _LARGE = 1 << 19
+_CODEC_VALUES = 1 << 18
 
 
 def probe(
@@ -90,7 +91,7 @@ def _codec_seconds(
     codec: Codec, tables: Tables, group: dist.ProcessGroup, device: torch.device
 ) -> list[float]:
     """Of a call on one token, and of a value: encoded, decoded, finished."""
-    ranks, tokens = dist.get_world_size(group), max(CHUNK_VALUES // tables.hidden, 1)
+    ranks, tokens = dist.get_world_size(group), max(_CODEC_VALUES // tables.hidden, 1)
     values = tokens * tables.hidden
 
     def encode(tokens: int) -> float:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
-from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel, Steps, run
+from megatron_lowbit.comm.transport import Channel, Steps, chunks, run
 
 _SLOTS = 3
 
@@ -33,7 +33,7 @@ def reduce_scatter(
     """
     ranks, hidden = dist.get_world_size(group), partial.shape[1]
     blocks = partial.view(ranks, -1, hidden) if len(partial) else partial.view(ranks, 0, hidden)
-    spans = _spans(len(out), hidden * ranks)
+    spans = chunks(len(out), hidden * ranks, 1)
     return run(
         _reduce_steps(blocks[:, a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
         for i, (a, b) in enumerate(spans)
@@ -58,16 +58,11 @@ def all_gather(
     """
     ranks, hidden = dist.get_world_size(group), shard.shape[1]
     blocks = out.view(ranks, len(shard), hidden)
-    spans = _spans(len(shard), hidden * ranks)
+    spans = chunks(len(shard), hidden * ranks, 1)
     return run(
         _gather_steps(shard[a:b], tables, codec, Channel(group, i % _SLOTS), blocks[:, a:b])
         for i, (a, b) in enumerate(spans)
     )
-
-
-def _spans(tokens: int, values_per_token: int) -> list[tuple[int, int]]:
-    size = max(CHUNK_VALUES // values_per_token, 1)
-    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _reduce_steps(
