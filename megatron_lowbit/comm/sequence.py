@@ -33,7 +33,7 @@ def reduce_scatter(
     """
     ranks, hidden = dist.get_world_size(group), partial.shape[1]
     blocks = partial.view(ranks, -1, hidden) if len(partial) else partial.view(ranks, 0, hidden)
-    spans = chunks(len(out), hidden * ranks, 1)
+    spans = chunks(len(out), hidden, 1)
     return run(
         _reduce_steps(blocks[:, a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
         for i, (a, b) in enumerate(spans)
@@ -58,7 +58,7 @@ def all_gather(
     """
     ranks, hidden = dist.get_world_size(group), shard.shape[1]
     blocks = out.view(ranks, len(shard), hidden)
-    spans = chunks(len(shard), hidden * ranks, 1)
+    spans = chunks(len(shard), hidden, 1)
     return run(
         _gather_steps(shard[a:b], tables, codec, Channel(group, i % _SLOTS), blocks[:, a:b])
         for i, (a, b) in enumerate(spans)
