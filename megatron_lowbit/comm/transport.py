@@ -1,11 +1,11 @@
 """Moving payload rows between ranks: buffers, the two primitives, and the pipeline over chunks.
 
-A collective is written as a generator of *steps* for one chunk of tokens: it opens its transfers and
-yields once; then it encodes, sends, yields the transfer that is under way, goes on when its bytes
-have come, and so on to the end. `run` drives the chunks of a message so that while one chunk's bytes
-travel another is encoded or decoded, as far as the backend works in the background (Gloo: its
-two threads; NCCL: its own stream). The order of transfers depends on the number of chunks alone,
-so it is the same on every rank.
+A collective is written as a generator of *steps* for one chunk of tokens: it opens its transfers
+and yields once; then it encodes, sends, yields the transfer that is under way, goes on when its
+bytes have come, and so on to the end. `run` drives the chunks of a message so that while the bytes
+of one travel another is encoded or decoded, as far as the backend works in the background (Gloo has
+a thread for it, NCCL a stream). The order of transfers depends on the number of chunks alone, so it
+is the same on every rank.
 
 Workspace: received bytes land in buffers that are kept per group, allocated once per slot and size
 class (powers of two) and used again by every later call. A chunk has at most `CHUNK_VALUES` values
@@ -105,7 +105,7 @@ class Transfer:
                 self._receive((channel.rank - step) % channel.ranks)
 
     def send(self, payload: Tensor) -> "Transfer":
-        """Send rows ``uint8 [n, row_bytes]``: each rank its own to exchange, all to all to gather."""
+        """Send rows ``uint8 [n, row_bytes]``: each rank its own (exchange), or all to all."""
         self._source = payload  # the backend reads it until `wait`
         if self._use == "gather":
             parts = [payload] * self._channel.ranks

@@ -1,46 +1,23 @@
-"""The one-shot all-reduce in real process groups of 1 to 4 ranks, against one process."""
+"""What `all_reduce` and its siblings do besides summing: gradients, strides, errors, agreement.
+
+The sums themselves are tested in test_collectives.py.
+"""
 
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CODECS, DTYPES, SHAPES, reference_sum, sample, tables_for
+from cases import sample
 from ranks import run_ranks
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
-from megatron_lowbit.comm.all_reduce import Traffic
 from megatron_lowbit.errors import LowbitError
 
-CASES = [(c, shape, dtype) for c in CODECS for shape in SHAPES for dtype in DTYPES]
 
-
-def _partials(case: int, ranks: int) -> list[torch.Tensor]:
-    _, shape, dtype = CASES[case]
-    return [sample("heavy-tailed", shape, 100 * case + rank).to(dtype) for rank in range(ranks)]
-
-
-def _tables(case: int, ranks: int):
-    (name, bits), _, _ = CASES[case]
-    codec = get_codec(name, bits=bits)
-    partials = _partials(case, ranks)
-    return codec, tables_for(codec, partials, min(2, partials[0].shape[-1]))
-
-
-def _reduce_all(rank: int) -> dict:
-    ranks = dist.get_world_size()
-    sums, traffics = [], []
-    for case in range(len(CASES)):
-        codec, tables = _tables(case, ranks)
-        traffic = Traffic()
-        mine = _partials(case, ranks)[rank]
-        sums.append(all_reduce(mine, codec=codec, tables=tables, traffic=traffic))
-        traffics.append(traffic)
-    return {"sums": sums, "traffic": traffics, "more": _more(rank, ranks)}
-
-
-def _more(rank: int, ranks: int) -> dict:
+def _more(rank: int) -> dict:
     """Backward, strided input, input left alone, repeated calls, a sub-group, errors."""
+    ranks = dist.get_world_size()
     x = sample("normal", (48, 6), rank).T.requires_grad_()
     total = all_reduce(x, codec="rotated-hybrid")
     (3 * total).sum().backward()
@@ -51,7 +28,14 @@ def _more(rank: int, ranks: int) -> dict:
         "gradient": x.grad,
         "same": torch.equal(total, contiguous),
         "untouched": torch.equal(x, sample("normal", (48, 6), rank).T),
-        "nan": all_reduce(nan),
+        "nan": {mode: all_reduce(nan, collective=mode) for mode in ("one-shot", "two-shot")},
+        "native": torch.equal(all_reduce(x.detach(), collective="native"), _native(x.detach())),
+        "scattered": _scatter_gradient(rank, ranks),
+        "batches": _batches(rank),
+        "mode": _error(lambda: all_reduce(x, collective="ring")),
+        "auto": _error(lambda: all_reduce(x, collective="auto")),
+        "uneven": _error(lambda: reduce_scatter(torch.ones(2 * ranks + 1, 8))),
+        "no_ranges": _error(lambda: all_reduce(x, collective="two-shot", **_without_sum(ranks))),
         "agreement": _error(lambda: require_equal("codec", min(rank, 1))),
         "failure": _error(lambda: on_every_rank(lambda: _fail_on_last(rank, ranks))),
         "dtype": _error(lambda: all_reduce(torch.ones(2, 4, dtype=torch.int64))),
@@ -60,6 +44,41 @@ def _more(rank: int, ranks: int) -> dict:
         "ranks": _error(lambda: all_reduce(x, tables=_five_ranks(), codec="static-hybrid")),
         "scalar": _error(lambda: all_reduce(torch.tensor(1.0))),
     }
+
+
+def _native(x: torch.Tensor) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def _scatter_gradient(rank: int, ranks: int) -> dict:
+    """Gradients of the sequence-parallel pair: each must be the other's counterpart."""
+    x = sample("normal", (2 * ranks, 48), rank).requires_grad_()
+    mine = reduce_scatter(x)
+    mine.backward(torch.full_like(mine, rank + 1.0))
+    shard = sample("normal", (2, 48), rank).requires_grad_()
+    whole = all_gather(shard)
+    whole.backward(torch.arange(2.0 * ranks)[:, None].expand_as(whole).contiguous())
+    return {"reduce_scatter": x.grad, "all_gather": shard.grad}
+
+
+def _batches(rank: int) -> bool:
+    """In a fixed mode a token's sum has the same bits in a batch of any size and at any place."""
+    tokens = sample("heavy-tailed", (67, 96), rank)
+    for mode in ("one-shot", "two-shot"):
+        for codec in ("rotated-hybrid", "int4-g32", "bf16"):
+            whole = all_reduce(tokens, codec=codec, collective=mode)
+            for start, stop in ((0, 1), (66, 67), (3, 5), (10, 41), (0, 66)):
+                part = all_reduce(tokens[start:stop], codec=codec, collective=mode)
+                if not torch.equal(part, whole[start:stop]):
+                    return False
+    return True
+
+
+def _without_sum(ranks: int) -> dict:
+    codec = get_codec("static-hybrid")
+    return {"codec": codec, "tables": codec.tables(48, ranges=torch.ones(ranks, 48))}
 
 
 def _five_ranks():
@@ -81,59 +100,47 @@ def _error(step) -> str:
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
 def results(request, tmp_path_factory):
-    return run_ranks(request.param, _reduce_all, tmp_path_factory.mktemp("ranks"))
-
-
-def test_equals_one_process_exactly_on_every_rank(results):
-    ranks = len(results)
-    for case, (codec_bits, shape, dtype) in enumerate(CASES):
-        codec, tables = _tables(case, ranks)
-        expected = reference_sum(codec, _partials(case, ranks), tables)
-        if ranks == 1:
-            expected = _partials(case, ranks)[0]  # nothing is sent, nothing is lost
-        for rank, result in enumerate(results):
-            got = result["sums"][case]
-            assert got.dtype == dtype
-            assert got.shape == shape
-            assert torch.equal(got, expected), f"{codec_bits} {shape} {dtype} on rank {rank}"
-
-
-def test_traffic_is_what_was_sent(results):
-    ranks = len(results)
-    for case, ((name, bits), shape, _) in enumerate(CASES):
-        codec, tables = _tables(case, ranks)
-        tokens = torch.Size(shape[:-1]).numel()
-        for result in results:
-            traffic = result["traffic"][case]
-            if ranks == 1:
-                assert traffic == Traffic()
-                continue
-            payload = tokens * codec.row_bytes(tables)
-            expected = Traffic(1, tokens, tokens * shape[-1], payload, (ranks - 1) * payload)
-            assert traffic == expected, (name, bits, shape)
+    return run_ranks(request.param, _more, tmp_path_factory.mktemp("ranks"))
 
 
 def test_backward_is_the_identity(results):
-    for result in results:
-        assert torch.equal(result["more"]["gradient"], torch.full((6, 48), 3.0))
+    for more in results:
+        assert torch.equal(more["gradient"], torch.full((6, 48), 3.0))
+
+
+def test_backward_of_the_sequence_parallel_pair(results):
+    """reduce-scatter: an all-gather of the gradients; all-gather: a reduce-scatter of them."""
+    ranks = len(results)
+    gathered = torch.arange(1.0, ranks + 1).repeat_interleave(2)[:, None].expand(-1, 48)
+    for rank, more in enumerate(results):
+        assert torch.equal(more["scattered"]["reduce_scatter"], gathered)
+        mine = ranks * torch.arange(2.0 * rank, 2 * rank + 2)[:, None].expand(-1, 48)
+        assert torch.equal(more["scattered"]["all_gather"], mine)
 
 
 def test_strided_input_is_taken_and_left_alone(results):
-    assert all(result["more"]["same"] and result["more"]["untouched"] for result in results)
+    assert all(more["same"] and more["untouched"] for more in results)
+
+
+def test_native_is_the_backends_own(results):
+    assert all(more["native"] for more in results)
+
+
+def test_a_token_does_not_depend_on_its_batch(results):
+    assert all(more["batches"] for more in results)
 
 
 def test_nan_on_one_rank_reaches_all_and_its_token_only(results):
     if len(results) == 1:
         return
-    for result in results:
-        bad = result["more"]["nan"].isnan().any(dim=1)
-        assert bad.tolist() == [False, False, True, False]
+    for more in results:
+        for mode, out in more["nan"].items():
+            assert out.isnan().any(dim=1).tolist() == [False, False, True, False], mode
 
 
 def test_errors_come_on_every_rank(results):
     several = len(results) > 1
-    for result in results:
-        more = result["more"]
+    for more in results:
         assert "disk on fire" in more["failure"]
         assert ("rank 0 has 0, rank 1 has 1" in more["agreement"]) == several
         assert "int64" in more["dtype"]
@@ -141,3 +148,8 @@ def test_errors_come_on_every_rank(results):
         assert "shape ()" in more["scalar"]
         assert "tables are of codec bf16, the codec is rotated-hybrid" in more["codec"]
         assert f"tables are for 5 ranks, the group has {len(results)}" in more["ranks"]
+        assert "unknown collective 'ring': choose one of auto, native" in more["mode"]
+        assert "make_chooser" in more["auto"]
+        if several:
+            assert "divide" in more["uneven"]
+            assert "no calibrated ranges of the sum" in more["no_ranges"]

@@ -1,0 +1,95 @@
+"""The contract of every collective with every codec, on 1 to 8 ranks over Gloo, case by case.
+
+Hypothesis draws the cases (shapes, dtypes, bits, chunk sizes); a process group runs many of them,
+since starting it is what takes time. Every result must equal, bit for bit, what one process
+computes from the same partials.
+"""
+
+import pytest
+import torch
+from cases import CODECS, DTYPES
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from worker import Case, can_run, expected, own_part, run_cases, sent_by
+
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.comm import transport
+from megatron_lowbit.comm.traffic import Counters
+
+COLLECTIVES = ["one-shot", "two-shot", "hierarchical", "reduce-scatter", "all-gather"]
+# Fewer than ranks, not divisible, several leading axes, odd sizes, several chunks.
+SHAPES = [(0, 64), (1, 64), (2, 33), (3, 1), (7, 96), (4, 2, 48), (40, 64)]
+
+
+def _second_bits(name: str) -> list[int]:
+    return [bits for bits in get_codec(name).supported_bits if bits in (16, 8, 6, 4)]
+
+
+@st.composite
+def case_lists(draw, ranks: int) -> list[Case]:
+    """A case of every codec and collective that `ranks` can run, the rest drawn."""
+    cases = []
+    for name, bits in CODECS:
+        for collective in COLLECTIVES:
+            if not can_run(collective, ranks):
+                continue
+            shape = draw(st.sampled_from(SHAPES))
+            if collective == "reduce-scatter":
+                shape = (shape[0] * ranks, *shape[1:])
+            case = Case(
+                codec=name,
+                bits=(bits, draw(st.sampled_from(_second_bits(name)))),
+                collective=collective,
+                shape=shape,
+                dtype=draw(st.sampled_from(DTYPES)),
+                kept=draw(st.integers(0, 2)),
+                chunk_values=draw(st.sampled_from([1, 64, 1 << 19])),
+                seed=draw(st.integers(0, 99)),
+                low_bit_inside=draw(st.booleans()),
+            )
+            cases.append(case)
+    return cases
+
+
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
+    drawn = []
+
+    @settings(
+        max_examples=3,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case_lists(ranks))
+    def collect(cases):
+        drawn.extend(cases)
+
+    collect()
+    by_rank = run_ranks(ranks, run_cases, tmp_path, drawn)
+    for number, case in enumerate(drawn):
+        total = None if ranks == 1 else expected(case, ranks)
+        transport.CHUNK_VALUES = case.chunk_values
+        for rank, results in enumerate(by_rank):
+            _check(case, results[number], total, ranks, rank)
+    transport.CHUNK_VALUES = 1 << 19
+
+
+def _check(case: Case, result: dict, total: torch.Tensor | None, ranks: int, rank: int) -> None:
+    if ranks == 1:  # nothing is sent, nothing is lost
+        assert torch.equal(result["out"], case.partials(1)[0]), case
+        assert result["traffic"] == Counters(), case
+        return
+    out, wanted = result["out"], own_part(case, total, ranks, rank)
+    assert out.dtype == case.dtype, case
+    assert out.shape == wanted.shape, case
+    assert torch.equal(out, wanted), f"rank {rank}: {case}"
+    traffic = result["traffic"]
+    assert traffic.calls == 1
+    assert traffic.values == torch.Size(case.shape).numel()
+    sent = sent_by(case, ranks, rank)
+    assert sent is None or traffic.sent_bytes == sent, f"rank {rank}: {case}"
+    assert result["choices"][0].collective == case.collective
+    assert result["choices"][0].why == "fixed"
