@@ -66,7 +66,9 @@ class Channel:
         key = (use, self.slot, size_class, device)
         buffers = _workspaces.setdefault(self.group, {})
         if key not in buffers:
-            buffers[key] = torch.empty(size_class, dtype=torch.uint8, device=device)
+            # One made in inference mode could not be written outside it.
+            with torch.inference_mode(False):
+                buffers[key] = torch.empty(size_class, dtype=torch.uint8, device=device)
         return buffers[key][:size]
 
 

@@ -153,3 +153,16 @@ def test_errors_come_on_every_rank(results):
         if several:
             assert "divide" in more["uneven"]
             assert "no calibrated ranges of the sum" in more["no_ranges"]
+
+
+def _modes(rank: int) -> bool:
+    """Buffers that inference mode allocated serve outside it, and the other way round."""
+    x = sample("normal", (8, 48), rank)
+    with torch.inference_mode():
+        first = all_reduce(x, collective="two-shot")
+    second = all_reduce(x.requires_grad_(), collective="two-shot")
+    return torch.equal(first, second.detach())
+
+
+def test_inference_mode_may_come_and_go(tmp_path):
+    assert all(run_ranks(2, _modes, tmp_path))

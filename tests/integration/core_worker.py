@@ -20,6 +20,14 @@ from megatron_lowbit.integration.cpu import enable_cpu
 
 LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 96, 6, 120, 24
 CODECS = [("bf16", None), ("static-hybrid", None), ("rotated-hybrid", None), ("rotated-hybrid", 2)]
+# Codec, bits, collective: the others are one-shot.
+COLLECTIVES = [
+    ("static-hybrid", (4, 6), "two-shot"),
+    ("rotated-hybrid", (4, 4), "two-shot"),
+    ("rotated-hybrid", (4, 6), "two-shot"),
+    ("rotated-hybrid", (4, 4), "native"),
+    ("rotated-hybrid", (4, 4), "auto"),
+]
 
 
 MOE = {
@@ -31,9 +39,27 @@ MOE = {
 }
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """Megatron's torch norms refuse sequence parallelism, which asks nothing of a norm here."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__(hidden_size, eps=eps)
+
+
+def layer_spec(config: dict):
+    """The local spec, with norms that take sequence parallelism where it is asked for."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    spec = get_gpt_layer_local_spec(config.get("num_moe_experts"), normalization="RMSNorm")
+    if not config.get("sequence_parallel"):
+        return spec
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=RMSNorm)
+
+
 def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
     """A small GPTModel of the local spec, with the same weights at any TP degree."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,7 +81,7 @@ def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
     )
     model = GPTModel(
         transformer,
-        get_gpt_layer_local_spec(config.get("num_moe_experts"), normalization="RMSNorm"),
+        layer_spec(config),
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
         position_embedding_type="rope",
@@ -82,10 +108,11 @@ def fp32_accumulation(model) -> torch.Tensor:
     """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
     from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
 
-    def reduce(partial):
+    def reduce(partial, scatter):
         total = partial.float()
         dist.all_reduce(total)
-        return total.to(partial.dtype)
+        total = total.to(partial.dtype)
+        return total.chunk(dist.get_world_size())[dist.get_rank()] if scatter else total
 
     points, _ = find_sync_points(model)
     attachment = Attachment(points, [reduce] * len(points))
@@ -136,7 +163,9 @@ def run_codecs(model, out: Path) -> dict:
     results = {"native": whole_logits(model), "native_calls": count_native_calls(model)}
     state = {key: value for key, value in model.state_dict().items() if value is not None}
     for name, bits in CODECS:
-        handle = megatron_lowbit.apply(model, out / "lowbit", codec=name, bits=bits)
+        handle = megatron_lowbit.apply(
+            model, out / "lowbit", codec=name, bits=bits, collective="one-shot"
+        )
         first = whole_logits(model)
         results[name, bits] = {
             "logits": first,
@@ -160,6 +189,55 @@ def run_codecs(model, out: Path) -> dict:
     return results
 
 
+def run_collectives(model, out: Path) -> dict:
+    """Logits, statistics and start-up line by collective."""
+    import megatron_lowbit
+
+    results = {}
+    for name, bits, mode in COLLECTIVES:
+        handle = megatron_lowbit.apply(
+            model, out / "lowbit", codec=name, bits=bits, collective=mode
+        )
+        results[name, bits, mode] = {
+            "logits": whole_logits(model),
+            "stats": handle.stats(),
+            "text": str(handle),
+        }
+        handle.remove()
+    return results
+
+
+def sequence_parallel(out: Path) -> dict:
+    """A model with sequence parallelism: reduce-scatters at its sync points, and all-gathers."""
+    import megatron_lowbit
+
+    if dist.get_world_size() == 1:
+        return {}
+    model = build(torch.bfloat16, sequence_parallel=True)
+    index, _ = make_index(model, out)
+    result = {"native": whole_logits(model), "exact": fp32_accumulation(model)}
+    for name, gather in (("bf16", None), ("rotated-hybrid", None), ("rotated-hybrid", 6)):
+        handle = megatron_lowbit.apply(
+            model, index, codec=name, collective="two-shot", all_gather_bits=gather
+        )
+        result[name, gather] = whole_logits(model)
+        result["stats", name, gather] = handle.stats()
+        handle.remove()
+    result["restored"] = torch.equal(whole_logits(model), result["native"])
+    handle = megatron_lowbit.apply(model, index, collective="one-shot", all_gather_bits=6)
+    switched = [m for m in model.modules() if getattr(m, "sequence_parallel", False) is True]
+    for module in switched:  # as inference engines do for the steps of decoding
+        module.sequence_parallel = False
+    model.embedding.scatter_to_sequence_parallel = False
+    model.embedding.reduce_scatter_embeddings = False
+    model.embedding.word_embeddings.reduce_scatter_embeddings = False
+    model.config.sequence_parallel = False
+    result["switched"] = whole_logits(model)
+    result["switched_stats"] = handle.stats()
+    handle.remove()
+    return result
+
+
 def variant_model(out: Path, **config) -> dict:
     """Another kind of model: its sync points, what stays native, and how it runs with codecs."""
     import megatron_lowbit
@@ -168,7 +246,7 @@ def variant_model(out: Path, **config) -> dict:
     index, _ = make_index(model, out)
     result = {"native_logits": whole_logits(model), "exact": fp32_accumulation(model)}
     for codec in ("bf16", "rotated-hybrid"):
-        handle = megatron_lowbit.apply(model, index, codec=codec)
+        handle = megatron_lowbit.apply(model, index, codec=codec, collective="one-shot")
         result[codec] = whole_logits(model)
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["native"], result["text"] = handle.native, str(handle)
@@ -185,7 +263,9 @@ def gradients(model, out: Path) -> dict:
     mask = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
     result = {}
     for codec in (None, "bf16", "rotated-hybrid"):
-        handle = codec and megatron_lowbit.apply(model, out / "lowbit", codec=codec)
+        handle = codec and megatron_lowbit.apply(
+            model, out / "lowbit", codec=codec, collective="one-shot"
+        )
         model.zero_grad()
         model(tokens, torch.arange(LENGTH)[None], mask).float().square().mean().backward()
         result[codec] = model.decoder.layers[0].mlp.linear_fc1.weight.grad.clone()
@@ -211,6 +291,7 @@ def errors(model, index, out: Path) -> dict[str, str]:
     import dataclasses
 
     import megatron_lowbit
+    from megatron_lowbit.comm.choice import Settings
     from megatron_lowbit.integration.sync_points import find_sync_points
 
     def message(step) -> str:
@@ -240,7 +321,6 @@ def errors(model, index, out: Path) -> dict[str, str]:
         found[key] = message(apply(changed(model=wrong)))
     point = find_sync_points(model)[0][1]
     for name, attribute, value in (
-        ("sequence_parallel", "sequence_parallel", True),
         ("skip_bias_add", "skip_bias_add", False),
         ("muted", "explicit_expert_comm", True),
     ):
@@ -250,10 +330,12 @@ def errors(model, index, out: Path) -> dict[str, str]:
         setattr(point.module, attribute, before)
     handle = megatron_lowbit.apply(model, index)
     found["twice"] = message(apply(index))
-    point.module.sequence_parallel = True
-    found["switched"] = message(lambda: whole_logits(model))
-    point.module.sequence_parallel = False
     handle.remove()
+    found["gather"] = message(apply(index, all_gather_bits=6))
+    found["mode"] = message(apply(index, collective="ring"))
+    found["modes"] = message(apply(index, collective="one-shot" if dist.get_rank() else "native"))
+    found["sum_bits"] = message(apply(index, bits=(4, 6) if dist.get_rank() else (4, 4)))
+    found["tuning"] = message(apply(index, collective=Settings(tuning=out / "none.json")))
     original = type(point.module)
     point.module.__class__ = type("TERowParallelLinear", (torch.nn.Module,), {})
     found["te"] = message(apply(index))
@@ -286,6 +368,8 @@ def main() -> None:
         "manifest": read.manifest,
         "progress": progress,
         "codecs": run_codecs(model, out),
+        "collectives": run_collectives(model, out),
+        "sequence_parallel": sequence_parallel(out / "sp"),
         "fp32_accumulation": fp32_accumulation(model),
         "gradients": gradients(model, out),
         "bias": variant_model(out / "bias", bias=True),

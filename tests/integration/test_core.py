@@ -1,11 +1,12 @@
 """`apply` in a real GPTModel of each supported megatron-core release, at TP 3 and TP 1."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from cases import sqnr
-from core_worker import CODECS, HIDDEN, LAYERS, LENGTH
+from core_worker import CODECS, COLLECTIVES, HIDDEN, LAYERS, LENGTH
 from releases import RELEASES, torchrun
 from releases import environment as environment_of
 
@@ -71,6 +72,74 @@ def test_low_bits_change_the_logits_as_much_as_they_should(ranks):
     assert quality["static-hybrid", None] > quality["rotated-hybrid", 2], quality
     assert quality["rotated-hybrid", 2] > 8, quality
     assert quality["rotated-hybrid", None] < 40, quality
+
+
+def test_collectives_in_the_model(ranks):
+    """All ranks alike; a sum in 6 bits costs less than one in 4; native is Megatron's own."""
+    native = ranks[0]["codecs"]["native"]
+    quality = {}
+    for case in COLLECTIVES:
+        for rank in ranks:
+            assert torch.equal(
+                rank["collectives"][case]["logits"], ranks[0]["collectives"][case]["logits"]
+            ), case
+        quality[case] = sqnr(native, ranks[0]["collectives"][case]["logits"])
+    coarse, fine = quality["rotated-hybrid", (4, 4), "two-shot"], COLLECTIVES[2]
+    assert 8 < coarse < quality[fine] < 40, quality
+    assert quality[COLLECTIVES[0]] > 5, quality
+    got = ranks[0]["collectives"]["rotated-hybrid", (4, 4), "native"]["logits"]
+    assert torch.equal(got, native)
+
+
+def test_statistics_by_sync_point_and_collective(ranks):
+    for rank in ranks:
+        for _, bits, mode in COLLECTIVES:
+            stats = rank["collectives"]["rotated-hybrid", (4, 4), mode]["stats"]
+            if bits != (4, 4):
+                stats = rank["collectives"]["rotated-hybrid", bits, mode]["stats"]
+            json.dumps(stats)
+            assert [(p["layer"], p["name"]) for p in stats["sync_points"]] == POINTS
+            for point in stats["sync_points"]:
+                (choice,) = point["choices"]
+                assert choice["calls"] == 1
+                assert choice["values"] == LENGTH * HIDDEN
+                assert choice["seconds"] > 0
+                assert choice["sent_bytes"] > 0
+                if mode == "auto":
+                    assert choice["why"] == "fastest by the cost model"
+                else:
+                    assert (choice["collective"], choice["why"]) == (mode, "fixed")
+            assert sum(choice["calls"] for choice in stats["total"]) == len(POINTS)
+    text = ranks[0]["collectives"]["rotated-hybrid", (4, 6), "two-shot"]["text"]
+    assert "over 3 ranks, collective two-shot" in text
+
+
+def test_sequence_parallel(ranks):
+    """Reduce-scatter from one quantization; the all-gather before column-parallel linears."""
+    for rank in ranks:
+        result = rank["sequence_parallel"]
+        first = ranks[0]["sequence_parallel"]
+        assert result["restored"]
+        for case in (("bf16", None), ("rotated-hybrid", None), ("rotated-hybrid", 6)):
+            assert torch.equal(result[case], first[case])
+        assert sqnr(first["exact"], first["bf16", None]) > 60
+        assert 8 < sqnr(first["native"], first["rotated-hybrid", None]) < 40
+        assert 8 < sqnr(first["native"], first["rotated-hybrid", 6]) < 40
+        assert not torch.equal(first["rotated-hybrid", None], first["rotated-hybrid", 6])
+        stats = result["stats", "rotated-hybrid", 6]
+        assert len(stats["all_gathers"]) == 2 * LAYERS
+        assert [c["collective"] for c in stats["total"]] == ["reduce-scatter", "all-gather"]
+        assert all(choice["calls"] == 2 * LAYERS for choice in stats["total"])
+        assert stats["all_gathers"][0]["bits_per_value"] < 6.5
+
+
+def test_sequence_parallelism_that_is_switched_off_between_calls(ranks):
+    """Then sync points all-reduce and nothing is gathered."""
+    for rank in ranks:
+        result = rank["sequence_parallel"]
+        assert torch.equal(result["switched"], ranks[0]["sequence_parallel"]["switched"])
+        assert 8 < sqnr(result["native"], result["switched"]) < 40
+        assert [c["collective"] for c in result["switched_stats"]["total"]] == ["one-shot"]
 
 
 def test_only_sync_points_are_replaced(ranks):
@@ -157,8 +226,11 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
         ("num_layers", "another model: its num_layers is 7, this model's is 2"),
         ("hidden_size", "another model: its hidden_size is 7, this model's is 96"),
         ("ffn_hidden_size", "another model: its ffn_hidden_size is 7"),
-        ("sequence_parallel", "layer 1 mlp.linear_fc2 is sequence parallel"),
-        ("switched", "layer 1 mlp.linear_fc2 is sequence parallel"),
+        ("gather", "--lowbit-all-gather has nothing to gather"),
+        ("mode", "unknown collective 'ring'"),
+        ("modes", "ranks differ in their collective"),
+        ("sum_bits", "ranks differ in their codec.*4\\+6 bits"),
+        ("tuning", "cannot read tuning file .*none.json"),
         ("skip_bias_add", "layer 1 mlp.linear_fc2 adds its bias itself"),
         ("twice", "layer 1 self_attention.linear_proj is already attached"),
         ("te", "layer 1 mlp.linear_fc2 is a TERowParallelLinear"),
