@@ -5,7 +5,7 @@
 #
 # Makes or reuses the environment .venv (see tools/setup_env.sh) and writes to out/quickstart/:
 # ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its index) and
-# summary.json (the table). Takes 6-7 minutes on 2 cores once packages are cached.
+# summary.json (the table) and stats.json (what generation sent). Takes 6-7 minutes on 2 cores once packages are cached.
 
 set -euo pipefail
 
@@ -44,7 +44,9 @@ ranks "$ROOT/tools/calibrate.py" --load "$OUT/ckpt" --data "$DATA/emma.txt" --se
 
 step "3. generate, in BF16 and in 4.1 bits"
 ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}"
-ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}" --lowbit-tp-comm
+# Fixed, since auto takes native where the link is this machine's memory.
+ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}" --lowbit-tp-comm \
+    --lowbit-collective one-shot --lowbit-stats "$OUT/stats.json"
 
 step "4. measure on Persuasion"
 ranks "$ROOT/tools/evaluate.py" --load "$OUT/ckpt" --data "$DATA/persuasion.txt" --tokens 2048 \

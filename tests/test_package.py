@@ -10,7 +10,7 @@ import pytest
 import megatron_lowbit
 
 PACKAGE = Path(megatron_lowbit.__file__).parent
-LAYERS = ["kernels", "codecs", "comm", "calibration", "evaluation", "integration"]  # bottom to top
+LAYERS = ["kernels", "codecs", "comm", "calibration", "evaluation", "integration", "benchmark"]
 SIBLINGS = {("calibration", "evaluation")}
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from megatron_lowbit import cli
 
-DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid"
+DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,rotated-hybrid-4+4,rotated-hybrid-4+6"
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -35,7 +35,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--codecs",
         default=DEFAULT,
         metavar="LIST",
-        help=f"comma-separated, also with bits as in rotated-hybrid-3 (default: {DEFAULT})",
+        help="comma-separated, also with bits as in rotated-hybrid-3, or with bits of partials and "
+        f"sums as in rotated-hybrid-4+6, which is measured two-shot (default: {DEFAULT})",
     )
     parser.add_argument(
         "--tokens",

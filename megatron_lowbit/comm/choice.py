@@ -96,8 +96,15 @@ class Chooser:
         low = "native reduce-scatter" if self.mode == "native" else "reduce-scatter"
         return Choice(low, "fixed")
 
-    def __str__(self) -> str:
-        return self.mode if self.mode != "auto" else f"auto, by {self._source}: {self._spans()}"
+    def spans(self) -> str:
+        """From which message size `auto` takes which collective, in words."""
+        parts, last = [], None
+        for exponent in range(12, 28):
+            name = self.all_reduce((1 << exponent) // BF16_BYTES).collective
+            if name != last:
+                parts.append(name if last is None else f"{name} from {_size(1 << exponent)}")
+            last = name
+        return f"by {self._source}: {', '.join(parts)}"
 
     def _fastest(self, native: str, candidates: tuple[str, ...], values: int) -> Choice:
         key = (native, values)
@@ -109,16 +116,6 @@ class Chooser:
                 best = native
             self._known[key] = Choice(best, f"fastest by {self._source}")
         return self._known[key]
-
-    def _spans(self) -> str:
-        """From which size which collective is chosen, in words."""
-        parts, last = [], None
-        for exponent in range(12, 28):
-            name = self.all_reduce((1 << exponent) // BF16_BYTES).collective
-            if name != last:
-                parts.append(name if last is None else f"{name} from {_size(1 << exponent)}")
-            last = name
-        return ", ".join(parts)
 
 
 def make_chooser(

@@ -132,11 +132,13 @@ class Handle:
         bits = 8 * first.codec.row_bytes(first.tables) / hidden
         text = (
             f"low-bit communication: {len(self._reducers)} sync points use {first.codec.name}, "
-            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, over {ranks} ranks, "
-            f"collective {first.chooser}"
+            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, {first.chooser.mode} over "
+            f"{ranks} ranks"
         )
         if ranks == 1:
             text += " (one rank: nothing is sent)"
+        elif first.chooser.mode == "auto":
+            text += f" ({first.chooser.spans()})"
         if self._gatherers:
             text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
         return f"{text}; {len(self.native)} stay native" + _listed(self.native)

@@ -79,7 +79,7 @@ def _choose(rank: int, directory: Path) -> dict:
     return {
         "choices": [chooser.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
         "scatter": chooser.reduce_scatter(4 * KB).collective,
-        "text": str(chooser),
+        "text": chooser.spans(),
         "traffic": {choice: counters.calls for choice, counters in traffic.by_choice.items()},
         "probed": [probed.all_reduce(1 << n) for n in range(10, 28)],
         "differs": _error(lambda: _chooser(tuning=own / "differs.json")),

@@ -111,7 +111,9 @@ def test_statistics_by_sync_point_and_collective(ranks):
                     assert (choice["collective"], choice["why"]) == (mode, "fixed")
             assert sum(choice["calls"] for choice in stats["total"]) == len(POINTS)
     text = ranks[0]["collectives"]["rotated-hybrid", (4, 6), "two-shot"]["text"]
-    assert "over 3 ranks, collective two-shot" in text
+    assert "two-shot over 3 ranks; 0 stay native" in text
+    auto = ranks[0]["collectives"]["rotated-hybrid", (4, 4), "auto"]["text"]
+    assert "auto over 3 ranks (by the cost model: " in auto
 
 
 def test_sequence_parallel(ranks):

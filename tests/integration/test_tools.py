@@ -107,11 +107,18 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     plain = torchrun(3, GENERATE, *common)
     assert plain.returncode == 0, plain.stderr[-4000:]
     assert plain.stdout.startswith("> native communication\nthe world[")
-    low = torchrun(3, GENERATE, *common, "--lowbit-tp-comm", "--lowbit-bits", "3")
+    stats = tmp_path / "stats.json"
+    flags = ["--lowbit-bits", "3,6", "--lowbit-collective", "two-shot", "--lowbit-stats", stats]
+    low = torchrun(3, GENERATE, *common, "--lowbit-tp-comm", *flags)
     assert low.returncode == 0, low.stderr[-4000:]
     first, *texts = low.stdout.splitlines()
     assert first.startswith("> low-bit communication: 4 sync points use rotated-hybrid, 0 of 48")
-    assert "3.33 bits a value, one-shot over 3 ranks; 0 stay native" in first
+    assert "3.33 bits a value, two-shot over 3 ranks; 0 stay native" in first
+    (total,) = json.loads(stats.read_text())["total"]
+    assert (total["collective"], total["why"]) == ("two-shot", "fixed")
+    assert total["calls"] % 4 == 0
+    assert total["calls"] >= 4 * 5, "a pass for the prompts and one for each token"
+    assert total["sent_bytes"] > 0
     assert sum(line.startswith(("the world[", "a model of[", "the quick[")) for line in texts) == 3
 
 

@@ -1,0 +1,65 @@
+"""The low-bit arguments: what they mean, and what is refused before a checkpoint is loaded."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from megatron_lowbit.comm.choice import Settings
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.arguments import (
+    add_lowbit_args,
+    index_dir_from_args,
+    parse_bits,
+    settings_from_args,
+)
+
+
+def _parse(*argv: str) -> argparse.Namespace:
+    return add_lowbit_args(argparse.ArgumentParser()).parse_args(argv)
+
+
+def test_nothing_is_on_without_the_flag():
+    assert index_dir_from_args(_parse()) is None
+
+
+def test_settings():
+    assert settings_from_args(_parse()) == Settings("auto")
+    args = _parse("--lowbit-tuning", "t.json", "--lowbit-node-size", "4")
+    assert settings_from_args(args) == Settings("auto", tuning=Path("t.json"), node_size=4)
+    args = _parse("--lowbit-collective", "hierarchical", "--lowbit-inside-node", "low-bit")
+    assert settings_from_args(args) == Settings("hierarchical", low_bit_inside=True)
+
+
+def test_bits():
+    assert parse_bits(None) is None
+    assert parse_bits("3") == 3
+    assert parse_bits("4,6") == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lowbit-bits", "4"], "--lowbit-bits does nothing without --lowbit-tp-comm"),
+        (["--lowbit-stats", "f"], "--lowbit-stats does nothing without"),
+        (["--lowbit-collective", "auto"], "--lowbit-collective does nothing without"),
+        (["--lowbit-tp-comm", "x", "--lowbit-bits", "4,6,8"], "4,6,8: give one number, or two"),
+        (["--lowbit-tp-comm", "x", "--lowbit-bits", "four"], "--lowbit-bits four: not a positive"),
+        (["--lowbit-tp-comm", "x", "--lowbit-bits", "4,"], "not a positive whole number"),
+        (["--lowbit-tp-comm", "x", "--lowbit-collective", "ring"], "unknown collective 'ring'"),
+        (["--lowbit-tp-comm", "x", "--lowbit-node-size", "0"], "--lowbit-node-size 0: not"),
+        (["--lowbit-tp-comm", "x", "--lowbit-inside-node", "fp8"], "choose bf16 or low-bit"),
+        (["--lowbit-tp-comm", "x", "--lowbit-all-gather", "9"], "no 9-bit version"),
+        (["--lowbit-tp-comm", "x", "--lowbit-stats", "/no/such/f.json"], "/no/such"),
+        (["--lowbit-tp-comm", "x"], "no low-bit index at x"),
+    ],
+)
+def test_refused(argv, message):
+    with pytest.raises((LowbitError, OSError), match=message):
+        index_dir_from_args(_parse(*argv))
+
+
+def test_a_tuning_file_needs_auto():
+    argv = ["--lowbit-tp-comm", "x", "--lowbit-collective", "one-shot", "--lowbit-tuning", "t"]
+    with pytest.raises(LowbitError, match="a tuning file means nothing to one-shot"):
+        index_dir_from_args(_parse(*argv))
