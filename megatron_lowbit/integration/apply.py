@@ -132,8 +132,8 @@ class Handle:
         bits = 8 * first.codec.row_bytes(first.tables) / hidden
         text = (
             f"low-bit communication: {len(self._reducers)} sync points use {first.codec.name}, "
-            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, {first.chooser.mode} over "
-            f"{ranks} ranks"
+            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, "
+            f"{first.chooser.mode} over {ranks} ranks"
         )
         if ranks == 1:
             text += " (one rank: nothing is sent)"
