@@ -35,9 +35,8 @@ def parse() -> argparse.Namespace:
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--sizes",
-        default="8K,32K,128K,512K,2M,8M,64M",
         metavar="LIST",
-        help="bytes of the message in BF16, with K, M or G (default: %(default)s)",
+        help="bytes of the message in BF16, with K, M or G (default: 8K,32K,128K,512K,2M,8M,64M)",
     )
     what.add_argument(
         "--hidden", type=cli.positive, default=4096, metavar="N", help="features (default: 4096)"

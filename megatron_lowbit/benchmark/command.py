@@ -45,7 +45,7 @@ def make_plans(options: Namespace) -> list[Plan]:
             collectives=_names(options.collectives),
             for_tuning=bool(options.write_tuning),
         ),
-        sizes=plans.parse_sizes(options.sizes),
+        sizes=plans.parse_sizes(options.sizes or plans.DEFAULT_SIZES),
         hidden=options.hidden,
         tuning=options.tuning,
         seconds=options.seconds,

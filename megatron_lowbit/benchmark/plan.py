@@ -21,6 +21,17 @@ COLLECTIVES = ("one-shot", "two-shot", "hierarchical", "auto", "reduce-scatter")
 SCATTERS = ("reduce-scatter", "native reduce-scatter")
 
 
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Sizes such as ``8K,2M``, ascending, each once."""
+    sizes = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)([KMG]?)B?", part.strip().upper())
+        if match is None:
+            raise LowbitError(f"{part!r} is no message size: write it like 8K or 2M")
+        sizes.add(int(match[1]) * _UNITS[match[2]])
+    return tuple(sorted(sizes))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to send a message.
@@ -87,7 +98,7 @@ class Plan:
     """
 
     variants: tuple[Variant, ...] = DEFAULT_VARIANTS
-    sizes: tuple[int, ...] = (1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23, 1 << 26)
+    sizes: tuple[int, ...] = parse_sizes(DEFAULT_SIZES)
     ranks: int | None = 2
     link: str | None = None
     hidden: int = 4096
@@ -141,17 +152,6 @@ def shape_of(size: int, *, hidden: int, multiple: int = 1) -> tuple[int, int]:
     if values < multiple * hidden:
         return multiple, values // multiple
     return values // hidden // multiple * multiple, hidden
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Sizes such as ``8K,2M``, ascending, each once."""
-    sizes = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)([KMG]?)B?", part.strip().upper())
-        if match is None:
-            raise LowbitError(f"{part!r} is no message size: write it like 8K or 2M")
-        sizes.add(int(match[1]) * _UNITS[match[2]])
-    return tuple(sorted(sizes))
 
 
 def parse_codec(text: str) -> Codec:

@@ -11,9 +11,8 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,23 +20,13 @@ import torch.distributed as dist
 
 from megatron_lowbit import cli
 from megatron_lowbit.benchmark import correctness
+from megatron_lowbit.benchmark.cases import Buffers, Choosers, make_case
 from megatron_lowbit.benchmark.correctness import Partials
 from megatron_lowbit.benchmark.links import emulated_links, parse_rate
-from megatron_lowbit.benchmark.plan import (
-    NATIVE_FP32,
-    SCATTERS,
-    Plan,
-    Variant,
-    check_node_size,
-    parse_codec,
-    shape_of,
-)
+from megatron_lowbit.benchmark.plan import SCATTERS, Plan, Variant, check_node_size, shape_of
 from megatron_lowbit.benchmark.ranks import plain_ranks
 from megatron_lowbit.benchmark.timing import Times, time_calls
-from megatron_lowbit.comm import all_reduce, reduce_scatter
-from megatron_lowbit.comm.choice import Chooser, Settings, make_chooser
 from megatron_lowbit.comm.cost_model import BF16_BYTES
-from megatron_lowbit.comm.transport import native_reduce_scatter
 from megatron_lowbit.comm.tuning import this_machine
 from megatron_lowbit.errors import LowbitError
 
@@ -62,17 +51,6 @@ class Measured:
     versions: dict[str, str]
     choices: list[list] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A variant at one message shape: its call, and how to check what the call returns."""
-
-    variant: Variant
-    call: Callable[[], torch.Tensor]
-    start: int
-    expected: torch.Tensor | None
-    floor: float
 
 
 def run(plan: Plan, *, quiet: bool = False) -> Measured:
@@ -109,7 +87,7 @@ def process_group() -> Iterator[torch.device]:
     if torch.cuda.is_available() and dist.is_nccl_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl")
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
@@ -134,7 +112,7 @@ def measure(plan: Plan, *, device: torch.device, quiet: bool = False) -> Measure
         check_node_size(plan.node_size, dist.get_world_size())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     measured = Measured([], this_machine(), versions)
-    choosers = _Choosers(plan, device)
+    choosers = Choosers(plan, device)
     with torch.inference_mode():
         for size in plan.sizes:
             _measure_size(plan, size, choosers, measured, device)
@@ -143,39 +121,10 @@ def measure(plan: Plan, *, device: torch.device, quiet: bool = False) -> Measure
     return measured
 
 
-class _Choosers:
-    """The choosers of a sweep: made once each, since nodes make groups and `auto` measures."""
-
-    def __init__(self, plan: Plan, device: torch.device):
-        self._plan, self._device = plan, device
-        self._made: dict[tuple[str, str], Chooser] = {}
-
-    def get(self, variant: Variant) -> Chooser:
-        key = (variant.codec, variant.collective)
-        if key not in self._made:
-            self._made[key] = self._make(variant)
-        return self._made[key]
-
-    def _make(self, variant: Variant) -> Chooser:
-        mode, plan = variant.collective, self._plan
-        if mode in ("one-shot", "two-shot", "reduce-scatter"):
-            return Chooser("one-shot" if mode == "reduce-scatter" else mode)
-        tuning = plan.tuning if mode == "auto" else None
-        codec = parse_codec(variant.codec)
-        partials = Partials(dist.get_world_size(), 1, plan.hidden, self._device)
-        return make_chooser(
-            Settings(mode, tuning=tuning, node_size=plan.node_size),
-            group=dist.group.WORLD,
-            codec=codec,
-            tables=partials.tables(codec),
-            device=self._device,
-        )
-
-
 def _measure_size(
-    plan: Plan, size: int, choosers: _Choosers, measured: Measured, device: torch.device
+    plan: Plan, size: int, choosers: Choosers, measured: Measured, device: torch.device
 ) -> None:
-    """Check and time all variants at one size; the scatters apart: the ranks divide their tokens."""
+    """Check and time all variants at one size; scatters apart: ranks divide their tokens."""
     ranks = dist.get_world_size()
     scatters = [v for v in plan.measured if v.collective in SCATTERS]
     others = [v for v in plan.measured if v.collective not in SCATTERS]
@@ -185,8 +134,8 @@ def _measure_size(
         shape = shape_of(size, hidden=plan.hidden, multiple=multiple)
         partials = Partials(ranks, *shape, device)
         mine = partials.of_rank(dist.get_rank())
-        buffers = _Buffers(mine)
-        cases = [_case(v, partials, buffers, choosers, plan) for v in variants]
+        buffers = Buffers(mine)
+        cases = [make_case(v, partials, buffers, choosers, plan) for v in variants]
         for case in cases:
             correctness.check(
                 case.call(),
@@ -205,70 +154,12 @@ def _measure_size(
         _add_rows(plan, variants, times, shape, choosers, measured)
 
 
-class _Buffers:
-    """This rank's partial, and copies that the backend reduces in place, as Megatron has it do."""
-
-    def __init__(self, mine: torch.Tensor):
-        self.mine = mine
-        self._in_place: list[torch.Tensor] = []
-
-    def in_place(self, dtype: torch.dtype) -> torch.Tensor:
-        self._in_place.append(self.mine.to(dtype, copy=True))
-        return self._in_place[-1]
-
-    def refill(self) -> None:
-        for values in self._in_place:
-            values.copy_(self.mine)
-
-
-def _case(
-    variant: Variant, partials: Partials, buffers: _Buffers, choosers: _Choosers, plan: Plan
-) -> _Case:
-    scatter = variant.collective in SCATTERS
-    start = partials.tokens // dist.get_world_size() * dist.get_rank() if scatter else 0
-    if variant.is_native:
-        call = _native(variant, buffers)
-        return _Case(variant, call, start, None, correctness.NATIVE_FLOOR)
-    codec, chooser = parse_codec(variant.codec), choosers.get(variant)
-    tables, step = partials.tables(codec), reduce_scatter if scatter else all_reduce
-    call = partial(step, buffers.mine, codec=codec, tables=tables, collective=chooser)
-    collective = variant.collective
-    if not scatter:
-        collective = chooser.all_reduce(buffers.mine.numel()).collective
-    if collective == "native":
-        return _Case(variant, call, start, None, correctness.NATIVE_FLOOR)
-    expected = correctness.simulate(
-        partials.base, tables, codec=codec, collective=collective, node_size=plan.node_size
-    )
-    return _Case(variant, call, start, expected, correctness.sqnr_floor(codec))
-
-
-def _native(variant: Variant, buffers: _Buffers) -> Callable[[], torch.Tensor]:
-    """The backend's own collective."""
-    mine = buffers.mine
-    if variant.collective in SCATTERS:
-        out = mine.new_empty(len(mine) // dist.get_world_size(), mine.shape[1])
-
-        def scatter() -> torch.Tensor:
-            native_reduce_scatter(out, mine)
-            return out
-
-        return scatter
-    values = buffers.in_place(torch.float32 if variant == NATIVE_FP32 else mine.dtype)
-
-    def reduce() -> torch.Tensor:
-        dist.all_reduce(values)
-        return values
-
-    return reduce
-
-
 def _add_rows(
     plan: Plan,
     variants: list[Variant],
     times: list[Times],
     shape: tuple[int, int],
-    choosers: _Choosers,
+    choosers: Choosers,
     measured: Measured,
 ) -> None:
     size = BF16_BYTES * shape[0] * shape[1]
