@@ -10,8 +10,9 @@ from megatron_lowbit.files import write_atomic
 
 # Colour says the codec, marker and dash the collective. Ours is strong, the others are light; the
 # colours (Okabe and Ito) can be told apart without red and green.
+_OURS = "rotated-hybrid"
 _COLORS = {
-    "rotated-hybrid": "#0072B2",
+    _OURS: "#0072B2",
     "static-hybrid": "#D55E00",
     "int4-g32": "#009E73",
     "fp8-g256": "#CC79A7",
@@ -68,7 +69,7 @@ def _panel(axes, rows: list[dict], title: str, names: list[str]) -> dict:
         speedups = [min(max(row["speedup"], _LEAST), _MOST) for row in mine]
         style = _style(mine[0], names)
         (handles[name],) = axes.plot([row["bytes"] for row in mine], speedups, **style)
-    axes.axhline(1, color="#333333", linewidth=1.2, zorder=1)
+    axes.axhline(1, color="black", linewidth=1.5, zorder=1.5)
     axes.set_title(title, fontsize=10)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -77,6 +78,7 @@ def _panel(axes, rows: list[dict], title: str, names: list[str]) -> dict:
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return handles
 
@@ -84,7 +86,7 @@ def _panel(axes, rows: list[dict], title: str, names: list[str]) -> dict:
 def _style(row: dict, names: list[str]) -> dict:
     """How a variant's line looks: the same in every panel."""
     codec, by = row["codec"].split(" ")[0], row["collective"]
-    ours = codec == "rotated-hybrid"
+    ours = codec == _OURS
     color = _COLORS.get(codec, _MORE_COLORS[names.index(by_variant([row]).popitem()[0]) % 4])
     style = {"color": color, "linewidth": 1.8 if ours else 1.2, "alpha": 1 if ours else 0.85}
     style |= {"linestyle": _DASHES.get(by, "-"), "marker": _MARKERS.get(by, ""), "markersize": 4}
@@ -98,6 +100,9 @@ def _style(row: dict, names: list[str]) -> dict:
 
 
 def _legend(figure, handles: dict) -> None:
+    """Under the panels: ours first, in columns."""
+    order = sorted(handles, key=lambda n: (n.startswith("native"), not n.startswith(_OURS)))
+    handles = {name: handles[name] for name in order}
     figure.tight_layout()
     figure.legend(
         handles.values(),

@@ -57,10 +57,9 @@ def losses(rows: list[Row]) -> list[str]:
         floor = AUTO_FLOOR if row["collective"] == "auto" else 1.0
         if not _is_native(row) and row["speedup"] < floor:
             case = f"{row['ranks']} ranks, {row['link']}, {variant_name(row)}"
-            times = f"{_ms(row['median_ms'])} ms, native {_ms(row['native_median_ms'])}"
-            text = f"{row['speedup']:.2f}x at {size_text(row['bytes'])} ({times})"
+            text = f"{row['speedup']:.2f}x at {size_text(row['bytes'])}"
             found.setdefault(case, []).append(text)
-    return [f"{case}: {'; '.join(sizes)}" for case, sizes in found.items()]
+    return [f"{case}: {', '.join(sizes)}" for case, sizes in found.items()]
 
 
 def choices(measured: Measured) -> list[str]:
@@ -145,9 +144,13 @@ def command_line() -> list[str]:
 
 
 def variant_name(row: Row) -> str:
-    """A variant in a few words: without "bits", and with the collective where it says something."""
-    codec = row["codec"].replace(" bits)", ")").replace("(", "").replace(")", "")
-    return codec if _is_native(row) else f"{codec} {row['collective']}"
+    """A variant in a few words: ``rotated-hybrid 4+6 two-shot``, ``fp8-g256 two-shot``."""
+    if _is_native(row):
+        return row["codec"]
+    name, bits = row["codec"].removesuffix(" bits)").split(" (")
+    named = re.match(r"[a-z]+(\d+)-", name)
+    codec = name if named and named[1] == bits else f"{name} {bits}"
+    return f"{codec} {row['collective']}"
 
 
 def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
