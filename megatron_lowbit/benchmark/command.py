@@ -130,3 +130,6 @@ def _print(rows: list[dict], sweeps: list[Measured]) -> None:
             cli.say(f"\n{measured.rows[0]['ranks']} ranks: {line}")
     lost = report.losses(rows)
     cli.say("\nslower than native:" + "".join(f"\n  {line}" for line in lost or ["no case"]))
+    warning = report.unsteady(rows)
+    if warning:
+        cli.say(f"\n{warning}")

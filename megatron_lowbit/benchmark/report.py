@@ -22,6 +22,8 @@ from megatron_lowbit.files import write_atomic
 Row = dict
 # `auto` may cost this much of native's time where it takes native: scatter of the measurement.
 AUTO_FLOOR = 0.95
+# p90 / p10 of a case: above it, single calls wait for other work on the cores.
+UNSTEADY = 3
 
 
 def size_text(count: int) -> str:
@@ -60,6 +62,17 @@ def losses(rows: list[Row]) -> list[str]:
             text = f"{row['speedup']:.2f}x at {size_text(row['bytes'])}"
             found.setdefault(case, []).append(text)
     return [f"{case}: {', '.join(sizes)}" for case, sizes in found.items()]
+
+
+def unsteady(rows: list[Row]) -> str:
+    """A warning if many cases scatter, as on a machine that is busy with other work; else empty."""
+    bad = sum(row["p90_ms"] > UNSTEADY * row["p10_ms"] for row in rows)
+    if 4 * bad <= len(rows):
+        return ""
+    return (
+        f"unsteady: p90 is above {UNSTEADY} times p10 in {bad} of {len(rows)} cases; is the "
+        "machine busy with other work?"
+    )
 
 
 def choices(measured: Measured) -> list[str]:

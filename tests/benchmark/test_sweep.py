@@ -216,6 +216,12 @@ def test_losses_name_every_case():
     ]
 
 
+def test_unsteady_times_are_said():
+    assert report.unsteady(ROWS) == ""
+    shaky = [row | {"p90_ms": 4 * row["p10_ms"]} for row in ROWS[:4]] + ROWS[4:]
+    assert report.unsteady(shaky).startswith("unsteady: p90 is above 3 times p10 in 4 of 13 cases")
+
+
 def test_tables():
     first, second, third = report.tables(ROWS).split("\n\n")
     assert first.startswith("all-reduce, 2 ranks, 1gbit: speedup against native BF16\n")
