@@ -31,6 +31,7 @@ TRITON = ["triton"]
 # megatron-core imports the others without declaring them.
 MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
+BENCH = ["matplotlib"]
 DEV = ["hypothesis", "pytest", "ruff"]
 
 setup(
@@ -51,6 +52,7 @@ setup(
         "megatron": MEGATRON,
         "calibrate": CALIBRATE,
         "triton": TRITON,
+        "bench": BENCH,
         "dev": DEV,
     },
 )

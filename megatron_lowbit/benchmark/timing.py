@@ -1,0 +1,84 @@
+"""Times of collectives that run one after the other on every rank of the default group.
+
+Calls follow each other without barriers, as in nccl-tests: a barrier lets the ranks go at times
+that differ by milliseconds on shared cores, and that would be timed. The cases take turns in
+rounds, so a machine that becomes slower for a while does so for all of them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lowbit.comm.traffic import Clock
+
+_ROUNDS = 5
+_MOST_CALLS = 100  # in a round
+# Seconds: a shorter call is made up to three times more, untimed, when its turn comes, since what
+# ran before it left other data in the caches and the ranks out of step; a longer one hardly sees
+# it.
+_SHORT = 0.05
+_MOST_LEADS = 3
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a call, each the mean over ranks."""
+
+    median: float
+    p10: float
+    p90: float
+    calls: int
+
+
+def time_calls(
+    calls: list[Call], *, seconds: float, device: torch.device, prepare: Call | None = None
+) -> list[Times]:
+    """Time every call; on every rank alike, each having been made once before (that warms it up).
+
+    Args:
+        calls: The cases.
+        seconds: For each case; it is called five times in any case.
+        device: Where they work: a GPU's times are those on its stream.
+        prepare: Made before each turn, not timed.
+    """
+    once = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
+    once = _over_ranks(once, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
+    turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _MOST_CALLS) for t in once]
+    times = [[] for _ in calls]
+    cases = list(zip(calls, once, turns, times, strict=True))
+    for _ in range(_ROUNDS):
+        for call, estimate, count, mine in cases:
+            if prepare is not None:
+                prepare()
+            for _ in range(min(int(_SHORT / estimate), _MOST_LEADS)):
+                call()
+            mine.append(_seconds([call] * count, device))
+        cases.reverse()  # no case always comes after the same other one
+    means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]
+    return [_summary(1000 * mean / dist.get_world_size()) for mean in means]
+
+
+def _seconds(calls: list[Call], device: torch.device) -> torch.Tensor:
+    """fp64 ``[len(calls)]``: this rank's times of calls back to back."""
+    clocks = []
+    for call in calls:
+        clock = Clock(device)
+        call()
+        clocks.append(clock.stop())
+    return torch.tensor([clock.seconds() for clock in clocks], dtype=torch.float64)
+
+
+def _over_ranks(values: torch.Tensor, op, device: torch.device) -> torch.Tensor:
+    values = values.to(device)
+    dist.all_reduce(values, op=op)
+    return values.cpu()
+
+
+def _summary(milliseconds: torch.Tensor) -> Times:
+    at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    return Times(*torch.quantile(milliseconds, at).tolist(), len(milliseconds))
