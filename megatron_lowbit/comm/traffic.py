@@ -47,8 +47,12 @@ class Counters:
 
     def add(self, other: "Counters") -> None:
         """Add another's counts to these."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+        self.calls += other.calls
+        self.tokens += other.tokens
+        self.values += other.values
+        self.payload_bytes += other.payload_bytes
+        self.sent_bytes += other.sent_bytes
+        self.seconds += other.seconds
 
 
 @dataclass
@@ -60,10 +64,12 @@ class Traffic:
 
     def add(self, choice: Choice, counters: Counters, clock: "Clock") -> None:
         """Count one call."""
-        entry = self._by_choice.setdefault(choice, Counters())
+        entry = self._by_choice.get(choice)
+        if entry is None:
+            entry = self._by_choice[choice] = Counters()
         entry.add(counters)
-        self._open.append((entry, clock))
         # A GPU's clocks are read once their events have passed; nothing waits for them here.
+        self._open.append((entry, clock))
         while self._open and self._open[0][1].passed():
             done, clock = self._open.pop(0)
             done.seconds += clock.seconds()
