@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_lowbit.benchmark.links import parse_rate
 from megatron_lowbit.benchmark.ranks import MOST_RANKS
-from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, Codec, get_codec
+from megatron_lowbit.codecs import DEFAULT_CODEC, parse_codec
 from megatron_lowbit.comm.cost_model import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 
@@ -152,16 +152,6 @@ def shape_of(size: int, *, hidden: int, multiple: int = 1) -> tuple[int, int]:
     if values < multiple * hidden:
         return multiple, values // multiple
     return values // hidden // multiple * multiple, hidden
-
-
-def parse_codec(text: str) -> Codec:
-    """A codec by its name, with bits as in ``rotated-hybrid-3`` or ``rotated-hybrid-4+6``."""
-    name, bits = text, None
-    match = re.fullmatch(r"(.+)-(\d+)(?:\+(\d+))?", text)
-    if text not in CODECS and match is not None and match[1] in CODECS:
-        name = match[1]
-        bits = int(match[2]) if match[3] is None else (int(match[2]), int(match[3]))
-    return get_codec(name, bits=bits)
 
 
 def choose_variants(

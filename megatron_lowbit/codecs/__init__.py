@@ -4,6 +4,8 @@ A new codec is one module with a `Codec` subclass and one entry in `CODECS`; col
 calibration, integration and evaluation take it from there.
 """
 
+import re
+
 from megatron_lowbit.codecs.base import Codec, Tables
 from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.codecs.grouped import Fp8Group256, Int4Group32, Int8Token
@@ -35,4 +37,13 @@ def get_codec(name: str = DEFAULT_CODEC, *, bits: int | tuple[int, int] | None =
     return CODECS[name](first, sum_bits=second)
 
 
-__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Tables", "get_codec"]
+def parse_codec(text: str) -> Codec:
+    """A codec by its name in results: ``rotated-hybrid``, ``rotated-hybrid-3`` or ``...-4+6``."""
+    match = re.fullmatch(r"(.+)-(\d+)(?:\+(\d+))?", text)
+    if text in CODECS or match is None:
+        return get_codec(text)
+    name, first, second = match.groups()
+    return get_codec(name, bits=(int(first), int(second)) if second else int(first))
+
+
+__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Tables", "get_codec", "parse_codec"]

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import random
-import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_lowbit import cli
 from megatron_lowbit.calibration.corpus import read_corpus
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import manifest_digest, read_index
-from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.codecs import Codec, Tables, get_codec, parse_codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.compare import Variant, compare
@@ -98,9 +97,7 @@ def parse_variant(name: str) -> tuple[Codec, TablesOf]:
         return get_codec("static-hybrid"), _tables_with(lambda index, point, k: [])
     if name == "int4-random":
         return get_codec("static-hybrid"), _tables_with(_random_features)
-    match = re.fullmatch(r"(.+)-(\d+)(\+(\d+))?", name)
-    bits = (int(match[2]), int(match[4])) if match and match[4] else match and int(match[2])
-    codec = get_codec(match[1], bits=bits) if match else get_codec(name)
+    codec = parse_codec(name)
     return codec, lambda index, point, codec: index.tables(point.layer, point.name, codec)
 
 
