@@ -1,4 +1,4 @@
-"""The speeds that the project set itself, measured one after the other: what tools/bench_speed.py runs.
+"""The speeds that the project set itself, measured one after the other by tools/bench_speed.py.
 
 Each target is a ratio of times in one run: of the backend's BF16 all-reduce to ours, or of the time
 to first token. A target over several message sizes stands or falls with the worst of them.
