@@ -1,10 +1,11 @@
 """Links, cards and models that are not here, as figures for the cost model.
 
 Every figure has its source behind it. [N] is NCCL's own model of its latencies (NVIDIA/nccl,
-src/graph/tuning.cc, commit 01afd20, protocol LL): a start and a time a hop, of which a tree takes
-2 (L - 1) in a node of L ranks and 2 log2(nodes) between nodes, and a pass around a ring N - 1.
-[S] is the vendor's data sheet. [D] is the project's survey of published measurements, the middle
-where it has a range. "Assumed" is just that.
+src/graph/tuning.cc, commit 01afd20, protocol LL): a start and a time a hop, of which an all-reduce
+takes 2 (L - 1) in a node of L ranks and 2 log2(nodes) between nodes by a tree, or 2 (N - 1) around
+a ring, whichever is faster; a step of ours is taken for half of that ring. [S] is the vendor's data
+sheet. [D] is the project's survey of published measurements, the middle where it has a range.
+"Assumed" is just that.
 
 How ranks are joined: over NVLink and PCIe up to 8 ranks are one node. Over a network up to 8 ranks
 are on a node each, with a NIC of their own; more are nodes of 8, joined inside by `Link.inside`,
@@ -26,7 +27,8 @@ from megatron_lowbit.errors import LowbitError
 NODE_SIZE = 8
 MEMORY_SHARE = 0.75  # assumed: of the card's bandwidth, for kernels that read and write once
 LAUNCH = 4e-6  # assumed: one short kernel in a CUDA graph, its start and its end
-NCCL_START = 4.4e-6  # [N]: tree
+TREE_START = 4.4e-6  # [N]
+RING_START = 3.6e-6  # [N]
 NVLS = 10e-6  # [D]: 8.5-11 us, an all-reduce of a few KB inside the NVLink switch
 
 
@@ -165,13 +167,12 @@ def networks() -> list[str]:
 
 def _one_level(link: Link, ranks: int, message: Message) -> Costs:
     """All ranks alike: one node, or a node each."""
-    within = link.inside is None
-    hops = 2 * (ranks - 1) if within else 2 * math.log2(ranks)
-    native = NCCL_START + hops * link.tree_hop
+    hops = 2 * (ranks - 1) if link.inside is None else 2 * math.log2(ranks)
+    ring = (ranks - 1) * link.ring_hop
+    native = _native_latency(hops * link.tree_hop, ring)
     if link is LINKS["nvlink-4"]:
         native = min(native, NVLS)
-    transfer = NCCL_START + (ranks - 1) * link.ring_hop
-    return _costs(link.card, message, link.bandwidth, transfer, link.bandwidth, native)
+    return _costs(link.card, message, link.bandwidth, ring, link.bandwidth, native)
 
 
 def _two_levels(net: Link, ranks: int, message: Message) -> Setup:
@@ -182,32 +183,33 @@ def _two_levels(net: Link, ranks: int, message: Message) -> Setup:
     # two nodes its trees carry the tensor across once, not 2 (N - 1) / N times.
     crossing = net.bandwidth * net.nics * (2 * message.ring if nodes == 2 else 1)
     native_bandwidth = min(node.bandwidth, crossing)
-    native = NCCL_START + 2 * (size - 1) * node.tree_hop + 2 * math.log2(nodes) * net.tree_hop
+    inner, outer = (size - 1) * node.ring_hop, (nodes - 1) * net.ring_hop
+    ring = nodes * inner + outer
+    tree = 2 * (size - 1) * node.tree_hop + 2 * math.log2(nodes) * net.tree_hop
     # All to all: of a rank's N - 1 messages, N - 8 leave the node through its share of the NICs.
     bandwidth = (ranks - 1) * min(share / (ranks - size), node.bandwidth / (size - 1))
-    inner = (size - 1) * node.ring_hop
-    outer = (nodes - 1) * net.ring_hop
-    across = NCCL_START + inner * nodes + outer
 
-    def costs(bandwidth: float, transfer: float) -> Costs:
-        return _costs(net.card, message, bandwidth, transfer, native_bandwidth, native)
+    def costs(bandwidth: float, hops: float) -> Costs:
+        native = native_bandwidth, _native_latency(tree, ring)
+        return _costs(net.card, message, bandwidth, hops, *native)
 
-    return Setup(
-        flat=costs(bandwidth, across),
-        between=costs(share, NCCL_START + outer),
-        inside=costs(node.bandwidth, NCCL_START + inner),
-    )
+    return Setup(costs(bandwidth, ring), costs(share, outer), costs(node.bandwidth, inner))
+
+
+def _native_latency(tree: float, ring: float) -> float:
+    """Of an all-reduce, from the hops of a tree and of one pass around a ring; all in seconds."""
+    return min(TREE_START + tree, RING_START + 2 * ring)
 
 
 def _costs(
     card: Card,
     message: Message,
     bandwidth: float,
-    transfer: float,
+    hops: float,
     native_bandwidth: float,
     native_latency: float,
 ) -> Costs:
-    memory = card.memory * MEMORY_SHARE
+    memory, transfer = card.memory * MEMORY_SHARE, RING_START + hops
     return Costs(
         latency=transfer + 2 * LAUNCH,
         bandwidth=bandwidth,

@@ -55,10 +55,8 @@ class Row:
 
     @property
     def best(self) -> str:
-        """The fastest collective; native where no other saves `MARGIN` of its time."""
-        fastest = min(self.seconds, key=self.seconds.get)
-        enough = self.seconds[fastest] <= (1 - MARGIN) * self.seconds["native"]
-        return fastest if enough else "native"
+        """The collective that wins."""
+        return best_of(self.seconds)
 
     @property
     def speedup(self) -> float:
@@ -100,6 +98,12 @@ def predict(
             for tp in tp_sizes:
                 if possible(link, model, tp):
                     yield from _passes(link, model, tp, bits)
+
+
+def best_of(seconds: dict[str, float]) -> str:
+    """The fastest collective; native where no other saves `MARGIN` of its time."""
+    fastest = min(seconds, key=seconds.get)
+    return fastest if seconds[fastest] <= (1 - MARGIN) * seconds["native"] else "native"
 
 
 def possible(link: str, model: str, tp: int) -> bool:
