@@ -68,10 +68,15 @@ def details(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def check_heading() -> str:
+    """What is above the lines of `checked`."""
+    left = f"{'link':<9}{'ranks':>5}  {'message':>8}  {'collective':<11}"
+    return f"{left}{'predicted':>11}{'measured':>11}{'error':>8}"
+
+
 def checked(results: Sequence[Result]) -> str:
     """A line a case of the check."""
-    lines = [f"{'link':<9}{'ranks':>5}  {'message':>8}  {'collective':<11}{'predicted':>11}"]
-    lines[0] += f"{'measured':>11}{'error':>8}"
+    lines = []
     for one in results:
         times = f"{one.predicted * 1e3:>8.1f} ms{one.measured * 1e3:>8.1f} ms"
         note = "" if one.judged else f"  below {SHORTEST * 1e3:.0f} ms: not judged"

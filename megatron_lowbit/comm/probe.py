@@ -1,7 +1,7 @@
 """The cost model's figures for this machine, group and codec, from a short measurement.
 
 `auto` without a tuning file takes them once, when the model is loaded: half a second on a fast
-link, a few seconds on one of 100 Mbit/s. All ranks work at once, as they will, so what ranks on
+link, two or three on one of 100 Mbit/s. All ranks work at once, as they will, so what ranks on
 one machine take from each other is in the figures. They are means over ranks, the same on every
 rank, so all choose alike.
 
@@ -22,7 +22,7 @@ from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.cost_model import BF16_BYTES, Costs
 from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel, Steps, run
 
-_REPEATS = 16
+_REPEATS = 32
 _LONG_REPEATS = 3
 # Bytes between two ranks, as in a chunk at 4 bits.
 _PART = CHUNK_VALUES // 2
