@@ -89,7 +89,8 @@ def _link_seconds(group: dist.ProcessGroup, device: torch.device) -> list[float]
     stream = _seconds(lambda: exchange(chunks, _PART), group, device, _LONG_REPEATS)
     sent = chunks * (ranks - 1) * _PART
     small, long = native(ranks), native(chunks * ranks * _PART // 2 // BF16_BYTES)
-    # Of a value a rank: 8 KB take Gloo longer (8 ranks, 2 cores: 25 ms, not 1.5) than they add to 512.
+    # Of a value a rank: 8 KB take Gloo longer (8 ranks, 2 cores: 25 ms, not 1.5) than they add to
+    # 512 KB.
     # A ring sends twice (ranks - 1) / ranks of a tensor: half the stream's size, the same bytes.
     # A small call's time may be mostly chance: it never explains more than half of a long one's.
     return [
