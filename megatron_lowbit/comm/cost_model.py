@@ -10,13 +10,17 @@ the second (`Message`), and the figures of one machine (`Costs`):
                    v / L values between N/L nodes of L ranks
     reduce-scatter l + pipe(send = (N-1)/N b v / B,        work = v (enc + dec + turn/N))
 
-    pipe(send, work) = max(send, work) + min(send, work) / chunks
+    pipe(send, work) = max(send', work') + min(send', work') / chunks
+    send'            = send + (chunks - 1) * transfers * per_transfer
+    work'            = work + (chunks - 1) * transfers * per_chunk
 
 l is the latency of one step, B what one rank sends a second while it receives as much; enc, dec and
 turn are the codec's seconds a value to encode, to decode and add one payload, and to finish a sum
 (turn back, round, store). A message of several chunks sends one while it works on another, so
-only the longer of both counts, and a chunk's worth of the shorter; each further chunk
-costs `per_chunk`. The formulas are checked against emulated links by tools/predict.py --check.
+only the longer of both counts, and a chunk's worth of the shorter. Each transfer of a further chunk
+takes `per_chunk` of the work's time (Gloo's messages cost processor time) and `per_transfer` of the
+link's (zero where B is that of a stream of chunks). The formulas are checked against emulated links
+by tools/predict.py --check.
 """
 
 from collections.abc import Callable
@@ -39,7 +43,8 @@ class Costs:
         encode: Codec, a value.
         decode: Codec, a value of one payload.
         turn: Codec, a value of a finished sum.
-        per_chunk: Each chunk after the first.
+        per_chunk: What each transfer of a chunk after the first takes from the codec's work.
+        per_transfer: What it takes from the link, beyond its bytes at `bandwidth`.
     """
 
     latency: float
@@ -50,6 +55,7 @@ class Costs:
     decode: float
     turn: float
     per_chunk: float = 0.0
+    per_transfer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def two_shot(m: Message, c: Costs) -> float:
     """Seconds of two-shot."""
     send = m.ring * (m.partial_bytes + m.sum_bytes) * m.values / c.bandwidth
     work = m.values * (c.encode * (1 + 1 / m.ranks) + 2 * c.decode + c.turn)
-    return 2 * c.latency + _pipe(send, work, m, c)
+    return 2 * c.latency + _pipe(send, work, m, c, transfers=2)
 
 
 def reduce_scatter(m: Message, c: Costs) -> float:
@@ -98,18 +104,24 @@ def reduce_scatter(m: Message, c: Costs) -> float:
     return c.latency + _pipe(send, work, m, c)
 
 
-def hierarchical(m: Message, c: Costs, *, node_size: int, inside: Costs) -> float:
+def hierarchical(
+    m: Message, c: Costs, *, node_size: int, inside: Costs, low_bit_inside: bool = False
+) -> float:
     """Seconds of the two-level all-reduce.
 
     Args:
         m: The message over all ranks.
         c: Between nodes.
         node_size: Ranks in a node.
-        inside: Inside a node: latency and bandwidth of its links (BF16 costs no codec time here).
+        inside: Inside a node; BF16 costs no codec time there.
+        low_bit_inside: Send low bits inside a node, too.
     """
     share = replace(m, values=m.values // node_size, ranks=m.ranks // node_size)
     between = one_shot(share, c) if share.ranks == 2 else two_shot(share, c)
-    passes = 2 * (node_size - 1) / node_size * BF16_BYTES * m.values / inside.bandwidth
+    node = replace(m, ranks=node_size)
+    if low_bit_inside:
+        return two_shot(node, inside) + between
+    passes = 2 * node.ring * BF16_BYTES * m.values / inside.bandwidth
     return 2 * inside.latency + passes + between
 
 
@@ -122,6 +134,8 @@ FORMULAS: dict[str, Callable[[Message, Costs], float]] = {
 }
 
 
-def _pipe(send: float, work: float, m: Message, c: Costs) -> float:
+def _pipe(send: float, work: float, m: Message, c: Costs, *, transfers: int = 1) -> float:
     chunks = max(-(-m.values // chunk_values(m.values, m.ranks)), 1)
-    return max(send, work) + min(send, work) / chunks + (chunks - 1) * c.per_chunk
+    further = (chunks - 1) * transfers
+    send, work = send + further * c.per_transfer, work + further * c.per_chunk
+    return max(send, work) + min(send, work) / chunks
