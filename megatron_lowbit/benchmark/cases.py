@@ -64,18 +64,21 @@ class Choosers:
 
 
 class Buffers:
-    """This rank's partial, and copies that the backend reduces in place, as Megatron has it do."""
+    """This rank's partial, and a copy of each dtype that is reduced in place, as in Megatron."""
 
     def __init__(self, mine: torch.Tensor):
         self.mine = mine
-        self._in_place: list[torch.Tensor] = []
+        self._in_place: dict[torch.dtype, torch.Tensor] = {}
 
     def in_place(self, dtype: torch.dtype) -> torch.Tensor:
-        self._in_place.append(self.mine.to(dtype, copy=True))
-        return self._in_place[-1]
+        """The copy of `dtype`, one for all cases."""
+        if dtype not in self._in_place:
+            self._in_place[dtype] = self.mine.to(dtype, copy=True)
+        return self._in_place[dtype]
 
     def refill(self) -> None:
-        for values in self._in_place:
+        """Make partials of the sums again."""
+        for values in self._in_place.values():
             values.copy_(self.mine)
 
 
@@ -90,7 +93,10 @@ def make_case(
         return Case(variant, call, start, None, correctness.NATIVE_FLOOR)
     codec, chooser = parse_codec(variant.codec), choosers.get(variant)
     tables, step = partials.tables(codec), reduce_scatter if scatter else all_reduce
-    call = partial(step, buffers.mine, codec=codec, tables=tables, collective=chooser)
+    mine = buffers.mine if scatter else buffers.in_place(buffers.mine.dtype)
+    call = partial(step, mine, codec=codec, tables=tables, collective=chooser)
+    if not scatter:
+        call = partial(call, in_place=True)
     collective = variant.collective
     if not scatter:
         collective = chooser.all_reduce(buffers.mine.numel()).collective

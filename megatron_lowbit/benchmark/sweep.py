@@ -137,6 +137,7 @@ def _measure_size(
         buffers = Buffers(mine)
         cases = [make_case(v, partials, buffers, choosers, plan) for v in variants]
         for case in cases:
+            buffers.refill()
             correctness.check(
                 case.call(),
                 partials,

@@ -44,29 +44,30 @@ def time_calls(
         calls: The cases.
         seconds: For each case; it is called five times in any case.
         device: Where they work: a GPU's times are those on its stream.
-        prepare: Made before each turn, not timed.
+        prepare: Made before each call, not timed.
     """
-    once = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
+    once = torch.tensor(
+        [_seconds([call], device, prepare).item() for call in calls], dtype=torch.float64
+    )
     once = _over_ranks(once, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
     turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _MOST_CALLS) for t in once]
     times = [[] for _ in calls]
     cases = list(zip(calls, once, turns, times, strict=True))
     for _ in range(_ROUNDS):
         for call, estimate, count, mine in cases:
-            if prepare is not None:
-                prepare()
-            for _ in range(min(int(_SHORT / estimate), _MOST_LEADS)):
-                call()
-            mine.append(_seconds([call] * count, device))
+            leads = min(int(_SHORT / estimate), _MOST_LEADS)
+            mine.append(_seconds([call] * (leads + count), device, prepare)[leads:])
         cases.reverse()  # no case always comes after the same other one
     means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]
     return [_summary(1000 * mean / dist.get_world_size()) for mean in means]
 
 
-def _seconds(calls: list[Call], device: torch.device) -> torch.Tensor:
+def _seconds(calls: list[Call], device: torch.device, prepare: Call | None) -> torch.Tensor:
     """fp64 ``[len(calls)]``: this rank's times of calls back to back."""
     clocks = []
     for call in calls:
+        if prepare is not None:
+            prepare()
         clock = Clock(device)
         call()
         clocks.append(clock.stop())

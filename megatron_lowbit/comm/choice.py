@@ -221,7 +221,13 @@ def _by_cost_model(
     def seconds(collective: str, values: int) -> float:
         message = Message(values, dist.get_world_size(group), partial_bytes, sum_bytes)
         if collective == "hierarchical":
-            return cost_model.hierarchical(message, between, node_size=nodes.size, inside=inside)
+            return cost_model.hierarchical(
+                message,
+                between,
+                node_size=nodes.size,
+                inside=inside,
+                low_bit_inside=nodes.codec_inside is None,
+            )
         return cost_model.FORMULAS[collective](message, costs)
 
     return seconds

@@ -70,14 +70,16 @@ class Reducer:
     def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
         if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
             self.tables = self.tables.to(partial.device)
-        return (reduce_scatter if scatter else all_reduce)(
-            partial,
-            group=self.group,
-            codec=self.codec,
-            tables=self.tables,
-            collective=self.chooser,
-            traffic=self.traffic,
-        )
+        call = {
+            "group": self.group,
+            "codec": self.codec,
+            "tables": self.tables,
+            "collective": self.chooser,
+            "traffic": self.traffic,
+        }
+        if scatter:
+            return reduce_scatter(partial, **call)
+        return all_reduce(partial, in_place=True, **call)
 
 
 class Handle:

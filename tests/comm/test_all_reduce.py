@@ -166,3 +166,24 @@ def _modes(rank: int) -> bool:
 
 def test_inference_mode_may_come_and_go(tmp_path):
     assert all(run_ranks(2, _modes, tmp_path))
+
+
+def _in_place(rank: int) -> list[str]:
+    """What is wrong with sums in place."""
+    wrong = []
+    for mode in ("native", "one-shot", "two-shot"):
+        x = sample("normal", (300, 96), rank).bfloat16()
+        expected = all_reduce(x, collective=mode)
+        if torch.equal(x, expected) or torch.equal(x, all_reduce(x, collective=mode)):
+            wrong.append(f"{mode} changed its input")
+        if all_reduce(x, collective=mode, in_place=True) is not x or not torch.equal(x, expected):
+            wrong.append(f"{mode} in place is another sum, or elsewhere")
+        strided = sample("normal", (96, 8), rank).T
+        all_reduce(strided, collective=mode, in_place=True)
+        if not torch.equal(strided, sample("normal", (96, 8), rank).T):
+            wrong.append(f"{mode} changed a strided input")
+    return wrong
+
+
+def test_in_place_gives_the_same_sum(tmp_path):
+    assert run_ranks(3, _in_place, tmp_path) == [[], [], []]
