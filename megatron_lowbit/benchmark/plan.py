@@ -91,7 +91,7 @@ class Plan:
         hidden: Features in a token, fewer where a message is smaller than the tokens it needs.
         node_size: Ranks in a node of hierarchical.
         tuning: A tuning file for `auto`; the cost model without one.
-        seconds: Of timed calls for each size and variant, at the least five calls.
+        seconds: Of timed calls for each size and variant, at the least seven calls.
 
     Raises:
         LowbitError: A value that cannot be measured; the message names it.

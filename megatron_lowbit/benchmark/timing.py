@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 from megatron_lowbit.comm.traffic import Clock
 
-_ROUNDS = 5
-_MOST_CALLS = 100  # in a round
+_ROUNDS = 7
 # Seconds: a shorter call is made up to three times more, untimed, when its turn comes, since what
 # ran before it left other data in the caches and the ranks out of step; a longer one hardly sees
 # it.
@@ -42,32 +41,32 @@ def time_calls(
 
     Args:
         calls: The cases.
-        seconds: For each case; it is called five times in any case.
+        seconds: For each case; it is called seven times in any case.
         device: Where they work: a GPU's times are those on its stream.
-        prepare: Made before each call, not timed.
+        prepare: Made before each turn, not timed: what is summed in place grows by the number of
+            ranks with every call, and a turn is short enough for it to stay within 2**48.
     """
-    once = torch.tensor(
-        [_seconds([call], device, prepare).item() for call in calls], dtype=torch.float64
-    )
+    once = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
     once = _over_ranks(once, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
-    turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _MOST_CALLS) for t in once]
+    most = max(int(48 / math.log2(dist.get_world_size())) - _MOST_LEADS, 1)
+    turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), most) for t in once]
     times = [[] for _ in calls]
     cases = list(zip(calls, once, turns, times, strict=True))
     for _ in range(_ROUNDS):
         for call, estimate, count, mine in cases:
             leads = min(int(_SHORT / estimate), _MOST_LEADS)
-            mine.append(_seconds([call] * (leads + count), device, prepare)[leads:])
+            if prepare is not None:
+                prepare()
+            mine.append(_seconds([call] * (leads + count), device)[leads:])
         cases.reverse()  # no case always comes after the same other one
     means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]
     return [_summary(1000 * mean / dist.get_world_size()) for mean in means]
 
 
-def _seconds(calls: list[Call], device: torch.device, prepare: Call | None) -> torch.Tensor:
+def _seconds(calls: list[Call], device: torch.device) -> torch.Tensor:
     """fp64 ``[len(calls)]``: this rank's times of calls back to back."""
     clocks = []
     for call in calls:
-        if prepare is not None:
-            prepare()
         clock = Clock(device)
         call()
         clocks.append(clock.stop())
