@@ -4,8 +4,9 @@
 #   examples/quickstart.sh
 #
 # Makes or reuses the environment .venv (see tools/setup_env.sh) and writes to out/quickstart/:
-# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its index) and
-# summary.json (the table) and stats.json (what generation sent). Takes 6-7 minutes on 2 cores once packages are cached.
+# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its index),
+# stats.json (what generation sent) and summary.json (the table). Takes 6-7 minutes on 2 cores once
+# packages are cached.
 
 set -euo pipefail
 

@@ -131,11 +131,13 @@ class Handle:
         first = self._reducers[0]
         ranks = dist.get_world_size(first.group)
         hidden, kept = first.tables.hidden, first.tables.bf16_index.numel()
-        bits = 8 * first.codec.row_bytes(first.tables) / hidden
+        bits = f"{8 * first.codec.row_bytes(first.tables) / hidden:.2f} bits a value"
+        if first.codec.sum_bits != first.codec.bits:
+            sum_bytes = first.codec.for_sum().row_bytes(first.codec.sum_tables(first.tables))
+            bits += f" ({8 * sum_bytes / hidden:.2f} for sums)"
         text = (
             f"low-bit communication: {len(self._reducers)} sync points use {first.codec.name}, "
-            f"{kept} of {hidden} features in BF16, {bits:.2f} bits a value, "
-            f"{first.chooser.mode} over {ranks} ranks"
+            f"{kept} of {hidden} features in BF16, {bits}, {first.chooser.mode} over {ranks} ranks"
         )
         if ranks == 1:
             text += " (one rank: nothing is sent)"

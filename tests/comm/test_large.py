@@ -1,9 +1,10 @@
 """Messages of more than 2**31 values: offsets are int64 everywhere."""
 
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm import all_reduce, transport
 from megatron_lowbit.comm.transport import chunks
 
 HIDDEN = 8192
@@ -35,3 +36,20 @@ def test_chunks_cover_every_token_once():
         edges = [0, *(stop for _, stop in spans)]
         assert [start for start, _ in spans] == edges[:-1]
         assert edges[-1] == tokens
+
+
+def _workspace(rank: int) -> list[int]:
+    """Bytes of receive buffers after messages of 2, 20 and 200 chunks."""
+    transport.CHUNK_VALUES = 1 << 12
+    sizes = []
+    for chunk_count in (2, 20, 200):
+        all_reduce(torch.randn(chunk_count * 2 * (1 << 12) // 64, 64), collective="two-shot")
+        buffers = transport._workspaces[dist.group.WORLD].values()
+        sizes.append(sum(buffer.numel() for buffer in buffers))
+    return sizes
+
+
+def test_the_workspace_does_not_grow_with_the_message(tmp_path):
+    """At 2 ranks a chunk is 8192 values, 4352 bytes at 4.25 bits: buffers of 8 KB, 2 x 4 slots."""
+    for first, second, third in run_ranks(2, _workspace, tmp_path):
+        assert first <= second == third <= 2 * 4 * 8192

@@ -113,7 +113,7 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     assert low.returncode == 0, low.stderr[-4000:]
     first, *texts = low.stdout.splitlines()
     assert first.startswith("> low-bit communication: 4 sync points use rotated-hybrid, 0 of 48")
-    assert "3.33 bits a value, two-shot over 3 ranks; 0 stay native" in first
+    assert "3.33 bits a value (6.33 for sums), two-shot over 3 ranks; 0 stay" in first
     (total,) = json.loads(stats.read_text())["total"]
     assert (total["collective"], total["why"]) == ("two-shot", "fixed")
     assert total["calls"] % 4 == 0
