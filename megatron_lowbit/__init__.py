@@ -3,10 +3,13 @@
 Public names, imported on first use so that a bare ``import megatron_lowbit`` touches neither
 CUDA, Triton nor Megatron:
 
-    apply       switch a Megatron model's sync points to the low-bit path (needs megatron-core)
-    all_reduce  sum a tensor over a process group through a codec (needs only torch)
-    get_codec   a codec by name and bits
-    LowbitError the base of the package's errors
+    apply           switch a Megatron model's sync points to the low-bit path (needs megatron-core)
+    Settings        of its collectives: a tuning file, nodes
+    all_reduce      sum a tensor over a process group through a codec (needs only torch)
+    reduce_scatter  the same, each rank its own block of the first axis
+    all_gather      put the tensors of all ranks together
+    get_codec       a codec by name and bits
+    LowbitError     the base of the package's errors
 """
 
 from importlib import import_module
@@ -15,7 +18,10 @@ from megatron_lowbit._version import __version__
 
 _EXPORTS = {
     "apply": "megatron_lowbit.integration.apply",
+    "Settings": "megatron_lowbit.comm.choice",
     "all_reduce": "megatron_lowbit.comm",
+    "reduce_scatter": "megatron_lowbit.comm",
+    "all_gather": "megatron_lowbit.comm",
     "get_codec": "megatron_lowbit.codecs",
     "LowbitError": "megatron_lowbit.errors",
 }
