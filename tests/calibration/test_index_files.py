@@ -30,7 +30,9 @@ def make_index(layers: int = 2) -> Index:
         for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
             low, high, mean, square = torch.randn(4, RANKS, HIDDEN, generator=generator)
             index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
-            records[layer][name] = SyncPointRecord(index, low, high, mean, square, low[0], high[1])
+            records[layer][name] = SyncPointRecord(
+                index, low, high, mean, square, low[0].clone(), high[1].clone()
+            )
     manifest = {
         "model": {"num_layers": layers, "hidden_size": HIDDEN, "fingerprints": {}},
         "tp_size": RANKS,
