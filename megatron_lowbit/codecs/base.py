@@ -101,11 +101,11 @@ class Codec(abc.ABC):
                     f"codec {self.name} has no {asked}-bit version: choose from {supported}"
                 )
 
-    @abc.abstractmethod
     def default_bf16_features(self, hidden: int) -> int:
-        """How many features travel in BF16 when the user does not say."""
+        """How many features travel in BF16 when the user does not say: 0 without an index."""
+        assert not self.takes_index, f"{self.name} takes an index and must say how large it is"
+        return 0
 
-    @abc.abstractmethod
     def tables(
         self,
         hidden: int,
@@ -115,7 +115,7 @@ class Codec(abc.ABC):
         sum_ranges: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tables:
-        """Build the tables of one sync point.
+        """Build the tables of one sync point; here, for a codec that takes no index.
 
         Args:
             hidden: Features in a token.
@@ -131,6 +131,9 @@ class Codec(abc.ABC):
             LowbitError: The index has a feature twice or outside the token, or ranges that the
                 codec needs are missing or have another shape.
         """
+        assert not self.takes_index, f"{self.name} takes an index and must make its own tables"
+        index = check_index(None, hidden, device or "cpu")
+        return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 
     @abc.abstractmethod
     def row_bytes(self, tables: Tables) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
+from megatron_lowbit.codecs.base import Codec, Tables, rounded_into
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
 
 
@@ -13,15 +13,6 @@ class Bf16(Codec):
     name = "bf16"
     supported_bits = (16,)
     takes_index = False
-
-    def default_bf16_features(self, hidden: int) -> int:
-        return 0
-
-    def tables(
-        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
-    ) -> Tables:
-        index = check_index(None, hidden, device or "cpu")
-        return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 
     def row_bytes(self, tables: Tables) -> int:
         return 2 * tables.hidden

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
+from megatron_lowbit.codecs.base import Codec, Tables, rounded_into
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -44,15 +44,6 @@ class Grouped(Codec):
     group: int | None
     scale_dtype: torch.dtype
     takes_index = False
-
-    def default_bf16_features(self, hidden: int) -> int:
-        return 0
-
-    def tables(
-        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
-    ) -> Tables:
-        index = check_index(None, hidden, device or "cpu")
-        return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 
     def row_bytes(self, tables: Tables) -> int:
         groups, _ = self._groups(tables.hidden)
