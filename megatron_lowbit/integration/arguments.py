@@ -128,6 +128,8 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     bits = parse_bits(args.lowbit_bits)
     _all_gather_bits(args)
     if args.lowbit_stats is not None:
+        if Path(args.lowbit_stats).is_dir():
+            raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
         check_writable(Path(args.lowbit_stats).absolute().parent)
     if args.lowbit_codec is not None:
         get_codec(args.lowbit_codec, bits=bits)
