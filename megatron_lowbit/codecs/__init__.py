@@ -6,17 +6,25 @@ calibration, integration and evaluation take it from there.
 
 import re
 
+from megatron_lowbit.codecs.asymmetric import (
+    Int4Group32Asymmetric,
+    Int4Group128Asymmetric,
+    SpikeGroup32,
+)
 from megatron_lowbit.codecs.base import Codec, Tables
 from megatron_lowbit.codecs.bf16 import Bf16
-from megatron_lowbit.codecs.grouped import Fp8Group256, Int4Group32, Int8Token
+from megatron_lowbit.codecs.fp4 import Mxfp4, Nvfp4
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.codecs.static_hybrid import StaticHybrid
+from megatron_lowbit.codecs.symmetric import Fp8Group256, Int4Group16, Int4Group32, Int8Token
 from megatron_lowbit.errors import LowbitError
 
-CODECS: dict[str, type[Codec]] = {
-    codec.name: codec
-    for codec in (Bf16, StaticHybrid, RotatedHybrid, Int4Group32, Int8Token, Fp8Group256)
-}
+_OWN = (Bf16, StaticHybrid, RotatedHybrid)
+_PEERS = (
+    *(Int4Group32, Int4Group16, Int4Group32Asymmetric, Int4Group128Asymmetric, SpikeGroup32),
+    *(Mxfp4, Nvfp4, Fp8Group256, Int8Token),
+)
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (*_OWN, *_PEERS)}
 DEFAULT_CODEC = RotatedHybrid.name
 
 

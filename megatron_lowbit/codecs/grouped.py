@@ -1,27 +1,24 @@
-"""What the peers send, for honest comparison: small values, one scale per group of features.
+"""The frame of the peers' formats: small codes, and a few numbers per group of features.
 
-Encode, for each group of consecutive features of a token: divide by the group's scale, its largest
-magnitude over the largest value of the format; round to the nearest value, ties to even; saturate.
-The last group is shorter where the group size does not divide the hidden size. Nothing is
-calibrated, rotated or kept apart, so the tables hold nothing, and a large feature takes its group's
-precision. A row is laid out as
+The peers are here for honest comparison; `codecs.peers` lists them. Nothing is calibrated, rotated
+or, but for `codecs.asymmetric`'s spikes, kept apart: the tables hold nothing, and a large feature
+takes its group's precision. The last group of a token is shorter where the group size does not
+divide the hidden size. A row is laid out as
 
-    packed codes | zero bytes up to a multiple of a scale's size | one scale per group
+    packed codes | zero bytes up to a multiple of the first number's size | numbers, kind by kind
 
-A group with a NaN or an infinity has a NaN for a scale: that group of that token comes out as NaN,
-the token's other groups and all other tokens do not change. A group of zeros has scale zero and
-gives zeros, as does one whose scale is too small for its type. Finite magnitudes above the largest
-BF16 value, which only fp32 input can have, are taken for that value.
+A group with a NaN or an infinity has a NaN for its scale: that group of that token comes out as
+NaN, the token's other groups and all other tokens do not change. A group of zeros gives zeros, as
+does one whose scale is too small for its type. Finite magnitudes above the largest BF16 value,
+which only fp32 input can have, are taken for that value.
 
-The configurations follow the peers' sources (QuickReduce as in vLLM, `csrc/quickreduce`; FlashInfer
-`comm/quantized_allreduce.py`; SGLang `npu_communicator.py`) in format, group size and type of the
-scale. What they do not follow is where the peers depart from the contract of `codecs.base`: sums in
-16 bits (QuickReduce, SGLang), an own chunk that skips the wire (FlashInfer). QuickReduce's two
-groups in 64 features are the even and the odd ones; here they are the first 32 and the last.
-
-Another format with one number per group is one more subclass of `Grouped`: its group and scale
-type, and of the three hooks `_scale`, `_to_codes` and `_from_codes` those that differ.
+Formats, group sizes and types of the numbers follow the peers' sources. What they do not follow is
+where a peer departs from the contract of `codecs.base`: sums in 16 bits, an own chunk that skips
+the wire, codes for a NaN that a number can have.
 """
+
+import abc
+import itertools
 
 import torch
 from torch import Tensor
@@ -30,135 +27,153 @@ from megatron_lowbit.codecs import wire
 from megatron_lowbit.codecs.base import Codec, Tables, rounded_into
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max
-_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Grouped(Codec):
-    """Signed integers of `bits` bits, 2**(bits-1) - 1 at the group's absmax, and a scale per group.
+    """Codes of `bits` bits, and numbers that say what the codes of a group mean.
 
     Attributes:
-        group: Features that share a scale; None for all features of a token.
-        scale_dtype: Type of a scale on the wire.
+        group: Features that share numbers; None for all features of a token.
     """
 
     group: int | None
-    scale_dtype: torch.dtype
     takes_index = False
 
+    @abc.abstractmethod
+    def _numbers(self, groups: int) -> tuple[tuple[torch.dtype, int], ...]:
+        """Type and count in a row of each kind of number, the largest type first."""
+
+    @abc.abstractmethod
+    def _quantize(self, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Codes and numbers of fp32 ``[tokens, groups, size]``.
+
+        Returns:
+            Integers in ``[0, 2**bits)``, shaped like `values`, and for each kind of number a
+            contiguous ``[tokens, count]`` in its type.
+        """
+
+    @abc.abstractmethod
+    def _dequantize(self, codes: Tensor, numbers: tuple[Tensor, ...]) -> Tensor:
+        """New fp32 ``[tokens, hidden]`` of int32 codes ``[tokens, hidden]`` and the numbers."""
+
     def row_bytes(self, tables: Tables) -> int:
-        groups, _ = self._groups(tables.hidden)
-        return self._scales_offset(tables.hidden) + groups * self.scale_dtype.itemsize
+        return self._offsets(tables.hidden)[-1]
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
         tokens, hidden = partial.shape
         groups, size = self._groups(hidden)
-        values = torch.nn.functional.pad(partial.float(), (0, groups * size - hidden))
-        values = values.view(tokens, groups, size)
-        scale = self._wire_scale(values)
-        # Divided by the scale that the receivers will see, not by what it was before rounding.
-        received = scale.float()
-        usable = received.isfinite() & (received != 0)
-        steps = torch.where(usable, values / received, 0)
-        codes = self._to_codes(steps).flatten(1)[:, :hidden]
-        return self._join(wire.pack(codes, self.bits), scale.squeeze(-1), hidden)
+        values = partial.float()
+        if groups * size > hidden:
+            # The last group is filled up with its last value: that changes neither its extremes nor
+            # where they first are.
+            filling = values[:, -1:].expand(tokens, groups * size - hidden)
+            values = torch.cat([values, filling], dim=1)
+        codes, numbers = self._quantize(values.reshape(tokens, groups, size))
+        packed = wire.pack(codes.flatten(1)[:, :hidden], self.bits)
+        packed = torch.nn.functional.pad(packed, (0, self._offsets(hidden)[0] - packed.shape[1]))
+        return torch.cat([packed, *map(_bytes, numbers)], dim=1)
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         hidden = tables.hidden
-        _, size = self._groups(hidden)
-        packed = payloads[..., : wire.packed_bytes(hidden, self.bits)]
-        scales = payloads[..., self._scales_offset(hidden) :].contiguous().view(self.scale_dtype)
+        kinds = self._numbers(self._groups(hidden)[0])
+        spans = list(zip(kinds, itertools.pairwise(self._offsets(hidden)), strict=True))
         total = None
-        for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
-            values = self._from_codes(wire.unpack(codes, self.bits, hidden))
-            values *= scales[rank].float().repeat_interleave(size, dim=1)[:, :hidden]
+        for rows in payloads:  # a rank at a time: no [ranks, tokens, hidden] fp32
+            packed = rows[:, : wire.packed_bytes(hidden, self.bits)]
+            numbers = tuple(
+                rows[:, start:stop].contiguous().view(dtype) for (dtype, _), (start, stop) in spans
+            )
+            values = self._dequantize(wire.unpack(packed, self.bits, hidden), numbers)
             total = values if total is None else total.add_(values)
         return rounded_into(out, total)
-
-    def _scale(self, values: Tensor) -> Tensor:
-        """fp32 ``[tokens, groups, 1]``: the value of one step, of fp32 ``[tokens, groups, size]``.
-
-        `values` are within the BF16 range or not finite; a scale that should be NaN may be anything
-        that is not finite.
-        """
-        return values.abs().amax(dim=-1, keepdim=True) / (2 ** (self.bits - 1) - 1)
-
-    def _to_codes(self, steps: Tensor) -> Tensor:
-        """Codes, integers in ``[0, 2**bits)``, of finite fp32 values in units of the scale."""
-        half = 2 ** (self.bits - 1)
-        return steps.round().clamp(-half, half - 1).to(torch.int32) + half
-
-    def _from_codes(self, codes: Tensor) -> Tensor:
-        """fp32 values, in units of the scale, of int32 codes."""
-        return (codes - 2 ** (self.bits - 1)).float()
-
-    def _wire_scale(self, values: Tensor) -> Tensor:
-        """``[tokens, groups, 1]`` in the type of the wire; NaN for a group not all finite."""
-        # Above this a scale that is rounded up could make an infinity of a finite value.
-        finite = values.clamp(-_BF16_MAX, _BF16_MAX)
-        scale = self._scale(torch.where(values.isinf(), torch.nan, finite))
-        return torch.where(scale.isfinite(), scale, torch.nan).to(self.scale_dtype)
 
     def _groups(self, hidden: int) -> tuple[int, int]:
         """Groups in a token, and features in each but the last."""
         size = self.group or max(hidden, 1)
         return -(-hidden // size), size
 
-    def _scales_offset(self, hidden: int) -> int:
-        """Where in a row the scales begin: aligned, for a kernel that loads them in one piece."""
-        body, unit = wire.packed_bytes(hidden, self.bits), self.scale_dtype.itemsize
-        return -(-body // unit) * unit
+    def _offsets(self, hidden: int) -> list[int]:
+        """Where in a row each kind of number begins, and where the row ends.
 
-    def _join(self, packed: Tensor, scale: Tensor, hidden: int) -> Tensor:
-        """Rows of ``uint8 [tokens, bytes]`` and of scales ``[tokens, groups]``."""
-        tokens, groups = scale.shape
-        packed = torch.nn.functional.pad(packed, (0, self._scales_offset(hidden) - packed.shape[1]))
-        # By way of one dimension: torch will not view an empty [0, 1] as another type.
-        scale_bytes = scale.flatten().view(torch.uint8)
-        return torch.cat([packed, scale_bytes.view(tokens, groups * scale.itemsize)], dim=1)
+        The first is aligned, for a kernel that loads them in one piece.
+        """
+        kinds = self._numbers(self._groups(hidden)[0])
+        unit = kinds[0][0].itemsize
+        first = -(-wire.packed_bytes(hidden, self.bits) // unit) * unit
+        sizes = (dtype.itemsize * count for dtype, count in kinds)
+        return list(itertools.accumulate(sizes, initial=first))
+
+    def _per_feature(self, numbers: Tensor, hidden: int) -> Tensor:
+        """``[tokens, hidden]`` of ``[tokens, groups]``."""
+        return numbers.repeat_interleave(self._groups(hidden)[1], dim=1)[:, :hidden]
 
 
-class Int4Group32(Grouped):
-    """QuickReduce: int4 (8, 6, 3) in groups of 32 with a BF16 scale: 4.5 bits.
+class Scaled(Grouped):
+    """One scale per group; this one: signed integers with 2**(bits-1) - 1 at the group's absmax.
 
-    The feature with the largest magnitude becomes -8, by a scale that has a sign, so that all 16
-    levels are in use; one of the opposite sign and beyond 7.5 steps saturates at 7.
+    Encode: divide by the step as the receivers will know it, round to the nearest value of the
+    format, ties to even, saturate. Another such format overrides the hooks that differ.
+
+    Attributes:
+        scale_dtype: Type of a scale on the wire.
     """
 
-    name = "int4-g32"
-    supported_bits = (4, 8, 6, 3)
-    group = 32
-    scale_dtype = torch.bfloat16
+    scale_dtype: torch.dtype
 
-    def _scale(self, values: Tensor) -> Tensor:
-        high = values.amax(dim=-1, keepdim=True)
-        low = values.amin(dim=-1, keepdim=True)
-        return torch.where(high > -low, high, low) / -(2 ** (self.bits - 1))
+    def _numbers(self, groups: int) -> tuple[tuple[torch.dtype, int], ...]:
+        return ((self.scale_dtype, groups),)
 
+    def _quantize(self, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        scale = self._scale(*extremes(values))
+        scale = self._to_wire(torch.where(scale.isfinite(), scale, torch.nan))
+        step = self._step(scale)
+        usable = step.isfinite() & (step != 0)
+        codes = self._to_codes(torch.where(usable, values / step, 0))
+        return codes, (scale.squeeze(-1),)
 
-class Int8Token(Grouped):
-    """SGLang: int8 with an fp32 scale per token, absmax / 127: 8.01 bits at hidden 4096."""
+    def _dequantize(self, codes: Tensor, numbers: tuple[Tensor, ...]) -> Tensor:
+        values = self._from_codes(codes)
+        return values.mul_(self._per_feature(self._step(numbers[0]), values.shape[1]))
 
-    name = "int8-token"
-    supported_bits = (8,)
-    group = None
-    scale_dtype = torch.float32
+    def _scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """fp32 ``[tokens, groups, 1]``: the number to send, of `extremes`.
 
+        Where they are NaN it may be anything that is not finite.
+        """
+        return torch.maximum(high, -low) / (2 ** (self.bits - 1) - 1)
 
-class Fp8Group256(Grouped):
-    """FlashInfer: FP8 E4M3 in groups of 256 with an fp32 scale, absmax / 448: 8.125 bits."""
+    def _to_wire(self, scale: Tensor) -> Tensor:
+        """An fp32 scale, finite or NaN, in the type of the wire."""
+        return scale.to(self.scale_dtype)
 
-    name = "fp8-g256"
-    supported_bits = (8,)
-    group = 256
-    scale_dtype = torch.float32
-
-    def _scale(self, values: Tensor) -> Tensor:
-        return values.abs().amax(dim=-1, keepdim=True) / _FP8_MAX
+    def _step(self, scale: Tensor) -> Tensor:
+        """fp32, of a scale from the wire: what 1 in `_to_codes` and `_from_codes` stands for."""
+        return scale.float()
 
     def _to_codes(self, steps: Tensor) -> Tensor:
-        # torch's cast rounds to even, but makes NaN of what is above the largest value.
-        steps = steps.clamp(-_FP8_MAX, _FP8_MAX)
-        return steps.to(torch.float8_e4m3fn).view(torch.uint8)
+        """Codes of finite fp32 values in units of the step."""
+        half = 2 ** (self.bits - 1)
+        return steps.round().clamp(-half, half - 1).to(torch.int32) + half
 
     def _from_codes(self, codes: Tensor) -> Tensor:
-        return codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        """New fp32 values, in units of the step, of int32 codes."""
+        return (codes - 2 ** (self.bits - 1)).float()
+
+
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each group of ``[tokens, groups, size]``, with size 1.
+
+    Finite ones are within the BF16 range, above which a scale that is rounded up could make an
+    infinity of a finite value; both are NaN where the group is not all finite.
+    """
+    low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
+    finite = low.isfinite() & high.isfinite()
+    low, high = low.clamp(min=-_BF16_MAX, max=_BF16_MAX), high.clamp(min=-_BF16_MAX, max=_BF16_MAX)
+    return torch.where(finite, low, torch.nan), torch.where(finite, high, torch.nan)
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    """``[tokens, count]`` as ``uint8 [tokens, bytes]``."""
+    tokens, count = numbers.shape
+    # By way of one dimension: torch will not view an empty [0, 1] as another type.
+    return numbers.flatten().view(torch.uint8).view(tokens, count * numbers.itemsize)
