@@ -5,7 +5,7 @@ integers with a scale and a zero per group; FlashCommunication V2 (arXiv:2508.03
 minimum and maximum apart as floating-point numbers, so that the others, in a smaller range, can do
 with 2 bits. V2's bit splitting is a layout of codes that changes no value.
 
-There is no public code. Not verified against the papers' full texts: the group sizes (32, and 128
+No public code was found. Not verified against the papers' full texts: the group sizes (32, and 128
 for comparison), BF16 for scale, zero and spikes, and a byte for a spike's position.
 """
 

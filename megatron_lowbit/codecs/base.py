@@ -7,7 +7,7 @@ its neighbours. A row is laid out as
 
     packed body | a zero byte if the body is odd | BF16 features | BF16 scale, if the codec has one
 
-(`codecs.grouped`: packed body, padding, scales).
+(`codecs.grouped`: packed body, padding, numbers of the groups).
 
 Codecs are stateless; what calibration knows of a sync point is in its `Tables`.
 

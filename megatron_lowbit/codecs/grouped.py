@@ -81,7 +81,8 @@ class Grouped(Codec):
         for rows in payloads:  # a rank at a time: no [ranks, tokens, hidden] fp32
             packed = rows[:, : wire.packed_bytes(hidden, self.bits)]
             numbers = tuple(
-                rows[:, start:stop].contiguous().view(dtype) for (dtype, _), (start, stop) in spans
+                _from_bytes(rows[:, start:stop], dtype, count)
+                for (dtype, count), (start, stop) in spans
             )
             values = self._dequantize(wire.unpack(packed, self.bits, hidden), numbers)
             total = values if total is None else total.add_(values)
@@ -177,3 +178,9 @@ def _bytes(numbers: Tensor) -> Tensor:
     tokens, count = numbers.shape
     # By way of one dimension: torch will not view an empty [0, 1] as another type.
     return numbers.flatten().view(torch.uint8).view(tokens, count * numbers.itemsize)
+
+
+def _from_bytes(rows: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """``[tokens, count]`` of the bytes that `_bytes` makes, at any place in memory."""
+    # A copy, since torch views only aligned bytes as another type.
+    return rows.flatten().clone().view(dtype).view(len(rows), count)

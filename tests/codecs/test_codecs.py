@@ -12,6 +12,7 @@ from megatron_lowbit import kernels
 from megatron_lowbit.codecs import CODECS as REGISTRY
 from megatron_lowbit.codecs import codebook, get_codec, rotation, wire
 from megatron_lowbit.codecs.grouped import Grouped
+from megatron_lowbit.codecs.peers import PEERS
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
 
@@ -30,13 +31,25 @@ FLOORS = {
     ("rotated-hybrid", 3): (14.3, 13.7, 14.3, 13.4),
     ("rotated-hybrid", 2): (9.0, 8.5, 9.0, 8.8),
     ("int4-g32", 4): (21.0, 17.3, 11.8, 57.8),
+    ("int4-g16", 4): (21.9, 19.3, 14.6, 33.8),
+    ("int4-g32-asym", 4): (21.8, 18.7, 3.3, 57.8),
+    ("int4-g128-asym", 4): (19.8, 13.7, -3.9, 57.8),
+    ("spike-g32", 4): (24.1, 25.6, 24.0, 57.8),
+    ("spike-g32", 3): (17.5, 19.0, 17.4, 57.8),
+    ("spike-g32", 2): (10.1, 11.5, 10.0, 57.8),
+    ("mxfp4", 4): (18.4, 16.0, 11.5, 19.7),
+    ("nvfp4", 4): (20.1, 20.9, 14.2, 140.9),
     ("int8-token", 8): (42.1, 31.2, 1.0, 140.9),
     ("fp8-g256", 8): (31.4, 33.0, 31.3, 140.9),
 }
 
 # Likewise for a sum that is quantized again (2 to 8 ranks, heavy-tailed), by bits of both steps.
 SUM_FLOORS = {
-    (4, 4): {"rotated-hybrid": 16.5, "static-hybrid": 7.3, "int4-g32": 14.6},
+    (2, 2): {"rotated-hybrid": 5.7, "spike-g32": 7.7},
+    (4, 4): {
+        **{"rotated-hybrid": 16.5, "static-hybrid": 7.3, "int4-g32": 14.6, "int4-g16": 16.5},
+        **{"int4-g32-asym": 15.9, "int4-g128-asym": 11.3, "mxfp4": 13.5, "nvfp4": 17.7},
+    },
     (4, 6): {"rotated-hybrid": 19.0, "static-hybrid": 9.6, "int4-g32": 17.1},
     (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4},
 }
@@ -148,12 +161,13 @@ def test_layout_in_memory_and_input_stay(codec):
     assert torch.equal(partial, before)
 
 
-@pytest.mark.parametrize("name", ["bf16", "static-hybrid", "int4-g32", "int8-token", "fp8-g256"])
+# int4-g16's values span 2**-10 to 448: their fp32 sums are exact in any order.
+@pytest.mark.parametrize("name", ["bf16", "static-hybrid", *sorted(PEERS.keys() - {"int4-g16"})])
 def test_sum_is_in_rank_order(name):
     """fp32 addition is not associative: ((r0 + r1) + r2) + r3, and no other order."""
     codec = get_codec(name)
-    # Far enough apart that even int4 codes times BF16 scales, 12 bits, do not add up exactly.
-    partials = [sample("heavy-tailed", (64, 96), seed) * 100.0**seed for seed in range(4)]
+    # Far enough apart that even 4-bit values times powers of two do not add up exactly.
+    partials = [sample("heavy-tailed", (64, 96), seed) * 1000.0**seed for seed in range(4)]
     tables = tables_for(codec, partials, 2)
     payloads = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
     exact = [_decoded_alone(codec, tables, payloads, rank) for rank in range(4)]
