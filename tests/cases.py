@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 
 CODECS = [
     ("bf16", 16),
@@ -11,6 +11,8 @@ CODECS = [
     ("rotated-hybrid", 4),
     ("rotated-hybrid", 3),
     ("rotated-hybrid", 2),
+    ("shaped-hybrid", 4),
+    ("shaped-hybrid", 3),
     ("int4-g32", 4),
     ("int4-g16", 4),
     ("int4-g32-asym", 4),
@@ -51,14 +53,14 @@ def sample(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def tables_for(codec: Codec, partials: list[Tensor], bf16_features: int) -> Tables:
-    """Tables with ranges from the partials themselves and the largest features in BF16."""
+    """Tables with statistics of the partials themselves and the largest features in BF16."""
     hidden = partials[0].shape[-1]
-    stacked = torch.stack([p.float().reshape(-1, hidden) for p in partials])
-    absmax = stacked.nan_to_num(0, 0, 0).abs().amax(dim=1) if stacked.shape[1] else stacked.sum(1)
-    index = absmax.sum(dim=0).argsort(descending=True)[:bf16_features]
-    sums = stacked.sum(dim=0).nan_to_num(0, 0, 0).abs()
-    sum_absmax = sums.amax(dim=0) if len(sums) else sums.sum(0)
-    return codec.tables(hidden, bf16_index=index, ranges=2 * absmax, sum_ranges=2 * sum_absmax)
+    stacked = torch.stack([p.float().reshape(-1, hidden) for p in partials]).nan_to_num(0, 0, 0)
+    if not stacked.shape[1]:
+        stacked = stacked.new_zeros(len(partials), 1, hidden)
+    statistics = Statistics.of(stacked)
+    index = statistics.ranges.sum(dim=0).argsort(descending=True)[:bf16_features]
+    return codec.tables(hidden, bf16_index=index, statistics=statistics)
 
 
 def reference_sum(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 
@@ -47,15 +47,12 @@ class Partials:
 
     def tables(self, codec: Codec) -> Tables:
         """Tables as a calibration on these very partials makes them."""
-        stacked = torch.stack(self.base).float()
-        absmax = stacked.abs().amax(dim=1)
+        statistics = Statistics.of(torch.stack(self.base))
         count = codec.default_bf16_features(self.hidden)
         return codec.tables(
             self.hidden,
-            bf16_index=absmax.sum(dim=0).argsort(descending=True)[:count],
-            ranges=2 * absmax,
-            sum_ranges=2 * stacked.sum(dim=0).abs().amax(dim=0),
-            device=stacked.device,
+            bf16_index=statistics.ranges.sum(dim=0).argsort(descending=True)[:count],
+            statistics=statistics,
         )
 
 

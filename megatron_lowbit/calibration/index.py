@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.codecs import Codec, Statistics, Tables
 from megatron_lowbit.errors import IndexFileError
 
 STATISTICS = ("minimum", "maximum", "mean", "second_moment")
-SUM_STATISTICS = ("sum_minimum", "sum_maximum")
+SUM_STATISTICS = ("sum_minimum", "sum_maximum", "sum_mean", "sum_second_moment")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class SyncPointRecord:
         second_moment: fp32 ``[ranks, hidden]``, mean of squares over all tokens.
         sum_minimum: fp32 ``[hidden]``, as `minimum`, of the sum over ranks.
         sum_maximum: Likewise.
+        sum_mean: Likewise.
+        sum_second_moment: Likewise.
     """
 
     bf16_index: Tensor
@@ -42,16 +44,32 @@ class SyncPointRecord:
     second_moment: Tensor
     sum_minimum: Tensor
     sum_maximum: Tensor
+    sum_mean: Tensor
+    sum_second_moment: Tensor
 
     @property
     def ranges(self) -> Tensor:
         """fp32 ``[ranks, hidden]``: R = 2 max(|min|, |max|) (arXiv:2411.07942, section 3)."""
-        return 2 * torch.maximum(self.minimum.abs(), self.maximum.abs())
+        return _ranges(self.minimum, self.maximum)
 
-    @property
-    def sum_ranges(self) -> Tensor:
-        """fp32 ``[hidden]``: the same of the sum over ranks."""
-        return 2 * torch.maximum(self.sum_minimum.abs(), self.sum_maximum.abs())
+    def statistics(self, ranks: int) -> Statistics:
+        """What codecs make tables of, for a group of `ranks`.
+
+        Means add up over the parts of a rank, so they also serve a TP size that divides the
+        calibrated one; for others they are left out. Variances and ranges are those of the
+        calibrated TP size, whatever `ranks` is.
+        """
+        calibrated = len(self.mean)
+        mean = None
+        if calibrated % ranks == 0:
+            mean = self.mean.unflatten(0, (ranks, calibrated // ranks)).sum(dim=1)
+        return Statistics(
+            ranges=self.ranges,
+            variance=_variance(self.mean, self.second_moment),
+            mean=mean,
+            sum_ranges=_ranges(self.sum_minimum, self.sum_maximum),
+            sum_variance=_variance(self.sum_mean, self.sum_second_moment),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,17 +113,29 @@ class Index:
         return select_bf16_index(record.ranges, codec.default_bf16_features(self.hidden))
 
     def tables(
-        self, layer: int, name: str, codec: Codec, *, device: torch.device | str = "cpu"
+        self,
+        layer: int,
+        name: str,
+        codec: Codec,
+        *,
+        ranks: int,
+        device: torch.device | str = "cpu",
     ) -> Tables:
-        """The codec's tables of one sync point."""
-        record = self.record(layer, name)
+        """The codec's tables of one sync point, for a group of `ranks`."""
         return codec.tables(
             self.hidden,
             bf16_index=self.bf16_index(layer, name, codec),
-            ranges=record.ranges if codec.needs_ranges else None,
-            sum_ranges=record.sum_ranges if codec.needs_ranges else None,
+            statistics=self.record(layer, name).statistics(ranks),
             device=device,
         )
+
+
+def _ranges(minimum: Tensor, maximum: Tensor) -> Tensor:
+    return 2 * torch.maximum(minimum.abs(), maximum.abs())
+
+
+def _variance(mean: Tensor, second_moment: Tensor) -> Tensor:
+    return (second_moment - mean.square()).clamp_min(0)
 
 
 def select_bf16_index(ranges: Tensor, count: int) -> Tensor:

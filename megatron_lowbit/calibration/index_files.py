@@ -5,7 +5,7 @@
     DIR/layer_NNNNN.safetensors   per sync point NAME: NAME/bf16_index int32 [k] and
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
                                   and, of the sum over ranks,
-                                  NAME/{sum_minimum,sum_maximum} fp32 [hidden]
+                                  NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden]
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
@@ -28,7 +28,7 @@ from megatron_lowbit.codecs import CODECS
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.files import atomic_directory, check_writable, write
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 _REMEDY = "make the index again with tools/calibrate.py"
 

@@ -11,21 +11,23 @@ from megatron_lowbit.codecs.asymmetric import (
     Int4Group128Asymmetric,
     SpikeGroup32,
 )
-from megatron_lowbit.codecs.base import Codec, Tables
+from megatron_lowbit.codecs.base import Codec, Statistics, Tables
 from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.codecs.fp4 import Mxfp4, Nvfp4
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.codecs.shaped_hybrid import ShapedHybrid
 from megatron_lowbit.codecs.static_hybrid import StaticHybrid
 from megatron_lowbit.codecs.symmetric import Fp8Group256, Int4Group16, Int4Group32, Int8Token
 from megatron_lowbit.errors import LowbitError
 
-_OWN = (Bf16, StaticHybrid, RotatedHybrid)
+_OWN = (Bf16, StaticHybrid, RotatedHybrid, ShapedHybrid)
 _PEERS = (
     *(Int4Group32, Int4Group16, Int4Group32Asymmetric, Int4Group128Asymmetric, SpikeGroup32),
     *(Mxfp4, Nvfp4, Fp8Group256, Int8Token),
 )
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (*_OWN, *_PEERS)}
-DEFAULT_CODEC = RotatedHybrid.name
+DEFAULT_CODEC = RotatedHybrid.name  # needs no calibration
+CALIBRATED_CODEC = ShapedHybrid.name  # the best that there is with one
 
 
 def get_codec(name: str = DEFAULT_CODEC, *, bits: int | tuple[int, int] | None = None) -> Codec:
@@ -54,4 +56,13 @@ def parse_codec(text: str) -> Codec:
     return get_codec(name, bits=(int(first), int(second)) if second else int(first))
 
 
-__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Tables", "get_codec", "parse_codec"]
+__all__ = [
+    "CALIBRATED_CODEC",
+    "CODECS",
+    "DEFAULT_CODEC",
+    "Codec",
+    "Statistics",
+    "Tables",
+    "get_codec",
+    "parse_codec",
+]

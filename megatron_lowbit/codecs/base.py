@@ -21,12 +21,45 @@ token's sum, on every rank, and leaves other tokens untouched.
 
 import abc
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows of the partials of one sync point, or some of it; fp32.
+
+    Attributes:
+        ranges: ``[ranks, hidden]``, the paper's R = 2 max(\\|min\\|, \\|max\\|).
+        variance: ``[ranks, hidden]``.
+        mean: ``[ranks, hidden]``.
+        sum_ranges: ``[hidden]``, as `ranges`, of the sum over ranks.
+        sum_variance: ``[hidden]``, of the sum over ranks.
+    """
+
+    ranges: Tensor | None = None
+    variance: Tensor | None = None
+    mean: Tensor | None = None
+    sum_ranges: Tensor | None = None
+    sum_variance: Tensor | None = None
+
+    @classmethod
+    def of(cls, partials: Tensor) -> "Statistics":
+        """The statistics of ``[ranks, tokens, hidden]``: without Megatron, or to try a codec."""
+        partials = partials.float()
+        total = partials.sum(dim=0)
+        return cls(
+            ranges=2 * partials.abs().amax(dim=1),
+            variance=partials.var(dim=1, correction=0),
+            mean=partials.mean(dim=1),
+            sum_ranges=2 * total.abs().amax(dim=0),
+            sum_variance=total.var(dim=0, correction=0),
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +73,11 @@ class Tables:
         body_index: int64 ``[hidden - k]``, ascending: the others (``static-hybrid`` only).
         scale: fp32 ``[ranks, hidden]``, the value of one quantization step per rank and feature
             (``static-hybrid`` only).
-        signs: fp32 ``[hidden]`` of +1 and -1 (``rotated-hybrid`` only).
+        encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated
+            (``rotated-hybrid`` and its kin).
+        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back.
+        center: fp32 ``[ranks, hidden]``, what is subtracted from a rank's partial.
+        center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
             (``static-hybrid`` only).
     """
@@ -50,7 +87,10 @@ class Tables:
     bf16_index: Tensor
     body_index: Tensor | None = None
     scale: Tensor | None = None
-    signs: Tensor | None = None
+    encode_scale: Tensor | None = None
+    decode_scale: Tensor | None = None
+    center: Tensor | None = None
+    center_sum: Tensor | None = None
     of_sum: "Tables | None" = None
 
     def to(self, device: torch.device | str) -> "Tables":
@@ -61,7 +101,7 @@ class Tables:
 
     def of_ranks(self, start: int, stop: int) -> "Tables":
         """The tables of a group of ranks ``[start, stop)`` of these."""
-        return self if self.scale is None else replace(self, scale=self.scale[start:stop])
+        return self._by_rank(lambda rows: rows[start:stop])
 
     def of_nodes(self, nodes: int) -> "Tables":
         """Tables for the sums inside each of `nodes` equal nodes, a row a node.
@@ -69,9 +109,17 @@ class Tables:
         A node's sum is at most the sum of its ranks' ranges, so it clips nothing that the ranks
         themselves would not.
         """
-        if self.scale is None:
-            return self
-        return replace(self, scale=self.scale.unflatten(0, (nodes, -1)).sum(dim=1))
+        return self._by_rank(lambda rows: rows.unflatten(0, (nodes, -1)).sum(dim=1))
+
+    def _by_rank(self, change: Callable[[Tensor], Tensor]) -> "Tables":
+        """With what has a row for each rank changed."""
+        changed = self
+        if self.scale is not None:
+            changed = replace(changed, scale=change(self.scale))
+        if self.center is not None:
+            center = change(self.center)
+            changed = replace(changed, center=center, center_sum=sum_in_rank_order(center))
+        return changed
 
 
 class Codec(abc.ABC):
@@ -82,13 +130,13 @@ class Codec(abc.ABC):
         supported_bits: Bits that a body value can have, the default first.
         bits: Bits of one body value of a partial.
         sum_bits: Bits of one body value of the sum, in collectives that send it.
-        needs_ranges: Whether `tables` needs calibrated ranges, which belong to a TP degree.
+        needs_statistics: Whether `tables` needs statistics of this very TP degree.
         takes_index: Whether features apart from the body mean anything to it.
     """
 
     name: str
     supported_bits: tuple[int, ...]
-    needs_ranges = False
+    needs_statistics = False
     takes_index = True
 
     def __init__(self, bits: int | None = None, *, sum_bits: int | None = None):
@@ -111,8 +159,7 @@ class Codec(abc.ABC):
         hidden: int,
         *,
         bf16_index: Tensor | None = None,
-        ranges: Tensor | None = None,
-        sum_ranges: Tensor | None = None,
+        statistics: Statistics | None = None,
         device: torch.device | str | None = None,
     ) -> Tables:
         """Build the tables of one sync point; here, for a codec that takes no index.
@@ -121,14 +168,11 @@ class Codec(abc.ABC):
             hidden: Features in a token.
             bf16_index: Integer ``[k]``, the features that travel in BF16, in any order; none if
                 left out.
-            ranges: ``[ranks, hidden]``, the paper's R = 2 max(\\|min\\|, \\|max\\|) of each rank's
-                partial.
-            sum_ranges: ``[hidden]``, the same of the sum over ranks; without it a codec that needs
-                ranges cannot quantize the sum.
+            statistics: Of this sync point, for codecs that use them.
             device: Where the tables live.
 
         Raises:
-            LowbitError: The index has a feature twice or outside the token, or ranges that the
+            LowbitError: The index has a feature twice or outside the token, or statistics that the
                 codec needs are missing or have another shape.
         """
         assert not self.takes_index, f"{self.name} takes an index and must make its own tables"
@@ -176,12 +220,12 @@ class Codec(abc.ABC):
         """The tables of the sum over ranks.
 
         Raises:
-            LowbitError: The codec needs calibrated ranges of the sum and `tables` has none.
+            LowbitError: The codec needs calibrated statistics of the sum and `tables` has none.
         """
-        if self.needs_ranges and tables.of_sum is None:
+        if self.needs_statistics and tables.of_sum is None:
             raise LowbitError(
-                f"{self.name} has no calibrated ranges of the sum here: give "
-                "sum_ranges to tables(), calibrate again with tools/calibrate.py, or use one-shot"
+                f"{self.name} has no calibrated statistics of the sum here: give them to "
+                "tables(), calibrate again with tools/calibrate.py, or use one-shot"
             )
         return tables.of_sum or tables
 
@@ -202,6 +246,14 @@ class Codec(abc.ABC):
     def __repr__(self) -> str:
         second = "" if self.sum_bits == self.bits else f"+{self.sum_bits}"
         return f"{self.name} ({self.bits}{second} bits)"
+
+
+def sum_in_rank_order(values: Tensor) -> Tensor:
+    """fp32 sum of ``[ranks, ...]`` over ranks: ((r0 + r1) + r2) + ..., on any device the same."""
+    total = values[0].float()
+    for value in values[1:]:
+        total = total + value.float()
+    return total
 
 
 def rounded_into(out: Tensor | None, total: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Codec, Tables, rounded_into
+from megatron_lowbit.codecs.base import Codec, Tables, rounded_into, sum_in_rank_order
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
 
 
@@ -22,11 +22,3 @@ class Bf16(Codec):
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         return rounded_into(out, sum_in_rank_order(payloads.view(torch.bfloat16)))
-
-
-def sum_in_rank_order(values: Tensor) -> Tensor:
-    """fp32 sum of ``[ranks, ...]`` over ranks: ((r0 + r1) + r2) + ..., on any device the same."""
-    total = values[0].float()
-    for value in values[1:]:
-        total = total + value.float()
-    return total

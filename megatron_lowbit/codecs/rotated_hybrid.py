@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
-from megatron_lowbit.codecs.bf16 import sum_in_rank_order
+from megatron_lowbit.codecs.base import (
+    Codec,
+    Tables,
+    check_index,
+    rounded_into,
+    sum_in_rank_order,
+)
 from megatron_lowbit.kernels import rotated_hybrid as kernel
 
 
@@ -41,13 +46,17 @@ class RotatedHybrid(Codec):
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
 
-    def tables(
-        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
-    ) -> Tables:
+    def tables(self, hidden, *, bf16_index=None, statistics=None, device=None) -> Tables:
         device = device or (bf16_index.device if bf16_index is not None else "cpu")
         signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
-        index = check_index(bf16_index, hidden, device)
-        return Tables(codec=self.name, hidden=hidden, bf16_index=index, signs=signs.to(device))
+        block = rotation.block_size(hidden) if self.rotate else 1
+        return Tables(
+            codec=self.name,
+            hidden=hidden,
+            bf16_index=check_index(bf16_index, hidden, device),
+            encode_scale=signs.to(device),
+            decode_scale=(signs / block).to(device),
+        )
 
     def row_bytes(self, tables: Tables) -> int:
         body = wire.packed_bytes(tables.hidden, self.bits)
@@ -55,10 +64,11 @@ class RotatedHybrid(Codec):
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
         if not self._has_kernel(partial, tables):
-            return self._reference_encode(partial, tables)
+            return self._reference_encode(partial, tables, rank)
         return kernel.encode(
             partial,
-            signs=tables.signs,
+            center=None if tables.center is None else tables.center[rank],
+            scale=tables.encode_scale,
             bf16_index=tables.bf16_index,
             block=rotation.block_size(tables.hidden),
             thresholds=codebook.thresholds(self.bits, partial.device),
@@ -71,7 +81,8 @@ class RotatedHybrid(Codec):
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
         return kernel.decode_sum(
             payloads,
-            signs=tables.signs,
+            center=tables.center_sum,
+            scale=tables.decode_scale,
             bf16_index=tables.bf16_index,
             block=rotation.block_size(tables.hidden),
             levels=codebook.levels(self.bits, payloads.device),
@@ -96,18 +107,22 @@ class RotatedHybrid(Codec):
         )
 
     def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
-        return self.rotate and kernel.available(values, tables.signs)
+        return self.rotate and kernel.available(values, tables.encode_scale)
 
-    def _reference_encode(self, partial: Tensor, tables: Tables) -> Tensor:
+    def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
-        body = partial.float() * tables.signs
+        body = partial.float()
+        if tables.center is not None:
+            body = body - tables.center[rank]
+        body = body * tables.encode_scale
         body[:, tables.bf16_index] = 0
         return self._write(self._transform(body), kept)
 
     def _reference_decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
         total, kept = self._sum(payloads, tables)
-        block = rotation.block_size(tables.hidden) if self.rotate else 1
-        out = self._transform(total) * (tables.signs / block)
+        out = self._transform(total) * tables.decode_scale
+        if tables.center_sum is not None:
+            out += tables.center_sum
         out[:, tables.bf16_index] = kept
         return out
 

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import Codec, Tables, check_index, rounded_into
-from megatron_lowbit.codecs.bf16 import sum_in_rank_order
+from megatron_lowbit.codecs.base import (
+    Codec,
+    Statistics,
+    Tables,
+    check_index,
+    rounded_into,
+    sum_in_rank_order,
+)
 from megatron_lowbit.errors import LowbitError
 
 
@@ -29,14 +35,13 @@ class StaticHybrid(Codec):
 
     name = "static-hybrid"
     supported_bits = (4, 3, 5, 6, 8)
-    needs_ranges = True
+    needs_statistics = True
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 64
 
-    def tables(
-        self, hidden, *, bf16_index=None, ranges=None, sum_ranges=None, device=None
-    ) -> Tables:
+    def tables(self, hidden, *, bf16_index=None, statistics=None, device=None) -> Tables:
+        ranges = statistics.ranges if statistics else None
         if ranges is None:
             raise LowbitError(
                 "static-hybrid needs calibrated ranges: pass an index made by tools/calibrate.py, "
@@ -51,9 +56,12 @@ class StaticHybrid(Codec):
         is_body = torch.ones(hidden, dtype=torch.bool, device=device)
         is_body[index] = False
         of_sum = None
-        if sum_ranges is not None:
+        if statistics.sum_ranges is not None:
             of_sum = self.for_sum().tables(
-                hidden, bf16_index=index, ranges=sum_ranges.view(1, -1), device=device
+                hidden,
+                bf16_index=index,
+                statistics=Statistics(ranges=statistics.sum_ranges.view(1, -1)),
+                device=device,
             )
         return Tables(
             codec=self.name,

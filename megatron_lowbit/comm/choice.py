@@ -137,8 +137,8 @@ def make_chooser(
 
     Raises:
         LowbitError: On every rank: a tuning file that does not serve here or has no times of
-            `codec`, node boundaries that are unknown or wrong, a codec without ranges of the sum in
-            a mode that sends it, ranks with different settings.
+            `codec`, node boundaries that are unknown or wrong, a codec without statistics of the
+            sum in a mode that sends it, ranks with different settings.
     """
     require_equal("collective", str(settings), group=group)
     if dist.get_world_size(group) == 1:
@@ -152,7 +152,7 @@ def make_chooser(
     if settings.mode != "auto":
         return Chooser(settings.mode, nodes=nodes)
     candidates = ["one-shot"]
-    if not codec.needs_ranges or tables.of_sum is not None:
+    if not codec.needs_statistics or tables.of_sum is not None:
         candidates += ["two-shot"] if nodes is None else ["two-shot", "hierarchical"]
     if settings.tuning is None:
         seconds, source = _by_cost_model(codec, tables, group, nodes, device), "the cost model"

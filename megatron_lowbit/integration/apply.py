@@ -219,11 +219,11 @@ def check_index(
                 f"{index.origin} was calibrated on other weights (layer {layer} differs); "
                 "calibrate this checkpoint with tools/calibrate.py"
             )
-    if codec.needs_ranges and index.tp_size != tp_size:
+    if codec.needs_statistics and index.tp_size != tp_size:
         raise IndexFileError(
             f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run has "
-            f"{tp_size}: {codec.name} has ranges per rank, calibrate at {tp_size} or use a codec "
-            "without ranges (rotated-hybrid)"
+            f"{tp_size}: {codec.name} has tables per rank, calibrate at {tp_size} or use a codec "
+            "that fits any size (shaped-hybrid, rotated-hybrid)"
         )
 
 
@@ -231,10 +231,11 @@ def _prepare(model, points, index_dir, codec, bits) -> tuple[Codec, list[Tables]
     """Read and check everything that can fail, before anything is changed."""
     index = index_dir if isinstance(index_dir, Index) else read_index(Path(index_dir))
     chosen = choose_codec(index, codec, bits)
-    check_index(index, model, chosen, dist.get_world_size(points[0].group))
+    ranks = dist.get_world_size(points[0].group)
+    check_index(index, model, chosen, ranks)
     tables = [
-        index.tables(point.layer, point.name, chosen, device=point.module.weight.device)
-        for point in points
+        index.tables(p.layer, p.name, chosen, ranks=ranks, device=p.module.weight.device)
+        for p in points
     ]
     return chosen, tables
 
@@ -244,7 +245,8 @@ def _digest(tables: list[Tables]) -> str:
     digest = hashlib.sha256()
     for table in tables:
         of_sum = table.of_sum.scale if table.of_sum else None
-        for tensor in (table.bf16_index, table.scale, table.signs, of_sum):
+        shared = (table.bf16_index, table.encode_scale, table.decode_scale)
+        for tensor in (*shared, table.scale, table.center, of_sum):
             if tensor is not None:
                 digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

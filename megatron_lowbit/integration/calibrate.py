@@ -268,7 +268,7 @@ def _index(
         record = SyncPointRecord(
             bf16_index=torch.empty(0, dtype=torch.int32),
             **dict(zip(STATISTICS, values, strict=True)),
-            **dict(zip(SUM_STATISTICS, of_sum[:2], strict=True)),
+            **dict(zip(SUM_STATISTICS, of_sum, strict=True)),
         )
         chosen = select_bf16_index(record.ranges, bf16_features)
         records = layers.setdefault(point.layer, {})

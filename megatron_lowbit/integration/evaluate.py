@@ -98,7 +98,9 @@ def parse_variant(name: str) -> tuple[Codec, TablesOf]:
     if name == "int4-random":
         return get_codec("static-hybrid"), _tables_with(_random_features)
     codec = parse_codec(name)
-    return codec, lambda index, point, codec: index.tables(point.layer, point.name, codec)
+    return codec, lambda index, point, codec: index.tables(
+        point.layer, point.name, codec, ranks=index.tp_size
+    )
 
 
 def _collective(name: str) -> str:
@@ -178,9 +180,9 @@ def _tables_with(choose: Callable[[Index, SyncPoint, int], list[int]]) -> Tables
     def tables_of(index: Index, point: SyncPoint, codec: Codec) -> Tables:
         count = len(index.bf16_index(point.layer, point.name, codec))
         chosen = choose(index, point, count)
-        ranges = index.record(point.layer, point.name).ranges
+        statistics = index.record(point.layer, point.name).statistics(index.tp_size)
         return codec.tables(
-            index.hidden, bf16_index=torch.tensor(chosen, dtype=torch.int64), ranges=ranges
+            index.hidden, bf16_index=torch.tensor(chosen, dtype=torch.int64), statistics=statistics
         )
 
     return tables_of

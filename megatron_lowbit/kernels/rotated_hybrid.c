@@ -161,22 +161,29 @@ static float sum_kept(const uint8_t *rows, int64_t rank_stride, int64_t ranks, s
     default: CALL(FP16); \
     }
 
-INLINE void load_row(const void *from, const float *signs, int64_t hidden, enum dtype dtype,
-                     float *restrict row) {
-    for (int64_t i = 0; i < hidden; i++) row[i] = load(from, i, dtype) * signs[i];
+/* Without a center (NULL) nothing is subtracted or added. */
+INLINE void load_row(const void *from, const float *center, const float *scale, int64_t hidden,
+                     enum dtype dtype, float *restrict row) {
+    if (!center)
+        for (int64_t i = 0; i < hidden; i++) row[i] = load(from, i, dtype) * scale[i];
+    else
+        for (int64_t i = 0; i < hidden; i++) row[i] = (load(from, i, dtype) - center[i]) * scale[i];
 }
 
-INLINE void store_row(const float *row, const float *signs, float inverse_block, int64_t hidden,
+INLINE void store_row(const float *row, const float *center, const float *scale, int64_t hidden,
                       enum dtype dtype, void *restrict to) {
-    for (int64_t i = 0; i < hidden; i++) store(to, i, row[i] * (signs[i] * inverse_block), dtype);
+    if (!center)
+        for (int64_t i = 0; i < hidden; i++) store(to, i, row[i] * scale[i], dtype);
+    else
+        for (int64_t i = 0; i < hidden; i++) store(to, i, row[i] * scale[i] + center[i], dtype);
 }
 
 /* ---- what Python calls ---- */
 
 /* partial [tokens, hidden] of `dtype`, rows `stride` apart -> payload [tokens, row bytes]. */
 int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, int64_t hidden,
-           int64_t block, const float *signs, const int64_t *index, int64_t kept,
-           const float *thresholds, int bits, int64_t body, uint8_t *payload) {
+           int64_t block, const float *center, const float *scale, const int64_t *index,
+           int64_t kept, const float *thresholds, int bits, int64_t body, uint8_t *payload) {
     int64_t padded;
     float *row = new_row(hidden, &padded);
     if (!row) return 1;
@@ -184,7 +191,7 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
     table searches[6] = {0};
     plan_search(thresholds, bits, searches);
     for (int64_t t = 0; t < tokens; t++, partial += stride, payload += to.bytes) {
-#define CALL(dtype) load_row(partial, signs, hidden, dtype, row)
+#define CALL(dtype) load_row(partial, center, scale, hidden, dtype, row)
         WITH_DTYPE(dtype, CALL)
 #undef CALL
         for (int64_t j = 0; j < kept; j++) {
@@ -201,18 +208,17 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
 /* payloads [ranks, tokens, row bytes], ranks `rank_stride` apart -> out [tokens, hidden] of
  * `dtype`, rows `stride` apart. */
 int decode_sum(const uint8_t *payloads, int64_t rank_stride, int64_t ranks, int64_t tokens,
-               int64_t hidden, int64_t block, const float *signs, const int64_t *index,
-               int64_t kept, const float *levels, int bits, int64_t body, uint8_t *out,
+               int64_t hidden, int64_t block, const float *center, const float *scale,
+               const int64_t *index, int64_t kept, const float *levels, int bits, int64_t body, uint8_t *out,
                int dtype, int64_t stride) {
     int64_t padded;
     float *row = new_row(hidden, &padded);
     table *scaled = aligned_alloc(64, ranks * sizeof(table));
     struct layout from = layout_of(body, kept, bits);
-    const float inverse_block = 1 / (float)block; /* a power of two: exact */
     for (int64_t t = 0; t < tokens && row && scaled; t++, payloads += from.bytes, out += stride) {
         sum_rows(payloads, rank_stride, ranks, levels, scaled, from, row);
         rotate(row, padded, block);
-#define CALL(dtype) store_row(row, signs, inverse_block, hidden, dtype, out)
+#define CALL(dtype) store_row(row, center, scale, hidden, dtype, out)
         WITH_DTYPE(dtype, CALL)
 #undef CALL
         for (int64_t j = 0; j < kept; j++)

@@ -27,7 +27,7 @@ _VALUES_A_THREAD = 1 << 17  # about 0.1 ms of work, several times what handing i
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _ROWS = [_POINTER, _INT64, _INT64, _INT64, _INT64]  # payloads, stride, ranks, tokens, hidden
-_FEATURES = [_POINTER, _POINTER, _INT64]  # signs, BF16 index, its length
+_FEATURES = [_POINTER, _POINTER, _POINTER, _INT64]  # center, scale, BF16 index, its length
 _CODES = [_POINTER, _INT, _INT64]  # levels or thresholds, bits, bytes of the codes of a row
 _ARGUMENTS = {
     "encode": [_POINTER, _INT, *[_INT64] * 4, *_FEATURES, *_CODES, _POINTER],
@@ -44,7 +44,8 @@ def available(*tensors: Tensor) -> bool:
 def encode(
     partial: Tensor,
     *,
-    signs: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
     bf16_index: Tensor,
     block: int,
     thresholds: Tensor,
@@ -55,7 +56,8 @@ def encode(
 
     Args:
         partial: Floating point ``[tokens, hidden]``, any strides.
-        signs: fp32 ``[hidden]``, contiguous.
+        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by then.
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
         block: Values that the rotation mixes, a power of two that divides hidden.
         thresholds: fp32 ``[2**bits - 1]``, ascending.
@@ -68,7 +70,7 @@ def encode(
     Raises:
         LowbitError: `partial` is not ``[tokens, hidden]``.
     """
-    hidden, kept = signs.numel(), bf16_index.numel()
+    hidden, kept = scale.numel(), bf16_index.numel()
     if partial.ndim != 2 or partial.shape[1] != hidden:
         raise LowbitError(f"a partial is [tokens, {hidden}], got {list(partial.shape)}")
     if partial.dtype not in _DTYPES:
@@ -80,7 +82,7 @@ def encode(
     function = _function("encode")
     source, stride = partial.data_ptr(), partial.stride(0) * partial.element_size()
     target, row = payload.data_ptr(), payload.shape[1]
-    settings = (hidden, block, signs.data_ptr(), bf16_index.data_ptr(), kept)
+    settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
     settings += (thresholds.data_ptr(), bits, body_bytes)
     dtype = _DTYPES[partial.dtype]
 
@@ -95,7 +97,8 @@ def encode(
 def decode_sum(
     payloads: Tensor,
     *,
-    signs: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
     bf16_index: Tensor,
     block: int,
     levels: Tensor,
@@ -107,7 +110,8 @@ def decode_sum(
 
     Args:
         payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        signs: fp32 ``[hidden]``, contiguous.
+        center: fp32 ``[hidden]``, contiguous: added last; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by before.
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
         block: Values that the rotation mixes.
         levels: fp32 ``[2**bits]``, ascending.
@@ -122,7 +126,7 @@ def decode_sum(
     Raises:
         LowbitError: `payloads` has another shape or type.
     """
-    hidden, kept = signs.numel(), bf16_index.numel()
+    hidden, kept = scale.numel(), bf16_index.numel()
     payloads = _check_payloads(payloads, _row_bytes(body_bytes, kept))
     ranks, tokens, row = payloads.shape
     total = out
@@ -131,7 +135,7 @@ def decode_sum(
     function = _function("decode_sum")
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, stride = total.data_ptr(), total.stride(0) * total.element_size()
-    settings = (hidden, block, signs.data_ptr(), bf16_index.data_ptr(), kept)
+    settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
     settings += (levels.data_ptr(), bits, body_bytes)
     dtype = _DTYPES[total.dtype]
 
@@ -194,6 +198,10 @@ def reduce_encode(
 def _row_bytes(body_bytes: int, kept: int) -> int:
     """Codes, padded to an even number of bytes, the BF16 features and the scale."""
     return body_bytes + body_bytes % 2 + 2 * (kept + 1)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:

@@ -28,11 +28,11 @@ def make_index(layers: int = 2) -> Index:
     for layer in range(1, layers + 1):
         records[layer] = {}
         for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
-            low, high, mean, square = torch.randn(4, RANKS, HIDDEN, generator=generator)
+            low, high, mean = torch.randn(3, RANKS, HIDDEN, generator=generator)
+            square = mean.square() + 1
             index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
-            records[layer][name] = SyncPointRecord(
-                index, low, high, mean, square, low[0].clone(), high[1].clone()
-            )
+            of_sum = (values[0].clone() for values in (low, high, mean, square))
+            records[layer][name] = SyncPointRecord(index, low, high, mean, square, *of_sum)
     manifest = {
         "model": {"num_layers": layers, "hidden_size": HIDDEN, "fingerprints": {}},
         "tp_size": RANKS,
@@ -120,7 +120,7 @@ def test_edited_manifest(directory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": FORMAT_VERSION + 1}, "format version 3, this release reads 2: update"),
+        ({"format_version": FORMAT_VERSION + 1}, "format version 4, this release reads 3: update"),
         ({"format_version": 1}, "format version 1, of an older release"),
         ({"format_version": None}, "no format_version"),
         ({"codec": {"name": "mp3", "bits": 4}}, "codec 'mp3'"),
@@ -222,15 +222,29 @@ def test_an_interrupted_write_leaves_the_old_index(directory, monkeypatch):
 
 def test_tables_for_the_calibrated_and_for_another_codec(directory):
     index = read_index(directory)
-    rotated = index.tables(1, "mlp.linear_fc2", get_codec("rotated-hybrid"))
+    rotated = index.tables(1, "mlp.linear_fc2", get_codec("rotated-hybrid"), ranks=RANKS)
     stored = index.record(1, "mlp.linear_fc2").bf16_index
     assert rotated.bf16_index.tolist() == stored.tolist()
-    static = index.tables(1, "mlp.linear_fc2", get_codec("static-hybrid"))
+    static = index.tables(1, "mlp.linear_fc2", get_codec("static-hybrid"), ranks=RANKS)
     assert static.bf16_index.numel() == HIDDEN // 64
     assert set(stored.tolist()) <= set(static.bf16_index.tolist())
     assert static.scale.shape == (RANKS, HIDDEN)
     with pytest.raises(IndexFileError, match="no entry for layer 9 mlp.linear_fc2"):
-        index.tables(9, "mlp.linear_fc2", get_codec("rotated-hybrid"))
+        index.tables(9, "mlp.linear_fc2", get_codec("rotated-hybrid"), ranks=RANKS)
+
+
+@pytest.mark.parametrize(("ranks", "known"), [(3, True), (1, True), (2, False), (6, False)])
+def test_means_serve_the_tp_sizes_that_divide_the_calibrated_one(directory, ranks, known):
+    index = read_index(directory)
+    record = index.record(1, "mlp.linear_fc2")
+    tables = index.tables(1, "mlp.linear_fc2", get_codec("shaped-hybrid"), ranks=ranks)
+    if not known:
+        assert tables.center is None
+        return
+    expected = record.mean if ranks == RANKS else record.mean.sum(dim=0, keepdim=True)
+    expected = expected.clone()
+    expected[:, tables.bf16_index] = 0
+    assert torch.equal(tables.center, expected)
 
 
 def test_selection_takes_the_largest_sum_over_ranks():

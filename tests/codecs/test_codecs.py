@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codecs import CODECS as REGISTRY
-from megatron_lowbit.codecs import codebook, get_codec, rotation, wire
+from megatron_lowbit.codecs import Statistics, codebook, get_codec, rotation, wire
 from megatron_lowbit.codecs.grouped import Grouped
 from megatron_lowbit.codecs.peers import PEERS
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
@@ -30,6 +30,8 @@ FLOORS = {
     ("rotated-hybrid", 4): (19.9, 19.2, 19.9, 19.5),
     ("rotated-hybrid", 3): (14.3, 13.7, 14.3, 13.4),
     ("rotated-hybrid", 2): (9.0, 8.5, 9.0, 8.8),
+    ("shaped-hybrid", 4): (19.9, 19.2, 19.9, 79.4),
+    ("shaped-hybrid", 3): (14.3, 13.7, 14.3, 79.4),
     ("int4-g32", 4): (21.0, 17.3, 11.8, 57.8),
     ("int4-g16", 4): (21.9, 19.3, 14.6, 33.8),
     ("int4-g32-asym", 4): (21.8, 18.7, 3.3, 57.8),
@@ -47,10 +49,16 @@ FLOORS = {
 SUM_FLOORS = {
     (2, 2): {"rotated-hybrid": 5.7, "spike-g32": 7.7},
     (4, 4): {
-        **{"rotated-hybrid": 16.5, "static-hybrid": 7.3, "int4-g32": 14.6, "int4-g16": 16.5},
+        **{
+            "rotated-hybrid": 16.5,
+            "shaped-hybrid": 16.6,
+            "static-hybrid": 7.3,
+            "int4-g32": 14.6,
+            "int4-g16": 16.5,
+        },
         **{"int4-g32-asym": 15.9, "int4-g128-asym": 11.3, "mxfp4": 13.5, "nvfp4": 17.7},
     },
-    (4, 6): {"rotated-hybrid": 19.0, "static-hybrid": 9.6, "int4-g32": 17.1},
+    (4, 6): {"rotated-hybrid": 19.0, "shaped-hybrid": 19.0, "static-hybrid": 9.6, "int4-g32": 17.1},
     (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4},
 }
 
@@ -195,7 +203,7 @@ def test_rotated_sum_is_in_rank_order():
         packed, scale = wire.split_row(payload, 48)
         values = codebook.dequantize(wire.unpack(packed, 4, 96), 4) * scale
         total = values if total is None else total + values
-    expected = rotation.hadamard(total) * (tables.signs / 32)
+    expected = rotation.hadamard(total) * tables.decode_scale
     assert torch.equal(codec.decode_sum(payloads, tables), expected)
     assert not torch.equal(codec.decode_sum(payloads.flip(0), tables), expected)
 
@@ -214,7 +222,8 @@ def test_bits_per_value_of_the_defaults():
 
 def test_static_scale_is_absmax_over_seven_and_clips():
     codec = get_codec("static-hybrid")
-    tables = codec.tables(4, ranges=torch.full((1, 4), 14.0))  # absmax 7, step 1
+    statistics = Statistics(ranges=torch.full((1, 4), 14.0))  # absmax 7, step 1
+    tables = codec.tables(4, statistics=statistics)
     values = torch.tensor([[1.4, -6.6, 100.0, 0.0]])
     total = codec.decode_sum(codec.encode(values, tables)[None], tables)
     assert total.tolist() == [[1.0, -7.0, 7.0, 0.0]]
@@ -224,7 +233,7 @@ def test_rotation_can_be_left_out():
     codec = RotatedHybrid(4, rotate=False)
     partial = sample("normal", (64, 96), 0)
     tables = codec.tables(96)
-    assert torch.equal(tables.signs, torch.ones(96))
+    assert torch.equal(tables.encode_scale, torch.ones(96))
     got = codec.decode_sum(codec.encode(partial, tables)[None], tables)
     assert sqnr(partial, got) > 19
 
@@ -284,9 +293,9 @@ def test_the_sum_is_quantized_without_turning_back():
 
 def test_static_hybrid_without_ranges_of_the_sum_says_so():
     codec = get_codec("static-hybrid")
-    tables = codec.tables(64, ranges=torch.ones(2, 64))
+    tables = codec.tables(64, statistics=Statistics(ranges=torch.ones(2, 64)))
     payloads = torch.stack([codec.encode(torch.ones(1, 64), tables)] * 2)
-    with pytest.raises(LowbitError, match="no calibrated ranges of the sum"):
+    with pytest.raises(LowbitError, match="no calibrated statistics of the sum"):
         codec.reduce_encode(payloads, tables)
 
 

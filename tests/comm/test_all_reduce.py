@@ -9,7 +9,7 @@ import torch.distributed as dist
 from cases import sample
 from ranks import run_ranks
 
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
@@ -78,11 +78,14 @@ def _batches(rank: int) -> bool:
 
 def _without_sum(ranks: int) -> dict:
     codec = get_codec("static-hybrid")
-    return {"codec": codec, "tables": codec.tables(48, ranges=torch.ones(ranks, 48))}
+    return {
+        "codec": codec,
+        "tables": codec.tables(48, statistics=Statistics(ranges=torch.ones(ranks, 48))),
+    }
 
 
 def _five_ranks():
-    return get_codec("static-hybrid").tables(48, ranges=torch.ones(5, 48))
+    return get_codec("static-hybrid").tables(48, statistics=Statistics(ranges=torch.ones(5, 48)))
 
 
 def _fail_on_last(rank: int, ranks: int) -> None:
@@ -152,7 +155,7 @@ def test_errors_come_on_every_rank(results):
         assert "make_chooser" in more["auto"]
         if several:
             assert "divide" in more["uneven"]
-            assert "no calibrated ranges of the sum" in more["no_ranges"]
+            assert "no calibrated statistics of the sum" in more["no_ranges"]
 
 
 def _modes(rank: int) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codecs import get_codec, wire
+from megatron_lowbit.codecs import Statistics, get_codec, wire
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import build
@@ -34,7 +34,10 @@ OUT_DTYPES = [None, *DTYPES]
 def _tables(codec, hidden: int, kept: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
-    return codec.tables(hidden, bf16_index=index)
+    statistics = None
+    if codec.name == "shaped-hybrid":
+        statistics = Statistics.of(sample("heavy-tailed", (8, 4, hidden), seed))
+    return codec.tables(hidden, bf16_index=index, statistics=statistics)
 
 
 def _bits_of(values: Tensor) -> Tensor:
@@ -58,10 +61,10 @@ def _check_payload(got: Tensor, expected: Tensor, codec, hidden: int) -> None:
 
 def _check(codec, partials: list[Tensor], tables) -> None:
     """Encode, decode_sum and reduce_encode of `partials`, each against plain torch."""
-    for partial in partials:
+    for rank, partial in enumerate(partials):
         with kernels.disabled():
-            expected = codec.encode(partial, tables)
-        _check_payload(codec.encode(partial, tables), expected, codec, tables.hidden)
+            expected = codec.encode(partial, tables, rank=rank)
+        _check_payload(codec.encode(partial, tables, rank=rank), expected, codec, tables.hidden)
     _check_sums(codec, torch.stack([codec.encode(p, tables) for p in partials]), tables)
 
 
@@ -80,8 +83,9 @@ def _check_sums(codec, payloads: Tensor, tables) -> None:
 @needs_kernel
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("bits", BITS)
-def test_every_input(bits, hidden):
-    codec = get_codec("rotated-hybrid", bits=(bits, BITS[-1] - bits + BITS[0]))
+@pytest.mark.parametrize("name", ["rotated-hybrid", "shaped-hybrid"])
+def test_every_input(name, bits, hidden):
+    codec = get_codec(name, bits=(bits, BITS[-1] - bits + BITS[0]))
     kinds = [kind for kind in KINDS if kind != "one-outlier" or hidden > 5]
     for dtype in DTYPES:
         for kept in {0, 1, min(5, hidden), hidden}:
