@@ -98,7 +98,7 @@ def whole_logits(model) -> torch.Tensor:
     from megatron_lowbit.integration.forward import logits
 
     tokens = torch.arange(LENGTH) * 7 % VOCAB
-    mine = logits(model, tokens).contiguous()
+    mine = logits(model, tokens[None])[0].contiguous()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     return torch.cat(parts, dim=1)
