@@ -63,6 +63,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
     if options.resume and not options.output:
         raise LowbitError("--resume needs --output: what was measured is kept beside it")
+    text_labels(options.data)
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)
     runtime.initialize(args)
@@ -121,15 +122,23 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> Inputs:
         check_writable(options.output.absolute().parent)
     index = read_index(options.index or Path(options.load) / INDEX_NAME)
     tokenizer = runtime.build_tokenizer(args)
-    names = [path.name for path in options.data]
-    labels = names if len(set(names)) == len(names) else [str(path) for path in options.data]
-    if len(set(labels)) < len(labels):
-        raise LowbitError(f"--data {' '.join(labels)}: a file is named twice")
     texts = {
         label: read_corpus([path], tokenizer.tokenize)
-        for label, path in zip(labels, options.data, strict=True)
+        for label, path in zip(text_labels(options.data), options.data, strict=True)
     }
     return Inputs(index, tokenizer, texts)
+
+
+def text_labels(paths: list[Path]) -> list[str]:
+    """What the texts are called in the results: their files' names, or paths to tell them apart.
+
+    Raises:
+        LowbitError: A file is there twice.
+    """
+    for labels in ([path.name for path in paths], [str(path) for path in paths]):
+        if len(set(labels)) == len(labels):
+            return labels
+    raise LowbitError(f"--data {' '.join(labels)}: a file is named twice")
 
 
 def _check(index: Index, model: nn.Module, codecs: list[Codec], ranks: int) -> None:
