@@ -3,11 +3,10 @@
 import argparse
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.corpus import Corpus, read_corpus
@@ -18,11 +17,12 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.journal import Journal
 from megatron_lowbit.evaluation.measure import LanguageModel, Measure
+from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.run import Evaluation, evaluate
 from megatron_lowbit.evaluation.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.tables import text_table
 from megatron_lowbit.evaluation.text import Text
-from megatron_lowbit.files import check_writable, write_atomic
+from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.apply import check_index, model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
@@ -33,7 +33,6 @@ from megatron_lowbit.integration.simulate import find_summing, megatron_argv
 from megatron_lowbit.integration.summing import Summing
 from megatron_lowbit.integration.variants import Variants, collective_of, parse_variant
 
-FORMAT = 2
 SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
 
@@ -43,8 +42,8 @@ class Inputs:
 
     Attributes:
         index: The calibrated index.
-        tokenizer: Megatron's.
-        texts: What a text is called -> its tokens.
+        tokenizer: Megatron's, without special tokens.
+        texts: What a text is called -> its tokens, with special tokens if the tokenizer has them.
     """
 
     index: Index
@@ -77,9 +76,10 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     measures = on_every_rank(lambda: make_measures(options, inputs, variants))
     journal = _journal(options, inputs, model, variants, measures)
     evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
-    summary = _summary(options, inputs, variants, measures, evaluation)
-    _report(summary)
-    on_every_rank(lambda: _write(summary, options.output, journal))
+    setting = _setting(options, inputs, summing, chosen)
+    content = summary(setting, measures, evaluation)
+    _report(content)
+    on_every_rank(lambda: _write(content, options.output, journal))
     runtime.shutdown()
 
 
@@ -87,21 +87,20 @@ def make_measures(
     options: argparse.Namespace, inputs: Inputs, variants: Variants
 ) -> dict[str, list[Measure]]:
     """What to measure, by the key of the JSON output that the results go under, in order."""
-    count = -(-options.tokens // options.seq_length)
-    texts = {
-        label: Text(label, corpus.first(count, options.seq_length), sha256=corpus.sha256)
+    texts = [
+        Text(label, _sequences(corpus, options), sha256=corpus.sha256)
         for label, corpus in inputs.texts.items()
-    }
+    ]
     first = next(iter(inputs.texts.values()))
     sync_error = SyncError(
-        first.first(min(SYNC_SEQUENCES, count), options.seq_length)[:, :-1],
+        _sequences(first, options)[:SYNC_SEQUENCES, :-1],
         [(point.layer, point.name) for point in variants.summing.points],
         observing=variants.observing,
         sha256=first.sha256,
     )
     return {
         "sync_points": [sync_error],
-        "texts": list(texts.values()),
+        "texts": texts,
         "tasks": [],
         "long_context": [],
         "generation": [],
@@ -121,12 +120,19 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> Inputs:
             raise LowbitError(f"--output {options.output} is a directory: name a file")
         check_writable(options.output.absolute().parent)
     index = read_index(options.index or Path(options.load) / INDEX_NAME)
-    tokenizer = runtime.build_tokenizer(args)
+    tokenize = runtime.build_tokenizer(args).tokenize
     texts = {
-        label: read_corpus([path], tokenizer.tokenize)
+        label: read_corpus([path], tokenize)
         for label, path in zip(text_labels(options.data), options.data, strict=True)
     }
-    return Inputs(index, tokenizer, texts)
+    for corpus in texts.values():
+        _sequences(corpus, options)  # raises for one that is too short
+    return Inputs(index, runtime.build_tokenizer(args, special_tokens=False), texts)
+
+
+def _sequences(corpus: Corpus, options: argparse.Namespace) -> Tensor:
+    """int64 ``[n, seq_length + 1]``: the start of a text."""
+    return corpus.first(-(-options.tokens // options.seq_length), options.seq_length)
 
 
 def text_labels(paths: list[Path]) -> list[str]:
@@ -214,66 +220,29 @@ def _evaluate(
     )
 
 
-def _summary(
-    options: argparse.Namespace,
-    inputs: Inputs,
-    variants: Variants,
-    measures: dict[str, list[Measure]],
-    evaluation: Evaluation,
-) -> dict:
-    """The JSON output."""
-    results = {
-        key: [evaluation.summaries[measure.name] for measure in group]
-        for key, group in measures.items()
-    }
-    (sync_points,) = results.pop("sync_points")
-    summing = variants.summing
-    return {
-        "format": FORMAT,
-        "model": options.name or Path(options.load).name,
-        "tp_size": summing.ranks,
-        "simulated": summing.is_simulated,
-        "index_sha256": manifest_digest(inputs.index.manifest),
-        "variants": [
-            {
-                "codec": name,
-                "collective": collective_of(name),
-                "bits_per_value": traffic.bits_per_value,
-                "wire_bytes_per_token": traffic.sent_bytes / traffic.tokens,
-            }
-            for name, traffic in evaluation.traffic.items()
-        ],
-        "native": {"wire_bytes_per_token": _ring_bytes(summing, inputs.index.hidden)},
-        **results,
-        "sync_points": sync_points,
-    }
+def _setting(options: argparse.Namespace, inputs: Inputs, summing: Summing, names) -> Setting:
+    return Setting(
+        model=options.name or Path(options.load).name,
+        tp_size=summing.ranks,
+        simulated=summing.is_simulated,
+        index_sha256=manifest_digest(inputs.index.manifest),
+        sync_points=len(summing.points),
+        hidden=inputs.index.hidden,
+        collectives={name: collective_of(name) for name in names},
+    )
 
 
-def _ring_bytes(summing: Summing, hidden: int) -> float:
-    """What one rank sends for one token in a BF16 ring all-reduce: 2 (N-1)/N of the tensor."""
-    return len(summing.points) * 2 * hidden * 2 * (summing.ranks - 1) / summing.ranks
-
-
-def _report(summary: dict) -> None:
+def _report(content: dict) -> None:
     """The results for people."""
-    for text in summary["texts"]:
-        cli.say(text_table(summary, text) + "\n")
-    for line in extremes(summary["sync_points"]["points"]):
+    for text in content["texts"]:
+        cli.say(text_table(content, text) + "\n")
+    for line in extremes(content["sync_points"]["points"]):
         cli.say(f"far off at sync points: {line}")
 
 
-def _write(summary: dict, output: Path | None, journal: Journal | None) -> None:
+def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
     """Write the JSON; then what was kept for --resume has served."""
     if output is None or cli.RANK != 0:
         return
-    write_atomic(output, json.dumps(_finite(summary), indent=2).encode() + b"\n")
+    write_summary(content, output)
     journal.clear()
-
-
-def _finite(value):
-    """`value` with null for what is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
