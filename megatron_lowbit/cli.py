@@ -64,6 +64,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_simulate_tp(parser: argparse.ArgumentParser) -> None:
+    """Add ``--simulate-tp``."""
+    parser.add_argument(
+        "--simulate-tp",
+        type=positive,
+        metavar="N",
+        help="be as N tensor-parallel ranks in one process: partials, payloads and sums as real, "
+        "no communication",
+    )
+
+
 def progress(description: str, unit: str) -> Callable[[Iterable], Iterable]:
     """A function that wraps an iterable in a progress bar, on rank 0 only."""
     from tqdm import tqdm

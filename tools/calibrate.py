@@ -2,10 +2,12 @@
 """Collect activation ranges of a Megatron checkpoint and write its low-bit index.
 
 Run it under torchrun with as many ranks as inference will use for tensor parallelism; a multiple
-of that shares the corpus among data-parallel groups.
+of that shares the corpus among data-parallel groups. With --simulate-tp N one process makes the
+partials of N ranks itself.
 
-example:
+examples:
   torchrun --nproc-per-node 3 tools/calibrate.py --load CKPT --data TEXT.txt
+  python tools/calibrate.py --simulate-tp 8 --load CKPT --data TEXT.txt
 
 Every other argument goes to Megatron (e.g. --tensor-model-parallel-size, --bf16); the model's
 shape, its tokenizer and the tensor-parallel size are read from the checkpoint.
@@ -57,6 +59,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted calibration was"
     )
+    cli.add_simulate_tp(parser)
     return parser.parse_known_args()
 
 

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Measure what low-bit communication costs a checkpoint, against its native BF16 communication.
 
-Prints a table, and writes it as JSON with --output: perplexity, difference in negative
-log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the real
-payloads, and the bytes that one rank sends per token. Run it under torchrun with as many ranks as
-the tensor-parallel size.
+Prints a table for each text, and writes all as JSON with --output: perplexity, difference in
+negative log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the
+real payloads, the bytes that one rank sends per token, and the error at each sync point. Run it
+under torchrun with as many ranks as the tensor-parallel size; or in one process with --simulate-tp,
+which makes the partials of N ranks itself (under torchrun its processes then share the work).
 
-example:
+examples:
   torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --output summary.json
+  python tools/evaluate.py --simulate-tp 8 --load CKPT --data TEXT.txt --output summary.json
 
 Every other argument goes to Megatron; the model's shape, tokenizer and tensor-parallel size are
 read from the checkpoint.
@@ -28,7 +30,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl"
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".txt or .jsonl, a table for each",
     )
     parser.add_argument("--index", type=Path, metavar="DIR", help="default: CKPT/lowbit")
     parser.add_argument(
@@ -43,13 +50,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         type=cli.positive,
         default=16384,
         metavar="N",
-        help="from the start of the text, rounded up to whole sequences (default: 16384)",
+        help="from the start of each text, rounded up to whole sequences (default: 16384)",
     )
     parser.add_argument(
         "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
     )
     parser.add_argument("--name", help="the model's name in the results (default: from CKPT)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted evaluation was"
+    )
+    cli.add_simulate_tp(parser)
     return parser.parse_known_args()
 
 

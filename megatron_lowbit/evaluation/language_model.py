@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Tokens at a time: at 49,152 entries what lies between is 3 MB, which stays in the cache; all 512
+# of a sequence at once cost up to twice the time.
+_ROWS = 16
+
 
 def log_softmax(logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | None) -> Tensor:
     """fp32 log-probabilities of this rank's part of the vocabulary.
@@ -18,14 +22,16 @@ def log_softmax(logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | N
         group: The tensor-parallel group.
     """
     logits = logits.float()
-    first = dist.get_rank(group) * logits.shape[1]
-    entries = first + torch.arange(logits.shape[1], device=logits.device)
-    logits = logits.masked_fill(entries >= vocab_size, -torch.inf)
-    largest = logits.amax(dim=1, keepdim=True)
+    real = max(vocab_size - dist.get_rank(group) * logits.shape[1], 0)  # entries, on this rank
+    if real < logits.shape[1]:
+        beyond = torch.arange(logits.shape[1], device=logits.device) >= real
+        logits = logits.masked_fill(beyond, -torch.inf)
+    own = torch.cat([rows.logsumexp(dim=1, keepdim=True) for rows in logits.split(_ROWS)])
+    largest = own.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    total = (logits - largest).exp().sum(dim=1, keepdim=True)
+    total = (own - largest).exp()
     dist.all_reduce(total, group=group)
-    return logits - largest - total.log()
+    return logits - (largest + total.log())
 
 
 def negative_log_likelihood(
@@ -45,10 +51,16 @@ def kl_divergence(
     reference: Tensor, log_probs: Tensor, *, group: dist.ProcessGroup | None
 ) -> Tensor:
     """fp32 ``[tokens]``, in nats: KL(reference || other), both as log-probabilities."""
-    terms = reference.exp() * (reference - log_probs)
-    kl = torch.where(reference == -torch.inf, 0, terms).sum(dim=1)
+    kl = torch.cat(
+        [_kl(p, q) for p, q in zip(reference.split(_ROWS), log_probs.split(_ROWS), strict=True)]
+    )
     dist.all_reduce(kl, group=group)
     return kl
+
+
+def _kl(reference: Tensor, log_probs: Tensor) -> Tensor:
+    terms = reference.exp() * (reference - log_probs)
+    return torch.where(reference == -torch.inf, 0, terms).sum(dim=1)
 
 
 def top1(log_probs: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,12 +1,11 @@
 """Calibration of a Megatron checkpoint: what tools/calibrate.py does, step by step.
 
-Observers take the place of the sync points' reduction: each notes its partial, lets Megatron's own
-BF16 all-reduce sum it, so the model runs exactly as without them, and notes the sum.
+Each sync point's partials and their native sum are watched (`integration.summing`), so the model
+runs exactly as without calibration.
 """
 
 import argparse
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,17 +44,13 @@ from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.forward import device_of, logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
-from megatron_lowbit.integration.sync_points import (
-    Attachment,
-    Reducer,
-    SyncPoint,
-    find_sync_points,
-)
+from megatron_lowbit.integration.simulate import find_summing, megatron_argv
+from megatron_lowbit.integration.summing import Summing
 
 
-def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> None:
+def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
-    args = parse_megatron_args(megatron_argv)
+    args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)
     output = (options.output or Path(options.load) / INDEX_NAME).absolute()
     runtime.initialize(args)
@@ -75,6 +70,7 @@ def run(options: argparse.Namespace, codec: Codec, megatron_argv: list[str]) -> 
         corpus=_describe(corpus, options),
         partial=partial,
         resume=options.resume,
+        simulate_tp=options.simulate_tp,
     )
     on_every_rank(lambda: write_index(index, output) if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
@@ -92,6 +88,7 @@ def calibrate_model(
     corpus: dict,
     partial: Path,
     resume: bool = False,
+    simulate_tp: int | None = None,
 ) -> tuple[Index, Progress]:
     """Run sequences through a model and make its index; call it on every rank.
 
@@ -103,6 +100,7 @@ def calibrate_model(
         corpus: What the manifest says of the corpus; with the model it identifies the run.
         partial: Directory for the state that `resume` goes on from; left in place.
         resume: Go on from it; otherwise what is there is removed.
+        simulate_tp: Be as so many tensor-parallel ranks; `model` has one.
 
     Returns:
         The index, the same on every rank, and what was done and left out.
@@ -112,26 +110,28 @@ def calibrate_model(
     """
     from megatron.core import parallel_state
 
-    points, native = on_every_rank(lambda: find_sync_points(model))
+    summing, native = on_every_rank(lambda: find_summing(model, simulate_tp))
     for name, reason in native.items():
         cli.say(f"not observed: {name} ({reason})")
     identity = {
         "format_version": FORMAT_VERSION,
         "model": model_identity(model),
-        "tp_size": dist.get_world_size(points[0].group),
+        "tp_size": summing.ranks,
         "corpus": corpus,
     }
-    # A row for each partial, then a row for each sum.
-    statistics = RunningStatistics(2 * len(points), identity["model"]["hidden_size"])
+    # A row for each partial here, by rank and sync point, then a row for each sum.
+    rows = (summing.here + 1) * len(summing.points)
+    statistics = RunningStatistics(rows, identity["model"]["hidden_size"])
     groups = {
         "dp_group": parallel_state.get_data_parallel_group(),
-        "tp_group": points[0].group,
+        "tp_group": summing.points[0].group,
     }
-    checkpointer = Checkpointer(partial, identity, **groups)
+    run_identity = {**identity, "simulated": summing.is_simulated}
+    checkpointer = Checkpointer(partial, run_identity, **groups)
     require_equal("model, corpus or arguments", checkpointer.identity)
     progress = _start(checkpointer, statistics, resume)
-    _observe_all(model, points, sequences, statistics, checkpointer, progress, groups)
-    return _index(points, statistics, identity, progress, codec, bf16_features), progress
+    _observe_all(model, summing, sequences, statistics, checkpointer, progress, groups)
+    return _index(summing, statistics, identity, progress, codec, bf16_features), progress
 
 
 def refuse_pipeline(args: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ def _start(checkpointer: Checkpointer, statistics: RunningStatistics, resume: bo
 
 def _observe_all(
     model: nn.Module,
-    points: list[SyncPoint],
+    summing: Summing,
     sequences: Tensor,
     statistics: RunningStatistics,
     checkpointer: Checkpointer,
@@ -209,17 +209,20 @@ def _observe_all(
     groups: dict[str, dist.ProcessGroup],
 ) -> None:
     """Run the sequences through the model with observers in place."""
-    names = [str(point) for point in points] + [f"{point} (sum)" for point in points]
+    names, count = [str(point) for point in summing.points], len(summing.points)
+    names = names * summing.here + [f"{name} (sum)" for name in names]
     observations = Observations(names, statistics.state.shape[-1])
-    reducers = [
-        _observer(observations.observer(i), observations.observer(len(points) + i), point)
-        for i, point in enumerate(points)
-    ]
-    attachment = Attachment(points, reducers)
-    try:
+    observers = [observations.observer(row) for row in range(len(names))]
+
+    def watch(point: int, partial: Tensor, total: Tensor) -> None:
+        rows = [*summing.partials(partial), total]
+        for observe, values in zip(observers[point::count], rows, strict=True):
+            observe(values)
+
+    with summing.watching(watch):
         calibrate(
             sequences,
-            lambda tokens: logits(model, tokens),
+            lambda tokens: logits(model, tokens[None]),
             observations,
             statistics,
             checkpointer=checkpointer,
@@ -228,29 +231,10 @@ def _observe_all(
             device=device_of(model),
             track=cli.progress("calibrating", "round"),
         )
-    finally:
-        attachment.remove()
-
-
-def _observer(
-    observe: Callable[[Tensor], None], observe_sum: Callable[[Tensor], None], point: SyncPoint
-) -> Reducer:
-    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-
-    def reduce(partial: Tensor, scatter: bool) -> Tensor:
-        observe(partial)
-        total = reduce_from_tensor_model_parallel_region(partial, group=point.group)
-        observe_sum(total)
-        if not scatter:
-            return total
-        # Every rank needs the whole sum here, for its statistics; the model gets its own tokens.
-        return total.chunk(dist.get_world_size(point.group))[dist.get_rank(point.group)]
-
-    return reduce
 
 
 def _index(
-    points: list[SyncPoint],
+    summing: Summing,
     statistics: RunningStatistics,
     identity: dict,
     progress: Progress,
@@ -260,11 +244,16 @@ def _index(
     """The index of all ranks' statistics, the same on every rank."""
     if statistics.sequences == 0:
         raise LowbitError(f"no sequence was finite: {progress.skipped[0]}")
+    points = summing.points
     device = device_of(points[0].module)
     gathered = gather_over_ranks(statistics.result().to(device), points[0].group).cpu()
+    # [partials here, points, 4, ranks of the group, hidden] to [points, 4, ranks, hidden]; either
+    # all partials are here or each is on a rank of the group.
+    partials = gathered[: -len(points)].unflatten(0, (summing.here, len(points)))
+    partials = partials.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    sums = gathered[-len(points) :, :, 0]
     layers: dict[int, dict[str, SyncPointRecord]] = {}
-    partials, sums = gathered.chunk(2)
-    for point, values, of_sum in zip(points, partials, sums[:, :, 0], strict=True):
+    for point, values, of_sum in zip(points, partials, sums, strict=True):
         record = SyncPointRecord(
             bf16_index=torch.empty(0, dtype=torch.int32),
             **dict(zip(STATISTICS, values, strict=True)),

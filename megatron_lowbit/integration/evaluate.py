@@ -1,85 +1,150 @@
-"""Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step.
-
-A variant is named as in the results: a codec (``rotated-hybrid``), a codec and bits
-(``rotated-hybrid-3``), a codec and the bits of partials and sums (``rotated-hybrid-4+6``: two-shot,
-where the others are one-shot), or one of the paper's baselines made from ``static-hybrid``:
-``int4`` (no BF16 index) and ``int4-random`` (as many BF16 features, chosen at random).
-"""
+"""Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step."""
 
 import argparse
+import hashlib
 import json
-import math
-import random
-from collections.abc import Callable
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_lowbit import cli
-from megatron_lowbit.calibration.corpus import read_corpus
+from megatron_lowbit.calibration.corpus import Corpus, read_corpus
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import manifest_digest, read_index
-from megatron_lowbit.codecs import Codec, Tables, get_codec, parse_codec
+from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.compare import Variant, compare
-from megatron_lowbit.files import check_writable, write_atomic
+from megatron_lowbit.evaluation.journal import Journal
+from megatron_lowbit.evaluation.measure import LanguageModel, Measure
+from megatron_lowbit.evaluation.output import Setting, summary, write_summary
+from megatron_lowbit.evaluation.run import Evaluation, evaluate
+from megatron_lowbit.evaluation.sync_error import SyncError, extremes
+from megatron_lowbit.evaluation.tables import text_table
+from megatron_lowbit.evaluation.text import Text
+from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.apply import Reducer, check_index
+from megatron_lowbit.integration.apply import check_index, model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.calibrate import check_length, refuse_pipeline
 from megatron_lowbit.integration.forward import logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
-from megatron_lowbit.integration.sync_points import Attachment, SyncPoint, find_sync_points
+from megatron_lowbit.integration.simulate import find_summing, megatron_argv
+from megatron_lowbit.integration.summing import Summing
+from megatron_lowbit.integration.variants import Variants, collective_of, parse_variant
 
-TablesOf = Callable[[Index, SyncPoint, Codec], Tables]
+SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
 
-def run(options: argparse.Namespace, megatron_argv: list[str]) -> None:
-    """Evaluate as `options` of tools/evaluate.py say, print the table, write the JSON."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before the model is loaded.
+
+    Attributes:
+        index: The calibrated index.
+        tokenizer: Megatron's, without special tokens.
+        texts: What a text is called -> its tokens, with special tokens if the tokenizer has them.
+    """
+
+    index: Index
+    tokenizer: object
+    texts: dict[str, Corpus]
+
+    @property
+    def digests(self) -> tuple:
+        """Of all that was read: ranks must have read the same."""
+        texts = [(name, corpus.sha256) for name, corpus in self.texts.items()]
+        return manifest_digest(self.index.manifest), texts
+
+
+def run(options: argparse.Namespace, argv: list[str]) -> None:
+    """Evaluate as `options` of tools/evaluate.py say, print the tables, write the JSON."""
     chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
-    args = parse_megatron_args(megatron_argv)
+    if options.resume and not options.output:
+        raise LowbitError("--resume needs --output: what was measured is kept beside it")
+    text_labels(options.data)
+    args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)
     runtime.initialize(args)
-    index, tokenizer, corpus, sequences = on_every_rank(lambda: _read(args, options))
-    require_equal("index or text", (manifest_digest(index.manifest), corpus.sha256))
+    inputs = on_every_rank(lambda: _read(args, options))
+    require_equal("index or text", inputs.digests)
     model = runtime.load_model(args)
-    points, _ = on_every_rank(lambda: find_sync_points(model))
-    ranks = dist.get_world_size(points[0].group)
-    on_every_rank(lambda: _check(index, model, [codec for codec, _ in chosen.values()], ranks))
-    variants = [make_variant(n, points, index, *chosen[n]) for n in chosen]
-    size = runtime.vocabulary_size(args, tokenizer)
-    native, results = _compare(model, sequences, variants, points, size)
-    summary = {
-        "model": options.name or Path(options.load).name,
-        "tp_size": ranks,
-        "tokens": native["tokens"],
-        "data": {"files": corpus.names, "sha256": corpus.sha256, "seq_length": options.seq_length},
-        "native": {**native, "wire_bytes_per_token": _ring_bytes(points, args.hidden_size)},
-        "results": results,
-    }
-    cli.say(table(summary))
-    on_every_rank(lambda: _write(summary, options.output))
+    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
+    codecs = [codec for codec, _ in chosen.values()]
+    on_every_rank(lambda: _check(inputs.index, model, codecs, summing.ranks))
+    variants = on_every_rank(lambda: Variants(chosen, summing, inputs.index))
+    measures = on_every_rank(lambda: make_measures(options, inputs, variants))
+    journal = _journal(options, inputs, model, variants, measures)
+    evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
+    setting = _setting(options, inputs, summing, chosen)
+    content = summary(setting, measures, evaluation)
+    _report(content)
+    on_every_rank(lambda: _write(content, options.output, journal))
     runtime.shutdown()
 
 
-def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple:
-    """Index, tokenizer, corpus and its sequences, before the model is loaded."""
+def make_measures(
+    options: argparse.Namespace, inputs: Inputs, variants: Variants
+) -> dict[str, list[Measure]]:
+    """What to measure, by the key of the JSON output that the results go under, in order."""
+    texts = [
+        Text(label, _sequences(corpus, options), sha256=corpus.sha256)
+        for label, corpus in inputs.texts.items()
+    ]
+    first = next(iter(inputs.texts.values()))
+    sync_error = SyncError(
+        _sequences(first, options)[:SYNC_SEQUENCES, :-1],
+        [(point.layer, point.name) for point in variants.summing.points],
+        observing=variants.observing,
+        sha256=first.sha256,
+    )
+    return {
+        "sync_points": [sync_error],
+        "texts": texts,
+        "tasks": [],
+        "long_context": [],
+        "generation": [],
+    }
+
+
+def _read(args: argparse.Namespace, options: argparse.Namespace) -> Inputs:
+    """Index, tokenizer and texts."""
     check_length(args, options.seq_length)
-    if args.tensor_model_parallel_size == 1:
-        raise LowbitError("tensor parallel size 1 communicates nothing: nothing to compare")
+    if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
+        raise LowbitError(
+            "tensor parallel size 1 communicates nothing: nothing to compare; --simulate-tp N "
+            "compares as N ranks would"
+        )
     if options.output:
         if options.output.is_dir():
             raise LowbitError(f"--output {options.output} is a directory: name a file")
         check_writable(options.output.absolute().parent)
     index = read_index(options.index or Path(options.load) / INDEX_NAME)
-    tokenizer = runtime.build_tokenizer(args)
-    corpus = read_corpus(options.data, tokenizer.tokenize)
-    count = -(-options.tokens // options.seq_length)
-    return index, tokenizer, corpus, corpus.first(count, options.seq_length)
+    tokenize = runtime.build_tokenizer(args).tokenize
+    texts = {
+        label: read_corpus([path], tokenize)
+        for label, path in zip(text_labels(options.data), options.data, strict=True)
+    }
+    for corpus in texts.values():
+        _sequences(corpus, options)  # raises for one that is too short
+    return Inputs(index, runtime.build_tokenizer(args, special_tokens=False), texts)
+
+
+def _sequences(corpus: Corpus, options: argparse.Namespace) -> Tensor:
+    """int64 ``[n, seq_length + 1]``: the start of a text."""
+    return corpus.first(-(-options.tokens // options.seq_length), options.seq_length)
+
+
+def text_labels(paths: list[Path]) -> list[str]:
+    """What the texts are called in the results: their files' names, or paths to tell them apart.
+
+    Raises:
+        LowbitError: A file is there twice.
+    """
+    for labels in ([path.name for path in paths], [str(path) for path in paths]):
+        if len(set(labels)) == len(labels):
+            return labels
+    raise LowbitError(f"--data {' '.join(labels)}: a file is named twice")
 
 
 def _check(index: Index, model: nn.Module, codecs: list[Codec], ranks: int) -> None:
@@ -87,128 +152,97 @@ def _check(index: Index, model: nn.Module, codecs: list[Codec], ranks: int) -> N
         check_index(index, model, codec, ranks)
 
 
-def parse_variant(name: str) -> tuple[Codec, TablesOf]:
-    """The codec of a variant's name, and how its tables are made.
-
-    Raises:
-        LowbitError: Unknown codec or number of bits.
-    """
-    if name == "int4":
-        return get_codec("static-hybrid"), _tables_with(lambda index, point, k: [])
-    if name == "int4-random":
-        return get_codec("static-hybrid"), _tables_with(_random_features)
-    codec = parse_codec(name)
-    return codec, lambda index, point, codec: index.tables(
-        point.layer, point.name, codec, ranks=index.tp_size
-    )
-
-
-def _collective(name: str) -> str:
-    """By which collective a variant is measured: two-shot where its name has bits of the sum."""
-    return "two-shot" if "+" in name else "one-shot"
-
-
-def make_variant(
-    name: str, points: list[SyncPoint], index: Index, codec: Codec, tables_of: TablesOf
-) -> Variant:
-    """A variant that switches all `points` to `codec`."""
-    reducers = []
-    for point in points:
-        tables = tables_of(index, point, codec).to(point.module.weight.device)
-        reducers.append(Reducer(codec, tables, point.group, _collective(name)))
-
-    @contextmanager
-    def active():
-        attachment = Attachment(points, reducers)
-        try:
-            yield
-        finally:
-            attachment.remove()
-
-    return Variant(name, active, [reducer.traffic for reducer in reducers])
-
-
-def table(summary: dict) -> str:
-    """The results as a Markdown table."""
-    head = ["codec", "bits/value", "perplexity", "loss, nats", "KL, nats", "top-1", "bytes/token"]
-    rows = [head, ["---"] * len(head)]
-    native = summary["native"]
-    rows.append(
-        ["native BF16", "16.00", f"{native['perplexity']:.3f}", "0", "0", "100 %"]
-        + [f"{native['wire_bytes_per_token']:,.0f}"]
-    )
-    for result in summary["results"]:
-        rows.append(
-            [
-                result["codec"],
-                f"{result['bits_per_value']:.2f}",
-                f"{result['perplexity']:.3f}",
-                _with_error(result["delta_nll"], result["delta_nll_stderr"]),
-                _with_error(result["kl"], result["kl_stderr"]),
-                f"{100 * result['top1']:.1f} %",
-                f"{result['wire_bytes_per_token']:,.0f}",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    files = ", ".join(summary["data"]["files"])
-    title = f"{summary['model']}, TP {summary['tp_size']}, {summary['tokens']} tokens of {files}"
-    return "\n".join([title, "", *(f"| {line} |" for line in lines)])
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
-def _compare(model: nn.Module, sequences, variants: list[Variant], points, size: int) -> tuple:
+def _journal(
+    options: argparse.Namespace,
+    inputs: Inputs,
+    model: nn.Module,
+    variants: Variants,
+    measures: dict[str, list[Measure]],
+) -> Journal | None:
+    """The journal of this evaluation, beside its output; none without an output."""
     from megatron.core import parallel_state
 
-    return compare(
-        sequences,
-        lambda tokens: logits(model, tokens),
-        variants,
-        vocab_size=size,
-        tp_group=points[0].group,
+    summing = variants.summing
+    identity = {
+        "index": manifest_digest(inputs.index.manifest),
+        "model": model_identity(model),
+        "dtype": str(summing.points[0].module.weight.dtype),
+        "codecs": ",".join(variants.reducers),
+        "tensor parallel size": summing.ranks,
+        "simulated": summing.is_simulated,
+        **{measure.name: measure.identity for group in measures.values() for measure in group},
+    }
+    text = json.dumps(identity, sort_keys=True)
+    require_equal("model, data or arguments", hashlib.sha256(text.encode()).hexdigest())
+    if not options.output:
+        return None
+    output = options.output.absolute()
+    return Journal(
+        output.with_name(f".{output.name}.partial"),
+        identity,
         dp_group=parallel_state.get_data_parallel_group(),
-        track=cli.progress("evaluating", "sequence"),
+        tp_group=summing.points[0].group,
     )
 
 
-def _tables_with(choose: Callable[[Index, SyncPoint, int], list[int]]) -> TablesOf:
-    """Tables with the calibrated ranges and another BF16 index."""
+def _evaluate(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    model: nn.Module,
+    variants: Variants,
+    measures: dict[str, list[Measure]],
+    journal: Journal | None,
+    resume: bool,
+) -> Evaluation:
+    """Run the loop, from where the journal stands."""
+    from megatron.core import parallel_state
 
-    def tables_of(index: Index, point: SyncPoint, codec: Codec) -> Tables:
-        count = len(index.bf16_index(point.layer, point.name, codec))
-        chosen = choose(index, point, count)
-        statistics = index.record(point.layer, point.name).statistics(index.tp_size)
-        return codec.tables(
-            index.hidden, bf16_index=torch.tensor(chosen, dtype=torch.int64), statistics=statistics
-        )
+    done = journal.start(resume=resume) if journal else []
+    if resume:
+        total = sum(len(measure) for group in measures.values() for measure in group)
+        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
+    language_model = LanguageModel(
+        logits=lambda tokens: logits(model, tokens),
+        vocab_size=runtime.vocabulary_size(args, inputs.tokenizer),
+        max_length=args.max_position_embeddings,
+        tp_group=variants.summing.points[0].group,
+        tokenize=inputs.tokenizer.tokenize,
+        detokenize=inputs.tokenizer.detokenize,
+    )
+    return evaluate(
+        [measure for group in measures.values() for measure in group],
+        language_model,
+        variants.all(),
+        journal=journal,
+        done=done,
+        dp_group=parallel_state.get_data_parallel_group(),
+        track=cli.progress,
+    )
 
-    return tables_of
+
+def _setting(options: argparse.Namespace, inputs: Inputs, summing: Summing, names) -> Setting:
+    return Setting(
+        model=options.name or Path(options.load).name,
+        tp_size=summing.ranks,
+        simulated=summing.is_simulated,
+        index_sha256=manifest_digest(inputs.index.manifest),
+        sync_points=len(summing.points),
+        hidden=inputs.index.hidden,
+        collectives={name: collective_of(name) for name in names},
+    )
 
 
-def _random_features(index: Index, point: SyncPoint, count: int) -> list[int]:
-    """The same on every rank and in every run, another choice for each sync point."""
-    return random.Random(str(point)).sample(range(index.hidden), count)
+def _report(content: dict) -> None:
+    """The results for people."""
+    for text in content["texts"]:
+        cli.say(text_table(content, text) + "\n")
+    for line in extremes(content["sync_points"]["points"]):
+        cli.say(f"far off at sync points: {line}")
 
 
-def _ring_bytes(points: list[SyncPoint], hidden: int) -> float:
-    """What one rank sends for one token in a BF16 ring all-reduce: 2 (N-1)/N of the tensor."""
-    ranks = dist.get_world_size(points[0].group)
-    return len(points) * 2 * hidden * 2 * (ranks - 1) / ranks
-
-
-def _write(summary: dict, output: Path | None) -> None:
-    if output is None or dist.get_rank() != 0:
+def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
+    """Write the JSON; then what was kept for --resume has served."""
+    if output is None or cli.RANK != 0:
         return
-    write_atomic(output, json.dumps(_finite(summary), indent=2).encode() + b"\n")
-
-
-def _finite(value):
-    """`value` with null for what is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_summary(content, output)
+    journal.clear()

@@ -1,4 +1,4 @@
-"""One sequence through a Megatron model: what calibration and evaluation share."""
+"""Tokens through a Megatron model: what calibration and evaluation share."""
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Vocabulary-parallel logits of one sequence.
+    """Vocabulary-parallel logits.
 
     Args:
         model: A GPTModel, wrapped or not, without pipeline parallelism.
-        tokens: int64 ``[seq_length]``, on any device.
+        tokens: int64 ``[batch, seq_length]``, on any device.
 
     Returns:
-        ``[seq_length, vocabulary / ranks]``, this rank's part.
+        ``[batch, seq_length, vocabulary / ranks]``, this rank's part.
     """
     device = device_of(model)
-    length = len(tokens)
-    positions = torch.arange(length, device=device)
+    positions = torch.arange(tokens.shape[1], device=device)
     # True = masked. Megatron's own default is made on CUDA, whatever the model is on.
     mask = (positions[:, None] < positions[None, :])[None, None]
-    return model(tokens.to(device)[None], positions[None], mask)[0]
+    return model(tokens.to(device), positions.expand_as(tokens), mask)

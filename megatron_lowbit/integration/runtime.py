@@ -131,8 +131,13 @@ def _builder(args: argparse.Namespace):
     return models.GPTModelBuilder(config)
 
 
-def build_tokenizer(args: argparse.Namespace):
+def build_tokenizer(args: argparse.Namespace, *, special_tokens: bool = True):
     """Megatron's own tokenizer for `args`: by default the one the checkpoint names.
+
+    Args:
+        args: From `parse_megatron_args`.
+        special_tokens: False for one that adds none to a text, such as a begin-of-text, and leaves
+            those it meets out of the text it gives.
 
     Raises:
         LowbitError: No tokenizer is named, or its path does not exist.
@@ -145,6 +150,9 @@ def build_tokenizer(args: argparse.Namespace):
     # Without a separator it may be a hub's model name.
     if args.tokenizer_type == "HuggingFaceTokenizer" and os.sep in path and not Path(path).exists():
         raise LowbitError(f"--tokenizer-model {path}: no such directory")
+    if not special_tokens:
+        without = {"tokenizer_hf_no_include_special_tokens": True}
+        args = argparse.Namespace(**{**vars(args), **without})
     with quiet():
         return build(args)
 

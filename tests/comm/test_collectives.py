@@ -5,6 +5,8 @@ since starting it is what takes time. Every result must equal, bit for bit, what
 computes from the same partials.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import CODECS, DTYPES
@@ -15,7 +17,8 @@ from worker import Case, can_run, expected, own_part, run_cases, sent_by
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import transport
-from megatron_lowbit.comm.traffic import Counters
+from megatron_lowbit.comm.simulated import simulated_all_reduce
+from megatron_lowbit.comm.traffic import Counters, Traffic
 
 COLLECTIVES = ["one-shot", "two-shot", "hierarchical", "reduce-scatter", "all-gather"]
 # Fewer than ranks, not divisible, several leading axes, odd sizes, several chunks.
@@ -93,3 +96,21 @@ def _check(case: Case, result: dict, total: torch.Tensor | None, ranks: int, ran
     assert sent is None or traffic.sent_bytes == sent, f"rank {rank}: {case}"
     assert result["choices"][0].collective == case.collective
     assert result["choices"][0].why == "fixed"
+    if rank == 0 and case.collective in ("one-shot", "two-shot"):
+        _check_simulated(case, result, ranks)
+
+
+def _check_simulated(case: Case, result: dict, ranks: int) -> None:
+    """One process gives the same bits and counts what the first rank has counted."""
+    traffic = Traffic()
+    out = simulated_all_reduce(
+        torch.stack(case.partials(ranks)),
+        case.tables(ranks),
+        codec=case.make_codec(),
+        collective=case.collective,
+        traffic=traffic,
+    )
+    assert out.dtype == case.dtype, case
+    assert torch.equal(out, result["out"]), case
+    assert replace(traffic.total(), seconds=0) == replace(result["traffic"], seconds=0), case
+    assert list(traffic.by_choice) == result["choices"], case

@@ -60,6 +60,7 @@ def layer_spec(config: dict):
 
 def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
     """A small GPTModel of the local spec, with the same weights at any TP degree."""
+    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -69,7 +70,7 @@ def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
     fields = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
     transformer = TransformerConfig(
         **{**fields, **config},
-        tensor_model_parallel_size=dist.get_world_size(),
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -98,7 +99,7 @@ def whole_logits(model) -> torch.Tensor:
     from megatron_lowbit.integration.forward import logits
 
     tokens = torch.arange(LENGTH) * 7 % VOCAB
-    mine = logits(model, tokens).contiguous()
+    mine = logits(model, tokens[None])[0].contiguous()
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     return torch.cat(parts, dim=1)
@@ -121,7 +122,7 @@ def fp32_accumulation(model) -> torch.Tensor:
     return result
 
 
-def make_index(model, out: Path):
+def make_index(model, out: Path, simulate_tp: int | None = None):
     """Calibrate on random tokens, by the same function as tools/calibrate.py."""
     from megatron_lowbit.integration.calibrate import calibrate_model
 
@@ -133,6 +134,7 @@ def make_index(model, out: Path):
         bf16_features=2,
         corpus={"sha256": "0"},
         partial=out / "partial",
+        simulate_tp=simulate_tp,
     )
     if dist.get_rank() == 0:
         write_index(index, out / "lowbit")
@@ -252,6 +254,49 @@ def variant_model(out: Path, **config) -> dict:
         result["native"], result["text"] = handle.native, str(handle)
         handle.remove()
     result["restored"] = torch.equal(whole_logits(model), result["native_logits"])
+    return result
+
+
+def simulated(out: Path) -> dict:
+    """The model whole, as 3 tensor-parallel ranks in each process; run it last.
+
+    The processes are data parallel then: they share the calibration.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_lowbit.integration.forward import logits
+    from megatron_lowbit.integration.simulate import find_summing
+
+    if dist.get_world_size() == 1:
+        return {}
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(1)
+    model, index = build(torch.bfloat16), read_index(out / "lowbit")
+    try:
+        find_summing(model, 5)
+        result = {"divide": "no error"}
+    except LowbitError as error:
+        result = {"divide": str(error)}
+    summing, _ = find_summing(model, 3)
+    tokens = (torch.arange(LENGTH) * 7 % VOCAB)[None]
+    result["native"] = logits(model, tokens)[0]
+    for name, bits, mode in [*((n, b, "one-shot") for n, b in CODECS), *COLLECTIVES[:3]]:
+        codec = get_codec(name, bits=bits)
+        reducers = [
+            summing.reducer(
+                point,
+                codec,
+                index.tables(point.layer, point.name, codec, ranks=summing.ranks),
+                mode,
+            )
+            for point in summing.points
+        ]
+        with summing.using(reducers):
+            got = logits(model, tokens)[0]
+        traffic = [reducer.traffic.total() for reducer in reducers]
+        result[name, bits, mode] = {"logits": got, "traffic": traffic}
+    result["after"] = logits(model, tokens)[0]
+    result["index"], _ = make_index(build(torch.bfloat16), out / "simulated", simulate_tp=3)
     return result
 
 
@@ -385,6 +430,7 @@ def main() -> None:
         results["other_weights"] = "no error"
     except LowbitError as error:
         results["other_weights"] = str(error)
+    results["simulated"] = simulated(out)
     torch.save(results, out / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

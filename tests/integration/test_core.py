@@ -254,6 +254,66 @@ def test_a_module_that_megatron_muted_stays_native(ranks):
     }
 
 
+def _counted(traffic) -> tuple:
+    return traffic.tokens, traffic.values, traffic.payload_bytes, traffic.sent_bytes
+
+
+def test_simulated_ranks_give_the_bits_of_real_ones(ranks):
+    """In one process, from the whole model: the contract of `--simulate-tp`.
+
+    It needs a matrix product whose bits do not depend on its number of columns, which holds for
+    BF16 on CPUs with AVX512-BF16.
+    """
+    for rank in ranks:
+        got = rank["simulated"]
+        for name, bits in CODECS:
+            real, one = ranks[0]["codecs"][name, bits], got[name, bits, "one-shot"]
+            assert torch.equal(one["logits"], real["logits"]), (name, bits)
+            for mine, theirs in zip(one["traffic"], real["traffic"], strict=True):
+                assert _counted(theirs) == tuple(3 * count for count in _counted(mine))
+        for case in COLLECTIVES[:3]:
+            real, one = ranks[0]["collectives"][case], got[case]
+            assert torch.equal(one["logits"], real["logits"]), case
+            for mine, point in zip(one["traffic"], real["stats"]["sync_points"], strict=True):
+                (choice,) = point["choices"]
+                assert _counted(mine) == tuple(
+                    choice[key] for key in ("tokens", "values", "payload_bytes", "sent_bytes")
+                )
+
+
+def test_simulated_native_is_codec_bf16(ranks):
+    for rank in ranks:
+        got = rank["simulated"]
+        assert torch.equal(got["native"], got["bf16", None, "one-shot"]["logits"])
+        assert torch.equal(got["after"], got["native"])
+
+
+def test_simulated_calibration_finds_what_real_ranks_find(ranks):
+    """Bit for bit at the first sync point; behind it native sums differ by BF16's rounding."""
+    real, index = ranks[0]["index"], ranks[0]["simulated"]["index"]
+    assert index.tp_size == 3
+    first = POINTS[0]
+    for layer, name in POINTS:
+        for field, value in vars(index.record(layer, name)).items():
+            expected = getattr(real[layer, name], field)
+            if (layer, name) == first and not field.startswith("sum_"):
+                assert torch.equal(value, expected), field
+            elif field != "bf16_index":
+                assert sqnr(expected, value) > 25, (layer, name, field)
+    for rank in ranks:
+        for point in POINTS:
+            mine, theirs = rank["simulated"]["index"].record(*point), index.record(*point)
+            assert torch.equal(mine.maximum, theirs.maximum), "the same on data-parallel ranks"
+
+
+def test_simulation_needs_ranks_that_divide(ranks):
+    message = ranks[0]["simulated"]["divide"]
+    assert message == (
+        "--simulate-tp 5 does not divide the 96 inputs of layer 1 self_attention.linear_proj: "
+        "choose a divisor"
+    )
+
+
 def test_index_of_other_weights_is_refused(ranks):
     assert all("other weights (layer 1 differs)" in rank["other_weights"] for rank in ranks)
 

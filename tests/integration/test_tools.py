@@ -22,6 +22,7 @@ pytest.importorskip("transformers")
 from tiny_llama import hugging_face_model  # noqa: E402
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
+OTHER = TEXT.with_name("kjv.txt")
 CALIBRATE = ROOT / "tools" / "calibrate.py"
 EVALUATE = ROOT / "tools" / "evaluate.py"
 GENERATE = ROOT / "examples" / "generate.py"
@@ -79,25 +80,148 @@ def test_data_parallel_ranks_share_the_corpus_and_give_the_same_bytes(checkpoint
     assert files[1] == files[2]
 
 
-def test_evaluation_prints_and_writes_the_table(calibrated, tmp_path):
-    codecs = ["bf16", "int4", "int4-random", "static-hybrid", "rotated-hybrid", "rotated-hybrid-2"]
-    output = tmp_path / "new" / "summary.json"
-    arguments = ["--tokens", "100", "--seq-length", "32", "--codecs", ",".join(codecs)]
-    done = torchrun(
-        3, EVALUATE, "--load", calibrated, "--data", TEXT, "--output", output, *arguments
-    )
+CODECS = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,rotated-hybrid-2,rotated-hybrid-4+6"
+SHORT = ["--tokens", "100", "--seq-length", "32", "--codecs", CODECS, "--data", TEXT, OTHER]
+
+
+@pytest.fixture(scope="module")
+def evaluated(calibrated, tmp_path_factory) -> tuple[str, dict]:
+    """What an evaluation at TP 3 printed and wrote."""
+    output = tmp_path_factory.mktemp("evaluated") / "new" / "summary.json"
+    done = torchrun(3, EVALUATE, "--load", calibrated, "--output", output, *SHORT)
     assert done.returncode == 0, done.stderr[-4000:]
-    summary = json.loads(output.read_text())
-    assert (summary["tp_size"], summary["tokens"]) == (3, 128)
-    results = {result["codec"]: result for result in summary["results"]}
-    assert list(results) == codecs
-    for name, result in results.items():
-        assert f"| {name} " in done.stdout
-        assert result["wire_bytes_per_token"] == 2 * 4 * 48 * result["bits_per_value"] / 8
-    kl = {name: result["kl"] for name, result in results.items()}
-    assert 0 < kl["bf16"] < kl["rotated-hybrid"] < kl["rotated-hybrid-2"], kl
-    assert results["bf16"]["bits_per_value"] == 16
-    assert results["int4"]["bits_per_value"] == 4
+    assert [path.name for path in output.parent.iterdir()] == ["summary.json"]
+    return done.stdout, json.loads(output.read_text())
+
+
+def test_evaluation_prints_and_writes_the_tables(evaluated):
+    printed, summary = evaluated
+    assert (summary["format"], summary["tp_size"], summary["simulated"]) == (2, 3, False)
+    assert [text["name"] for text in summary["texts"]] == [TEXT.name, OTHER.name]
+    assert [text["tokens"] for text in summary["texts"]] == [128, 128]
+    names = CODECS.split(",")
+    variants = {variant["codec"]: variant for variant in summary["variants"]}
+    assert list(variants) == names
+    for name, variant in variants.items():
+        assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 2
+        two_shot = name == "rotated-hybrid-4+6"
+        assert variant["collective"] == ("two-shot" if two_shot else "one-shot")
+        if not two_shot:
+            sent = 2 * 4 * 48 * variant["bits_per_value"] / 8
+            assert variant["wire_bytes_per_token"] == sent
+    assert variants["bf16"]["bits_per_value"] == 16
+    assert variants["int4"]["bits_per_value"] == 4
+    assert summary["native"]["wire_bytes_per_token"] == 4 * 2 * 48 * 2 * 2 / 3
+    for text in summary["texts"]:
+        kl = {result["codec"]: result["kl"] for result in text["results"]}
+        assert list(kl) == names
+        assert 0 < kl["bf16"] < kl["rotated-hybrid"] < kl["rotated-hybrid-2"], kl
+    assert summary["tasks"] == summary["long_context"] == summary["generation"] == []
+
+
+def test_evaluation_measures_every_sync_point(evaluated):
+    printed, summary = evaluated
+    points = summary["sync_points"]["points"]
+    assert summary["sync_points"]["sequences"] == 4
+    assert [(p["layer"], p["name"]) for p in points] == [
+        (layer, name)
+        for layer in (1, 2)
+        for name in ("self_attention.linear_proj", "mlp.linear_fc2")
+    ]
+    for point in points:
+        sqnr = point["sqnr"]
+        assert list(sqnr) == CODECS.split(",")
+        assert sqnr["bf16"] > 45, "BF16 rounding of the sum is all that is lost"
+        assert sqnr["bf16"] > sqnr["rotated-hybrid"] > sqnr["rotated-hybrid-2"] > 3
+        assert sqnr["rotated-hybrid"] > sqnr["rotated-hybrid-4+6"] > sqnr["rotated-hybrid-2"]
+        for name, value in point["worst_token_sqnr"].items():
+            assert value < sqnr[name]
+    assert re.search(r"^far off at sync points: rotated-hybrid-2: layer ", printed, re.MULTILINE)
+    assert "far off at sync points: bf16" not in printed
+
+
+def test_simulated_evaluation_agrees_with_a_real_one(calibrated, evaluated, tmp_path):
+    """The codecs' logits are the same bit for bit; what is computed from them is not quite."""
+    output = tmp_path / "summary.json"
+    command = [sys.executable, EVALUATE, "--simulate-tp", "3", "--load", calibrated]
+    command += ["--output", output, *SHORT]
+    env = {**environment("0.19.2"), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "TP 3, simulated, 128 tokens of persuasion.txt" in done.stdout
+    got, (_, real) = json.loads(output.read_text()), evaluated
+    assert got["simulated"] is True
+    for key in ("tp_size", "variants", "native", "index_sha256"):
+        assert got[key] == real[key]
+    for mine, theirs in zip(got["texts"], real["texts"], strict=True):
+        for one, other in zip(mine["results"], theirs["results"], strict=True):
+            assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
+        assert mine["results"][0]["kl"] == 0, "native is codec bf16 here"
+
+
+def _start_evaluation(output: Path, *arguments) -> subprocess.Popen:
+    """Start an evaluation in its own session and wait until two units are in its journal."""
+    command = [sys.executable, str(EVALUATE), "--output", str(output), *map(str, arguments)]
+    process = subprocess.Popen(
+        command,
+        env=environment("0.19.2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    part = output.with_name(f".{output.name}.partial") / "part0.jsonl"
+    deadline = time.monotonic() + 120
+    while not part.exists() or part.read_bytes().count(b"\n") < 6:
+        assert process.poll() is None, process.stdout.read()[-4000:]
+        assert time.monotonic() < deadline, "no unit after two minutes"
+        time.sleep(0.02)
+    return process
+
+
+def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
+    """SIGKILL among the texts; going on under torchrun as two data-parallel ranks."""
+    arguments = ["--simulate-tp", "6", "--load", calibrated, "--data", TEXT, OTHER]
+    arguments += ["--tokens", "1500", "--seq-length", "32", "--codecs", "bf16,rotated-hybrid-4+4"]
+    output, straight = tmp_path / "summary.json", tmp_path / "straight.json"
+    process = _start_evaluation(output, *arguments)
+    process.kill()
+    process.wait(timeout=60)
+    partial = tmp_path / ".summary.json.partial"
+    assert sorted(p.name for p in partial.iterdir()) == ["identity.json", "part0.jsonl"]
+    assert not output.exists()
+    with (partial / "part0.jsonl").open("a") as file:
+        file.write('{"measure": "text pers')  # as a full disk or a lost machine leaves it
+
+    other = torchrun(1, EVALUATE, *arguments, "--output", output, "--resume", "--fp32")
+    assert other.returncode == 1
+    (error,) = _errors(other)
+    assert "another evaluation (dtype: torch.bfloat16 there, torch.float32 here)" in error
+    assert "run without --resume" in error
+
+    resumed = torchrun(2, EVALUATE, *arguments, "--output", output, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert re.search(r"going on after \d+ of 98 units", resumed.stdout)
+    assert not partial.exists()
+    whole = torchrun(1, EVALUATE, *arguments, "--output", straight)
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    assert output.read_bytes() == straight.read_bytes()
+
+
+def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_path):
+    index = tmp_path / "index"
+    simulate = ["--simulate-tp", "4", "--load", checkpoint, "--data", TEXT]
+    env = environment("0.19.2")
+    command = [sys.executable, CALIBRATE, *simulate, *SMALL, "--output", index]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert read_index(index).tp_size == 4
+    assert read_index(index).record(1, "mlp.linear_fc2").minimum.shape == (4, 48)
+    command = [sys.executable, EVALUATE, *simulate, "--index", index, "--tokens", "64"]
+    command += ["--seq-length", "32", "--codecs", "static-hybrid-4+6"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
 def test_generation_with_and_without_the_flag(calibrated, tmp_path):
@@ -131,6 +255,13 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "bf16", "--lowbit-bits", "4"], "4-bit"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (EVALUATE, ["--codecs", "bf16,rotated-hybrid-9"], "has no 9-bit version"),
+        (EVALUATE, ["--resume"], "--resume needs --output"),
+        (EVALUATE, ["--data", str(TEXT), str(TEXT)], "a file is named twice"),
+        (
+            EVALUATE,
+            ["--simulate-tp", "8", "--tensor-model-parallel-size", "8"],
+            "--tensor-model-parallel-size with --simulate-tp 8: leave it out",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, arguments, message):
@@ -150,6 +281,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
         (CALIBRATE, ["--data", "EMPTY"], "empty.txt is empty"),
         (CALIBRATE, ["--data", TEXT, "--sequences", "9999999"], "too short: .* 9999999 were asked"),
         (EVALUATE, ["--data", TEXT, "--index", "EMPTY"], "no low-bit index at"),
+        (CALIBRATE, ["--data", TEXT, "--simulate-tp", "5"], "5 does not divide the 48 inputs of"),
         (CALIBRATE, ["--data", TEXT, "--bf16-features", "7.5"], "not within 0 and the hidden size"),
     ],
 )

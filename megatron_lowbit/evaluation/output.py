@@ -1,0 +1,113 @@
+"""The JSON output of an evaluation.
+
+    {"format": 2, "model": NAME, "tp_size": 3, "simulated": false, "index_sha256": ...,
+     "variants": [{"codec": NAME, "collective": "one-shot", "bits_per_value": 4.14,
+                   "wire_bytes_per_token": 35760.0}, ...],
+     "native": {"wire_bytes_per_token": 92160.0},
+     "texts": [{"name": "persuasion.txt", "sha256", "tokens", "seq_length",
+                "native": {"perplexity"},
+                "results": [{"codec": NAME, "perplexity", "delta_nll", "delta_nll_stderr",
+                             "kl", "kl_stderr", "top1"}, ...]}, ...],
+     "tasks": [...], "long_context": [...], "generation": [...],
+     "sync_points": {"sequences": 4,
+                     "points": [{"layer": 1, "name": "mlp.linear_fc2", "sqnr": {NAME: dB, ...},
+                                 "worst_token_sqnr": {NAME: dB, ...}}, ...]}}
+
+The lists of what was not measured are empty. Bits per value and bytes per token are those of all
+units of all measures together, from the real payloads; a token's bytes are what one rank sends for
+it through all sync points, native ones those of a ring. ``delta_nll`` and ``kl`` are nats a token,
+with standard errors over sequences (null for a single one); ``top1`` is the share of tokens whose
+most likely next token is native's. A number that is not finite is null, such as the SQNR of sums
+without error.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lowbit.evaluation.measure import Measure
+from megatron_lowbit.evaluation.run import Evaluation
+from megatron_lowbit.files import write_atomic
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was evaluated.
+
+    Attributes:
+        model: Its name.
+        tp_size: Ranks that a sum is over.
+        simulated: Whether they were simulated.
+        index_sha256: Of the index.
+        sync_points: How many there are.
+        hidden: Values of a token at a sync point.
+        collectives: Variant -> its collective.
+    """
+
+    model: str
+    tp_size: int
+    simulated: bool
+    index_sha256: str
+    sync_points: int
+    hidden: int
+    collectives: dict[str, str]
+
+    @property
+    def ring_bytes(self) -> float:
+        """What a rank sends for a token in BF16 ring all-reduces: 2 (N-1)/N of each tensor."""
+        tensor = 2 * self.hidden
+        return self.sync_points * 2 * tensor * (self.tp_size - 1) / self.tp_size
+
+
+def summary(
+    setting: Setting, measures: dict[str, Sequence[Measure]], evaluation: Evaluation
+) -> dict:
+    """The content of the output.
+
+    Args:
+        setting: What was evaluated.
+        measures: Key of the output -> its measures; of ``sync_points`` there is one at most.
+        evaluation: The results of all of them.
+    """
+    results = {
+        key: [evaluation.summaries[measure.name] for measure in group]
+        for key, group in measures.items()
+    }
+    sync_points = results.pop("sync_points") or [{"sequences": 0, "points": []}]
+    return {
+        "format": FORMAT,
+        "model": setting.model,
+        "tp_size": setting.tp_size,
+        "simulated": setting.simulated,
+        "index_sha256": setting.index_sha256,
+        "variants": [
+            {
+                "codec": name,
+                "collective": setting.collectives[name],
+                "bits_per_value": traffic.bits_per_value,
+                "wire_bytes_per_token": traffic.sent_bytes / traffic.tokens,
+            }
+            for name, traffic in evaluation.traffic.items()
+        ],
+        "native": {"wire_bytes_per_token": setting.ring_bytes},
+        **results,
+        "sync_points": sync_points[0],
+    }
+
+
+def write_summary(content: dict, path: Path) -> None:
+    """Write what `summary` gave, whole or not at all."""
+    write_atomic(path, json.dumps(_finite(content), indent=2).encode() + b"\n")
+
+
+def _finite(value):
+    """`value` with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

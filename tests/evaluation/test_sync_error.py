@@ -1,0 +1,79 @@
+"""Error at sync points: dB from known errors, and which points are named."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from megatron_lowbit.evaluation.measure import NATIVE, LanguageModel
+from megatron_lowbit.evaluation.sync_error import SyncError, extremes
+
+POINTS = [(1, "a"), (2, "b")]
+
+
+def _summary(errors: dict[str, list[float]]) -> dict:
+    """Of two sequences of 3 tokens; a variant's error at a point is a share of the value."""
+    observers = []
+
+    @contextlib.contextmanager
+    def observing(observe):
+        observers.append(observe)
+        yield
+
+    def logits(tokens):
+        for point in range(len(POINTS)):
+            exact = tokens[0, :, None] * torch.ones(1, 4)
+            sums = {name: exact * (1 + share[point]) for name, share in errors.items()}
+            if "worst" in errors:  # one token is ten times as far off
+                sums["worst"][1] = exact[1] * (1 + 10 * errors["worst"][point])
+            observers[-1](point, exact, sums)
+
+    model = LanguageModel(logits, 9, 9, None, tokenize=list, detokenize=str)
+    sequences = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    measure = SyncError(sequences, POINTS, observing=observing, sha256="0")
+    records = []
+    for number in range(len(measure)):
+        scores, native = measure.run(number, model, None)
+        assert measure.run(number, model, native) == ({}, None), "variants have nothing to do"
+        records.append({NATIVE: scores})
+    return measure.summarize(records)
+
+
+def test_decibel():
+    summary = _summary({"good": [0.01, 0.1], "worst": [0.01, 0.01], "exact": [0, 0]})
+    assert summary["sequences"] == 2
+    first, second = summary["points"]
+    assert (first["layer"], first["name"]) == POINTS[0]
+    assert first["sqnr"]["good"] == pytest.approx(40, abs=1e-4)
+    assert second["sqnr"]["good"] == pytest.approx(20, abs=1e-4)
+    assert first["worst_token_sqnr"]["worst"] == pytest.approx(20, abs=1e-4)
+    squares = [1, 4, 9, 16, 25, 36]
+    noise = sum(s * (100 if n in (1, 4) else 1) for n, s in enumerate(squares)) * 1e-4
+    expected = 10 * math.log10(sum(squares) / noise)
+    assert first["sqnr"]["worst"] == pytest.approx(expected, abs=1e-4)
+    assert first["sqnr"]["exact"] == math.inf
+
+
+def test_what_is_not_finite_is_so_in_the_summary():
+    summary = _summary({"bad": [math.nan, 0.1], "huge": [math.inf, 0.1]})
+    assert math.isnan(summary["points"][0]["sqnr"]["bad"])
+    assert math.isnan(summary["points"][0]["worst_token_sqnr"]["bad"])
+    assert summary["points"][0]["sqnr"]["huge"] == -math.inf
+    assert summary["points"][1]["sqnr"]["bad"] == pytest.approx(20, abs=1e-4)
+
+
+def _points(*values: float) -> list[dict]:
+    return [{"layer": n, "name": "p", "sqnr": {"x": v}} for n, v in enumerate(values, start=1)]
+
+
+def test_extreme_sync_points_are_named():
+    assert extremes(_points(20, 21, 22, math.inf)) == []
+    assert extremes(_points(20, 9.9, 22)) == ["x: layer 2 p has 9.9 dB (median 20.0)"]
+    assert extremes(_points(40, 29, 40)) == ["x: layer 2 p has 29.0 dB (median 40.0)"]
+    (line,) = extremes(_points(20, 8, 22, math.nan, 25))
+    assert line == "x: layer 4 p is not finite, layer 2 p has 8.0 dB (median 21.0)"
+    (line,) = extremes(_points(*[5.0] * 6))
+    assert line.endswith("layer 4 p has 5.0 dB and 2 more (median 5.0)")
+    (line,) = extremes(_points(math.nan))
+    assert line == "x: layer 1 p is not finite (median nan)"
