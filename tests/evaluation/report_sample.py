@@ -1,9 +1,13 @@
-"""Made-up evaluation files for tests of the report: seeded, of the right shape, no measurement."""
+"""Made-up files for tests of the report: seeded and of the right shape, but measured by nobody."""
 
 import json
 import math
 import random
 from pathlib import Path
+
+import torch
+
+from megatron_lowbit.calibration.index import Index, SyncPointRecord, select_bf16_index
 
 # codec, collective, bits a value, KL, SQNR in dB: of a plausible size, so that plots look alike.
 VARIANTS = (
@@ -24,6 +28,7 @@ VARIANTS = (
     ("int8-token", "one-shot", 8.03, 0.0119, 27.0),
     ("fp8-g256", "one-shot", 8.13, 0.0092, 29.5),
 )
+ALL_CODECS = {variant[0] for variant in VARIANTS}
 KINDS = ("self_attention.linear_proj", "mlp.linear_fc2")
 TASKS = ("arc-easy", "arc-challenge", "winogrande", "hellaswag", "boolq")
 
@@ -55,6 +60,58 @@ def evaluation(
         "generation": [_generation(random_)],
         "sync_points": _sync_points(layers, random_),
     }
+
+
+def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> Index:
+    """An index with a few wide features, wider with the layer; `manifest` adds keys to its own."""
+    generator = torch.Generator().manual_seed(0)
+    records: dict = {}
+    for layer in range(1, layers + 1):
+        for kind in KINDS:
+            wide = torch.rand(ranks, hidden, generator=generator) * (1 + layer / 10) + 0.1
+            wide[:, :3] *= torch.tensor([40.0, 9.0, 4.0])
+            record = SyncPointRecord(
+                select_bf16_index(2 * wide, 2),
+                -wide,
+                wide,
+                0 * wide,
+                wide**2,
+                -wide[0],
+                2 * wide[1],
+            )
+            records.setdefault(layer, {})[kind] = record
+    own = {
+        "model": {"num_layers": layers, "hidden_size": hidden, "fingerprints": {"1": "secret"}},
+        "tp_size": ranks,
+        "codec": {"name": "rotated-hybrid", "bits": 4, "bf16_features": 2},
+        "corpus": {"files": ["emma.txt"], "sha256": "2" * 64},
+        "versions": {"torch": "2.13.0"},
+    }
+    return Index(manifest=own | manifest, layers=records)
+
+
+def keep_codecs(content, names: set[str]):
+    """The same evaluation with fewer codecs."""
+    if isinstance(content, list):
+        kept = [one for one in content if not isinstance(one, dict) or _is_in(one, names)]
+        return [keep_codecs(one, names) for one in kept]
+    if isinstance(content, dict):
+        own = (k for k in content if k in names or k not in ALL_CODECS)
+        return {key: keep_codecs(content[key], names) for key in own}
+    return content
+
+
+def without_numbers(content):
+    """The same evaluation with null for every fraction, as where nothing was finite."""
+    if isinstance(content, list):
+        return [without_numbers(one) for one in content]
+    if isinstance(content, dict):
+        return {key: without_numbers(one) for key, one in content.items()}
+    return None if isinstance(content, float) else content
+
+
+def _is_in(one: dict, names: set[str]) -> bool:
+    return one.get("codec") is None or one["codec"] in names
 
 
 def write(content: dict, path: Path) -> Path:
@@ -179,7 +236,5 @@ def _sync_points(layers: int, random_: random.Random) -> dict:
             if layer == 2 and kind == "mlp.linear_fc2":  # one that a mean over layers would hide
                 sqnr["static-hybrid"] -= 12
             worst = {codec: value - random_.uniform(3, 7) for codec, value in sqnr.items()}
-            points.append(
-                {"layer": layer, "name": kind, "sqnr": sqnr, "worst_token_sqnr": worst}
-            )
+            points.append({"layer": layer, "name": kind, "sqnr": sqnr, "worst_token_sqnr": worst})
     return {"sequences": 4, "points": points}

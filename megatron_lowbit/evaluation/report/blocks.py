@@ -11,10 +11,10 @@ NOT_MEASURED = "Not measured."
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A paragraph: plain, the large one on top, or one that must not be overlooked."""
+    """A paragraph: plain, a heading, the large one on top, a warning, or code."""
 
     text: str
-    look: Literal["plain", "lead", "warning", "code"] = "plain"
+    look: Literal["plain", "heading", "lead", "warning", "code"] = "plain"
 
 
 @dataclass(frozen=True)

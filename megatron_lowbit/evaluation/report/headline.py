@@ -13,15 +13,17 @@ def headline(files: list[ResultFile], manifest: dict[str, Any]) -> Section:
     blocks = warnings(files, manifest)
     for file in files:
         found = compare(file.data)
-        blocks += [Paragraph(sentence, "lead") for sentence in _sentences(file, found)]
-        blocks.append(Paragraph(_what(file)))
+        first, *others = _sentences(file, found)
+        blocks += [Paragraph(file.label, "heading"), Paragraph(first, "lead")]
+        blocks += [Paragraph(text) for text in (*others, _what(file))]
         if found:
-            blocks.append(tables.comparison(found))
+            blocks.append(tables.comparison(file, found))
     note = (
         f"Best: the least KL at no more than {BUDGET:g} bits a value; beside it {PAPER}, by the "
         "same collective and within the same bits. Ratios under 1 are better than the paper's "
         "method. Their errors take the two as independent, though both ran on the same tokens. "
-        "Loss: difference in negative log-likelihood to native BF16."
+        "Loss: difference in negative log-likelihood to native BF16. On this page ± is one "
+        f"standard error, and {tables.NONE} a number that is not in the file or not finite."
     )
     title = f"The best at no more than {BUDGET:g} bits a value"
     return Section("headline", title, [*blocks, Paragraph(note)])
@@ -45,35 +47,32 @@ def warnings(files: list[ResultFile], manifest: dict[str, Any]) -> list[Block]:
 def _what(file: ResultFile) -> str:
     texts = ", ".join(f"{text.name} ({text.tokens:,} tokens)" for text in file.data.texts)
     return (
-        f"{file.data.model}, {file.label} tensor parallelism; texts: {texts or 'none'}; "
-        f"{file.path.name} of {file.date:%Y-%m-%d %H:%M} UTC."
+        f"Model: {file.data.model}, {file.data.label} tensor parallelism. Texts: "
+        f"{texts or 'none'}. File: {file.path.name} of {file.date:%Y-%m-%d %H:%M} UTC."
     )
 
 
 def _sentences(file: ResultFile, found: list[Comparison]) -> list[str]:
-    """One for each collective and best codec, and one on tasks."""
+    """One for each collective and its best codec, and one on tasks."""
     if not found:
-        return [f"{file.label}: no codec at no more than {BUDGET:g} bits a value was measured."]
+        return [f"No codec at no more than {BUDGET:g} bits a value was measured on a text."]
     groups: dict[tuple[str, str], list[Comparison]] = {}
     for one in found:
         groups.setdefault((one.variant.collective, one.variant.codec), []).append(one)
-    sentences = [_sentence(file, group) for group in groups.values()]
-    return [*sentences, *_kept(file, list(dict.fromkeys(codec for _, codec in groups)))]
+    sentences = [_sentence(group) for group in groups.values()]
+    return [*sentences, *_kept(file, [codec for _, codec in groups])]
 
 
-def _sentence(file: ResultFile, group: list[Comparison]) -> str:
+def _sentence(group: list[Comparison]) -> str:
     variant = group[0].variant
-    texts = ", ".join(one.text.name for one in group)
-    start = f"{file.label}, {variant.collective}, {texts}: {variant.codec} "
-    start += f"({variant.bits_per_value:.2f} bits)"
+    where = group[0].text.name if len(group) == 1 else f"{len(group)} texts"
+    start = f"{variant.codec} ({variant.bits_per_value:.2f} bits, {variant.collective})"
     if all(one.is_paper for one in group):
-        return f"{start} is the best."
+        return f"On {where} {start}, the paper's method, is the best."
     if any(one.paper is None for one in group):
-        return f"{start} is the best; {PAPER} was not measured."
-    kl, loss = (
-        _times([getattr(one, key) for one in group]) for key in ("kl_ratio", "loss_ratio")
-    )
-    return f"{start} has {kl} the KL and {loss} the loss of {group[0].paper.codec}."
+        return f"On {where} {start} is the best; {PAPER} was not measured by this collective."
+    kl, loss = (_times([getattr(one, key) for one in group]) for key in ("kl_ratio", "loss_ratio"))
+    return f"On {where} {start} has {kl} the KL and {loss} the loss of {group[0].paper.codec}."
 
 
 def _times(ratios: list[Ratio | None]) -> str:
@@ -93,10 +92,10 @@ def _kept(file: ResultFile, codecs: list[str]) -> list[str]:
         if codec in kept:
             one = kept[codec]
             words.append(
-                f"{codec} {tables.share(one.kept)} % "
+                f"{codec} {tables.share(one.kept)}\u00a0% "
                 f"[{tables.share(one.kept_low)}, {tables.share(one.kept_high)}]"
             )
     if not words:
         return []
     count = len(file.data.tasks)
-    return [f"{file.label}, share of BF16's average over {count} tasks: {'; '.join(words)}."]
+    return [f"Kept of BF16's average over {count} tasks: {'; '.join(words)}."]

@@ -121,9 +121,7 @@ def _places(spot, width: float, height: float, unit: float):
             yield Bbox.from_bounds(left, low, width, height), end, distance
 
 
-def _cost(
-    place, spot, panel: Bbox, own: Bbox, markers: list[Bbox], taken: list[Bbox]
-) -> float:
+def _cost(place, spot, panel: Bbox, own: Bbox, markers: list[Bbox], taken: list[Bbox]) -> float:
     """What a place hides, before all; then whose it seems, what its line crosses, how far it is."""
     box, end, distance = place
     outside = not (panel.x0 <= box.x0 and box.x1 <= panel.x1 + panel.width * 0.02)

@@ -28,7 +28,7 @@ def draw_ranges(name: str, points: list[PointRanges]) -> style.Plot:
         for axes, (kind, mine) in zip(grid, kinds.items(), strict=True):
             _bands(axes, mine)
             axes.set_title(kind)
-            style.layer_axis(axes)
+            style.layer_axis(axes, [point.layer for point in mine])
         grid[0].set_ylabel("range of a feature, summed over ranks")
         grid[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         style.freeze(made)
@@ -66,7 +66,6 @@ def _bands(axes: Axes, points: list[PointRanges]) -> None:
         axes.plot(*zip(*dots, strict=True), ".", label="BF16 features", **look)
         axes.legend(loc="upper left", frameon=False, fontsize=7.5, handletextpad=0.1)
     axes.set_yscale("log")
-    axes.set_xlim(layers[0], layers[-1])
 
 
 def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
@@ -86,7 +85,7 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
                 ends[axes] = _error_lines(axes, points, errors, what)
                 axes.set_title(f"{kind}, {what}")
         for axes in grid[-1]:
-            style.layer_axis(axes)
+            style.layer_axis(axes, [point.layer for point in measured.points])
         style.freeze(made)
         for axes, labels in ends.items():
             label_ends(axes, labels)
@@ -119,8 +118,6 @@ def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError],
                 axes.plot(layer, value, "o", color=color, mfc="none", markersize=8, clip_on=False)
         ends.append((curve[-1][1], color, error.codec))
     axes.axhline(LOW, color=style.MUTED, linewidth=1.1, linestyle=(0, (2, 2)), zorder=1)
-    layers = [point.layer for point in points]
-    axes.set_xlim(min(layers), max(layers))
     return ends
 
 
@@ -151,5 +148,5 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
             axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
             axes.yaxis.get_major_locator().set_params(integer=True)
         for axes in grid[-1]:
-            style.layer_axis(axes)
+            style.layer_axis(axes, [point.layer for point in points])
         return style.finish(made, name, "What the index's recipe gives to each sync point.")

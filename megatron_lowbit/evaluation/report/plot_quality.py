@@ -149,7 +149,7 @@ def _limits(column, spots: list[list[_Spot]], panels, metric: str) -> None:
     heights = [height for height in heights if height > _LEAST]
     axes = column[0]
     if heights:
-        room = (max(heights) / min(heights)) ** 0.06
+        room = max((max(heights) / min(heights)) ** 0.06, 1.2)
         axes.set_ylim(min(heights) / room, max(heights) * room)
     if known:
         left, right = min(s.x for s in known), max(s.x for s in known)

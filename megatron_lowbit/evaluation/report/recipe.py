@@ -3,7 +3,22 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.report.results import first_problem
+
+
+class _Entry(BaseModel):
+    codec: str
+    bits: int
+    bf16_features: int
+
+
+class _Recipe(BaseModel):
+    """As it stands in the manifest: layer -> sync point -> entry."""
+
+    points: dict[int, dict[str, _Entry]]
 
 
 @dataclass(frozen=True)
@@ -36,18 +51,19 @@ def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
     """The recipe of a manifest, by layer; empty where it has none.
 
     Raises:
-        LowbitError: It has one that cannot be read; the message names the sync point.
+        LowbitError: It has one that cannot be read; the message names the key.
     """
-    points = []
-    for layer, of_layer in (manifest.get("recipe") or {"points": {}})["points"].items():
-        for name, entry in of_layer.items():
-            try:
-                setting = (entry["codec"], int(entry["bits"]), int(entry["bf16_features"]))
-                points.append(RecipePoint(int(layer), name, *setting))
-            except (KeyError, TypeError, ValueError) as error:
-                raise LowbitError(
-                    f"the index's recipe cannot be read at layer {layer} {name} ({error!r})"
-                ) from None
+    if manifest.get("recipe") is None:
+        return []
+    try:
+        recipe = _Recipe.model_validate(manifest["recipe"])
+    except ValidationError as error:
+        raise LowbitError(f"the index's manifest: recipe.{first_problem(error)}") from None
+    points = [
+        RecipePoint(layer, name, entry.codec, entry.bits, entry.bf16_features)
+        for layer, of_layer in recipe.points.items()
+        for name, entry in of_layer.items()
+    ]
     return sorted(points, key=lambda point: (point.layer, point.name))
 
 

@@ -237,16 +237,20 @@ def _read(path: Path) -> Evaluation:
     try:
         evaluation = Evaluation.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise LowbitError(f"{path}: {_key(first['loc'])}: {first['msg']}") from None
-    _check_codecs(content, {variant.codec for variant in evaluation.variants}, path)
+        raise LowbitError(f"{path}: {first_problem(error)}") from None
+    codecs = [variant.codec for variant in evaluation.variants]
+    for codec in codecs:
+        if codecs.count(codec) > 1:
+            raise LowbitError(f"{path}: variants has codec {codec!r} more than once")
+    _check_codecs(content, set(codecs), path)
     return evaluation
 
 
-def _key(location: tuple) -> str:
-    """``texts[0].kl`` of ``("texts", 0, "kl")``."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).lstrip(".")
+def first_problem(error: ValidationError) -> str:
+    """The first key that is wrong, and what is wrong with it: ``texts[0].kl: Field required``."""
+    first = error.errors()[0]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    return f"{''.join(parts).lstrip('.')}: {first['msg']}"
 
 
 def _check_codecs(value, known: set[str], path: Path) -> None:

@@ -71,6 +71,7 @@ def _tasks(files: list[ResultFile]) -> list[Block | None]:
     return [
         plot_tasks.draw("tasks", measured),
         *(tables.tasks(file) for file in measured),
+        *(Folded(tables.task_differences(file)) for file in measured),
     ]
 
 

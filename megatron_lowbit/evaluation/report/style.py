@@ -121,8 +121,10 @@ def finish(made: Figure, name: str, caption: str) -> Plot:
     return Plot(name=name, caption=caption, svg=_svg(made, name, caption), png=png.getvalue())
 
 
-def layer_axis(axes: Axes) -> None:
-    """An x axis of layers."""
+def layer_axis(axes: Axes, layers: list[int]) -> None:
+    """An x axis of layers, from the first to the last."""
+    room = 0.5 if min(layers) == max(layers) else 0
+    axes.set_xlim(min(layers) - room, max(layers) + room)
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(visible=False, axis="x")

@@ -2,20 +2,30 @@
 
 from dataclasses import dataclass
 
-from megatron_lowbit.evaluation.report.findings import Comparison, Ratio, codec_errors
-from megatron_lowbit.evaluation.report.ranges import PointRanges, most_extreme
+from megatron_lowbit.evaluation.report.findings import (
+    FAR_BELOW,
+    LOW,
+    CodecError,
+    Comparison,
+    Ratio,
+    codec_errors,
+)
+from megatron_lowbit.evaluation.report.ranges import PointRanges, by_kind, most_extreme
 from megatron_lowbit.evaluation.report.recipe import RecipePoint, runs
 from megatron_lowbit.evaluation.report.results import (
+    AverageResult,
     Generation,
     LongContext,
     Number,
     PointError,
     ResultFile,
+    TaskResult,
     Text,
+    TextResult,
 )
 
 NONE = "n/a"
-_NAMED = 6  # sync points that are named of a codec; the others are counted
+_NAMED = 12  # sync points that are named of a codec; the others are counted
 _TEXT = ("by", "text", "sync point", "layers", "codec", "worst sync point", "worst token", "model")
 _OUTLIERS = 10  # rows of the table of outliers
 
@@ -38,29 +48,34 @@ class Table:
 
     def is_text(self, column: int) -> bool:
         """Whether a column is to be aligned as text."""
-        return column == 0 or self.head[column] in _TEXT or (
-            self.words and column == len(self.head) - 1
+        return (
+            column == 0
+            or self.head[column] in _TEXT
+            or (self.words and column == len(self.head) - 1)
         )
 
 
-def comparison(found: list[Comparison]) -> Table:
-    """The best codec within the budget against the paper's method."""
-    head = ["best codec", "by", "text", "bits/value", "loss, nats", "KL, nats"]
-    head += ["paper's loss", "paper's KL", "loss ratio", "KL ratio"]
+def comparison(file: ResultFile, found: list[Comparison]) -> Table:
+    """The best codec within the budget, and below each the paper's method."""
+    head = ["text", "by", "codec", "bits/value", "loss, nats", "KL, nats"]
+    head += ["loss ratio", "KL ratio"]
     rows = []
     for one in found:
-        result, paper = one.result, one.paper
-        measured = [number(one.variant.bits_per_value, 2)]
-        measured += [with_error(result.delta_nll, result.delta_nll_stderr)]
-        measured += [with_error(result.kl, result.kl_stderr)]
-        if paper is None:
-            measured += ["not measured"] * 2
-        else:
-            measured += [with_error(paper.delta_nll, paper.delta_nll_stderr)]
-            measured += [with_error(paper.kl, paper.kl_stderr)]
         ratios = [ratio(one.loss_ratio), ratio(one.kl_ratio)]
-        rows.append([result.codec, one.variant.collective, one.text.name, *measured, *ratios])
+        where = [one.text.name, one.variant.collective]
+        rows.append([*where, *_quality(file, one.result), *(["", ""] if one.is_paper else ratios)])
+        if one.paper is not None and not one.is_paper:
+            rows.append(["", "", *_quality(file, one.paper), "1", "1"])
     return Table("", head, rows)
+
+
+def _quality(file: ResultFile, result: TextResult) -> list[str]:
+    return [
+        result.codec,
+        number(file.data.variant(result.codec).bits_per_value, 2),
+        with_error(result.delta_nll, result.delta_nll_stderr),
+        with_error(result.kl, result.kl_stderr),
+    ]
 
 
 def ratio(value: Ratio | None) -> str:
@@ -74,18 +89,41 @@ def tasks(file: ResultFile) -> Table:
     head = ["codec", *(f"{task.name} ({task.metric}, {task.items} items)" for task in measured)]
     head += ["average", "share of BF16 kept [95 %]"]
     native = ["native BF16", *(share(*task.score(task.native)) for task in measured)]
-    rows = [[*native, share(average.native) if average else NONE, "100 %"]]
+    rows = [[*native, share(average.native) if average else NONE, "100"]]
     averages = {one.codec: one for one in average.results} if average else {}
-    scores = [{one.codec: task.score(one) for one in task.results} for task in measured]
-    for variant in file.data.variants:
-        codec, mean = variant.codec, averages.get(variant.codec)
-        if mean is None and not any(codec in score for score in scores):
-            continue
-        cells = [share(*score.get(codec, (None, None))) for score in scores]
-        kept = f"{share(mean.kept)} [{share(mean.kept_low)}, {share(mean.kept_high)}]"
-        cells += [share(mean.average), kept] if mean else [NONE, NONE]
-        rows.append([codec, *cells])
+    for codec, results in _by_codec(file):
+        cells = [
+            share(*task.score(result)) if result else NONE
+            for task, result in zip(measured, results, strict=True)
+        ]
+        rows.append([codec, *cells, *_average(averages.get(codec))])
     return Table(f"{file.label}: accuracy in %, ± standard error over items.", head, rows)
+
+
+def task_differences(file: ResultFile) -> Table:
+    """Accuracy less native's, by task."""
+    head = ["codec", *(task.name for task in file.data.tasks)]
+    rows = [
+        [codec, *(share(one.difference, one.difference_stderr) if one else NONE for one in results)]
+        for codec, results in _by_codec(file)
+    ]
+    caption = f"{file.label}: difference from native on the same items, in points of accuracy."
+    return Table(caption, head, rows)
+
+
+def _by_codec(file: ResultFile) -> list[tuple[str, list[TaskResult | None]]]:
+    """The codecs that did any task, and their result of each task."""
+    results = [{one.codec: one for one in task.results} for task in file.data.tasks]
+    codecs = (variant.codec for variant in file.data.variants)
+    rows = [(codec, [of_task.get(codec) for of_task in results]) for codec in codecs]
+    return [(codec, of_codec) for codec, of_codec in rows if any(of_codec)]
+
+
+def _average(result: AverageResult | None) -> list[str]:
+    if result is None:
+        return [NONE, NONE]
+    kept = f"{share(result.kept)} [{share(result.kept_low)}, {share(result.kept_high)}]"
+    return [share(result.average), kept]
 
 
 def outliers(points: list[PointRanges]) -> Table:
@@ -103,7 +141,7 @@ def outliers(points: list[PointRanges]) -> Table:
 
 def errors(file: ResultFile) -> Table:
     """SQNR by codec: the median, the worst, and every sync point that stands out."""
-    head = ["codec", "median, dB", "worst sync point", "worst token", "standing out"]
+    head = ["codec", "median, dB", "worst sync point", "worst token", "standing out: layer (dB)"]
     rows = []
     for error in codec_errors(file.data.sync_points):
         worst = f"{error.worst.sqnr[error.codec]:.1f} dB: {_point(error.worst)}"
@@ -111,12 +149,25 @@ def errors(file: ResultFile) -> Table:
         if error.worst_token:
             value = error.worst_token.worst_token_sqnr[error.codec]
             token = f"{value:.1f} dB: {_point(error.worst_token)}"
-        named = [f"{_point(p)} ({p.sqnr[error.codec]:.1f})" for p in error.extreme[:_NAMED]]
-        more = len(error.extreme) - len(named)
-        words = (", ".join(named) or "none") + (f", and {more} more" if more else "")
-        words += f"; {error.missing} not finite" if error.missing else ""
-        rows.append([error.codec, f"{error.median:.1f}", worst, token, words])
-    return Table(f"SQNR of {file.label}.", head, rows, words=True)
+        rows.append([error.codec, f"{error.median:.1f}", worst, token, _extreme(error)])
+    caption = (
+        f"{file.label}: SQNR. Standing out: more than {FAR_BELOW:g} dB below the codec's median, "
+        f"or under {LOW:g} dB."
+    )
+    return Table(caption, head, rows, words=True)
+
+
+def _extreme(error: CodecError) -> str:
+    """The sync points that stand out, the worst `_NAMED` of them by name."""
+    named = by_kind(error.extreme[:_NAMED])
+    words = [
+        f"{kind} " + ", ".join(f"{point.layer} ({point.sqnr[error.codec]:.1f})" for point in points)
+        for kind, points in named.items()
+    ]
+    more = len(error.extreme) - _NAMED
+    words += [f"{more} more"] if more > 0 else []
+    words += [f"{error.missing} not finite"] if error.missing else []
+    return "; ".join(words) or "none"
 
 
 def _point(point: PointError) -> str:
