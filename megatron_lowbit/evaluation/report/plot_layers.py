@@ -16,7 +16,10 @@ _ALPHAS = (0.36, 0.22, 0.12)  # of the bands from the median up
 _REFERENCE = "bf16"
 _ALL, _WORST = "all tokens", "worst token"
 _RECIPE = {"bits": "bits of a value", "bf16_features": "BF16 features"}
-_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 2)))
+_DASHES = (
+    "-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 3)),
+    (0, (6, 2, 1.5, 2, 1.5, 2)), (0, (3, 1.5)), (0, (10, 2, 3, 2)),
+)  # fmt: skip
 
 
 def draw_ranges(name: str, points: list[PointRanges]) -> style.Plot:
@@ -84,8 +87,9 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
             for axes, (kind, points) in zip(row, kinds.items(), strict=True):
                 ends[axes] = _error_lines(axes, points, errors, what)
                 axes.set_title(f"{kind}, {what}")
-        for axes in grid[-1]:
+        for axes in grid.flat:
             style.layer_axis(axes, [point.layer for point in measured.points])
+            axes.label_outer()
         style.freeze(made)
         for axes, labels in ends.items():
             label_ends(axes, labels)
@@ -142,11 +146,12 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
             for axes, (key, what) in zip(row, _RECIPE.items(), strict=True):
                 values = [getattr(point, key) for point in mine]
                 axes.vlines(layers, 0, values, color=_BAND, linewidth=1, alpha=0.5)
-                axes.plot(layers, values, "o", color=_BAND, markersize=4.5)
+                axes.plot(layers, values, "o", color=_BAND, markersize=4.5, clip_on=False)
                 axes.set_title(f"{kind}: {what}")
         for axes in grid[0]:
             axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
             axes.yaxis.get_major_locator().set_params(integer=True)
-        for axes in grid[-1]:
+        for axes in grid.flat:
             style.layer_axis(axes, [point.layer for point in points])
+            axes.xaxis.label.set_visible(axes in grid[-1])
         return style.finish(made, name, "What the index's recipe gives to each sync point.")

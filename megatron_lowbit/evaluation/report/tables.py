@@ -26,7 +26,18 @@ from megatron_lowbit.evaluation.report.results import (
 
 NONE = "n/a"
 _NAMED = 12  # sync points that are named of a codec; the others are counted
-_TEXT = ("by", "text", "sync point", "layers", "codec", "worst sync point", "worst token", "model")
+_TEXT = (
+    "by",
+    "written",
+    "tensor parallel size",
+    "text",
+    "sync point",
+    "layers",
+    "codec",
+    "worst sync point",
+    "worst token",
+    "model",
+)
 _OUTLIERS = 10  # rows of the table of outliers
 
 
@@ -87,7 +98,7 @@ def tasks(file: ResultFile) -> Table:
     """Accuracy by task, the average, and what is kept of native's."""
     measured, average = file.data.tasks, file.data.task_average
     head = ["codec", *(f"{task.name} ({task.metric}, {task.items} items)" for task in measured)]
-    head += ["average", "share of BF16 kept [95 %]"]
+    head += ["average", "kept of BF16, % [95 % interval]"]
     native = ["native BF16", *(share(*task.score(task.native)) for task in measured)]
     rows = [[*native, share(average.native) if average else NONE, "100"]]
     averages = {one.codec: one for one in average.results} if average else {}
@@ -178,13 +189,13 @@ def needles(file: ResultFile, measured: LongContext) -> Table:
     """How many needles were found."""
     rows = [["native BF16", share(measured.native.retrieved)]]
     rows += [[result.codec, share(result.retrieved)] for result in measured.results]
-    return Table(f"Needles found, {file.label}, {measured.name}.", ["codec", "found"], rows)
+    return Table(f"Needles found, {file.label}, {measured.name}.", ["codec", "found, %"], rows)
 
 
 def generation(file: ResultFile, measured: Generation) -> Table:
     """How long generated text stays the same as native's."""
     head = ["codec", f"same tokens before the first other one, of {measured.new_tokens}"]
-    head += ["prompts without any other"]
+    head += ["prompts without any other, %"]
     rows = [
         [result.codec, number(result.mean_agreement, 1), share(result.full_agreement)]
         for result in measured.results
@@ -207,7 +218,7 @@ def recipe(points: list[RecipePoint]) -> Table:
 def raw(file: ResultFile, text: Text) -> Table:
     """All numbers of one text."""
     head = ["codec", "by", "bits/value", "bytes/token", "perplexity"]
-    head += ["loss, nats", "KL, nats", "top-1"]
+    head += ["loss, nats", "KL, nats", "top-1, %"]
     sent = number(file.data.native.wire_bytes_per_token, 0)
     row = ["native BF16", "native", "16.00", sent, number(text.native.perplexity, 3)]
     rows = [[*row, "0", "0", "100.0"]]
