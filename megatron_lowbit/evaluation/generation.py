@@ -43,6 +43,7 @@ class Generation:
     def __init__(self, prompts: Tensor, *, new_tokens: int, source: str, sha256: str) -> None:
         count, length = prompts.shape
         self.name = f"generation from {source}"
+        self._source = source
         self.identity = {
             "sha256": sha256,
             "prompts": count,
@@ -74,14 +75,12 @@ class Generation:
     def summarize(self, records: list[Record]) -> dict:
         """Tokens until the first difference, at most `new_tokens`, and the share of full agreement.
 
-        ``agree`` is the mean, with the standard error over prompts, ``agree_median`` the median,
-        ``all_agree`` the share of prompts without a difference.
+        ``mean_agreement`` has its standard error over prompts; ``full_agreement`` is the share of
+        prompts without a difference.
         """
         return {
-            "name": self.name,
-            "prompts": len(records),
-            "new_tokens": self._new_tokens,
-            "native": {"tokens": [record[NATIVE]["tokens"] for record in records]},
+            "name": self._source,
+            **self.identity,
             "results": [
                 self._result(variant, [record[variant]["agree"] for record in records])
                 for variant in records[0]
@@ -93,11 +92,11 @@ class Generation:
         full = [int(count == self._new_tokens) for count in agree]
         return {
             "codec": variant,
-            "agree": mean(agree),
-            "agree_stderr": stderr(agree),
-            "agree_median": statistics.median(agree),
-            "all_agree": mean(full),
-            "all_agree_stderr": stderr(full),
+            "mean_agreement": mean(agree),
+            "mean_agreement_stderr": stderr(agree),
+            "median_agreement": statistics.median(agree),
+            "full_agreement": mean(full),
+            "full_agreement_stderr": stderr(full),
         }
 
 

@@ -33,6 +33,7 @@ class LongText:
     def __init__(self, sequences: Tensor, *, source: str, sha256: str) -> None:
         count, width = sequences.shape
         self.name = f"long text {source}"
+        self._source = source
         self.identity = {"sha256": sha256, "sequences": count, "seq_length": width - 1}
         self._sequences = sequences
         self.buckets = buckets(width - 1)
@@ -71,26 +72,23 @@ class LongText:
         return {"nll": nll} if native is None else {"nll": nll, "kl": kl}
 
     def summarize(self, records: list[Record]) -> dict:
-        """Nats a token in each bucket, with the standard error over sequences.
+        """Nats a token, lists by bucket, with standard errors over sequences.
 
         Native: ``nll``. A variant: ``delta_nll``, the difference to native, and ``kl``.
         """
         native = self._per_token(records, NATIVE, "nll")
+        results = []
+        for variant in records[0]:
+            if variant != NATIVE:
+                loss = _difference(self._per_token(records, variant, "nll"), native)
+                kl = self._per_token(records, variant, "kl")
+                results.append({"codec": variant, **_means(delta_nll=loss, kl=kl)})
         return {
-            "name": self.name,
-            "tokens": sum(end - first for first, end in self.buckets) * len(records),
-            "native": {"positions": self._rows(nll=native)},
-            "results": [
-                {
-                    "codec": variant,
-                    "positions": self._rows(
-                        delta_nll=_difference(self._per_token(records, variant, "nll"), native),
-                        kl=self._per_token(records, variant, "kl"),
-                    ),
-                }
-                for variant in records[0]
-                if variant != NATIVE
-            ],
+            "name": self._source,
+            **self.identity,
+            "buckets": [list(bucket) for bucket in self.buckets],
+            "native": _means(nll=native),
+            "results": results,
         }
 
     def _per_token(self, records: list[Record], variant: str, score: str) -> list[list[float]]:
@@ -100,14 +98,14 @@ class LongText:
             for number, (first, end) in enumerate(self.buckets)
         ]
 
-    def _rows(self, **scores: list[list[float]]) -> list[dict]:
-        rows = []
-        for number, (first, end) in enumerate(self.buckets):
-            row = {"first": first, "end": end}
-            for name, values in scores.items():
-                row |= {name: mean(values[number]), f"{name}_stderr": stderr(values[number])}
-            rows.append(row)
-        return rows
+
+def _means(**scores: list[list[float]]) -> dict:
+    """Means over sequences of ``[bucket][sequence]``, and their standard errors."""
+    means = {}
+    for name, values in scores.items():
+        means |= {name: [mean(bucket) for bucket in values]}
+        means |= {f"{name}_stderr": [stderr(bucket) for bucket in values]}
+    return means
 
 
 def _difference(values: list[list[float]], native: list[list[float]]) -> list[list[float]]:

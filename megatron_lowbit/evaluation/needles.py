@@ -11,6 +11,7 @@ SmolLM2-135M-Instruct in bfloat16 found 25 of 30 in texts of 1,024 tokens and 10
 """
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,15 +42,22 @@ class Needles:
     Args:
         texts: int64 ``[n, seq_length]``: what to plant into. The end of each is dropped to make
             room, so that a sequence has `seq_length` tokens.
+        tokenize: Text to tokens, nothing added.
         source: What the texts are from, for the name.
         sha256: Of that.
+
+    Raises:
+        LowbitError: The texts are too short to plant needles in.
     """
 
     unit = "text"
 
-    def __init__(self, texts: Tensor, *, source: str, sha256: str) -> None:
+    def __init__(
+        self, texts: Tensor, *, tokenize: Callable[[str], list[int]], source: str, sha256: str
+    ) -> None:
         count, length = texts.shape
         self.name = f"needles in {source}"
+        self._source = source
         self.identity = {
             "sha256": sha256,
             "texts": count,
@@ -57,22 +65,21 @@ class Needles:
             "depths": list(DEPTHS),
             "seed": SEED,
         }
-        self._texts = texts
-        self._planted: tuple[int, Planted] | None = None  # the latest text's
+        self._planted = [
+            Planted(text, seed=f"{SEED} {number}", tokenize=tokenize)
+            for number, text in enumerate(texts.tolist())
+        ]
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._planted)
 
     def run(self, number: int, model: LanguageModel, native: None) -> tuple[Scores, None]:
         """Score text `number`: for each depth whether the code is found, and its log-likelihood.
 
         Raises:
-            LowbitError: The text is longer than the model's positions, or too short.
+            LowbitError: The text is longer than the model's positions.
         """
-        if self._planted is None or self._planted[0] != number:
-            text = self._texts[number].tolist()
-            self._planted = number, Planted(text, seed=f"{SEED} {number}", model=model)
-        planted = self._planted[1]
+        planted = self._planted[number]
         require_positions(len(planted.tokens), model)
         sequence = torch.tensor(planted.tokens)
         logits = model.logits(sequence[None])[0]
@@ -93,7 +100,7 @@ class Needles:
         ``delta_log_likelihood`` is the code's log-likelihood less native's, in nats a needle.
         """
         return {
-            "name": self.name,
+            "name": self._source,
             "needles": len(records) * len(DEPTHS),
             "depths": list(DEPTHS),
             "native": _rates(records, NATIVE),
@@ -109,17 +116,17 @@ class Planted:
         answers: For each depth, where the answer's tokens are.
     """
 
-    def __init__(self, text: list[int], *, seed: str, model: LanguageModel) -> None:
+    def __init__(self, text: list[int], *, seed: str, tokenize: Callable[[str], list[int]]) -> None:
         rng = random.Random(seed)
         codes = [" ".join(rng.sample(_WORDS, _WORDS_IN_CODE)) for _ in DEPTHS]
         order = rng.sample(range(len(DEPTHS)), len(DEPTHS))
         questions = [_QUESTION.format(name) for name in rng.sample(_NAMES, len(DEPTHS))]
         pairs = [
-            encode_pair(f"\n\n{question}", f" {code}", model.tokenize)
+            encode_pair(f"\n\n{question}", f" {code}", tokenize)
             for question, code in zip(questions, codes, strict=True)
         ]
-        stop = model.tokenize(".")
-        needles = [[*asked, *code, *stop, *model.tokenize("\n\n")] for asked, code in pairs]
+        stop = tokenize(".")
+        needles = [[*asked, *code, *stop, *tokenize("\n\n")] for asked, code in pairs]
         ends = sum(len(asked) + len(code) + len(stop) for asked, code in pairs)
         room = len(text) - ends - sum(map(len, needles))
         if room < len(text) // 2:
@@ -149,9 +156,9 @@ def _rates(records: list[Record], variant: str) -> dict:
     found = [record[variant]["found"] for record in records]
     per_text = [mean(one) for one in found]
     return {
-        "found": mean(per_text),
-        "found_stderr": stderr(per_text),
-        "found_by_depth": [mean(one) for one in zip(*found, strict=True)],
+        "retrieved": mean(per_text),
+        "retrieved_stderr": stderr(per_text),
+        "retrieved_by_depth": [mean(one) for one in zip(*found, strict=True)],
     }
 
 

@@ -56,14 +56,14 @@ class Task:
 
         ``acc`` is the share of items whose right choice is the likeliest, ``acc_norm`` the same by
         log-likelihood per character. ``metric`` says which of them the task is judged by. For a
-        variant ``delta`` is that metric less native's, with the error of the paired difference;
-        ``kept`` its share of native's; ``same_choice`` the share of items where it chooses as
-        native does, right or wrong.
+        variant ``difference`` is that metric less native's, with the error of the paired
+        difference; ``kept`` its share of native's; ``same_choice`` the share of items where it
+        chooses as native does, right or wrong.
         """
         chosen = {variant: self._chosen(records, variant) for variant in records[0]}
         native = self._accuracies(chosen[NATIVE])
         return {
-            "name": self.name,
+            "name": self._data.name,
             "items": len(records),
             "metric": self._data.metric,
             "native": native,
@@ -101,23 +101,25 @@ class Task:
         return {
             **self._accuracies(chosen),
             "kept": mean(after) / native[metric] if native[metric] else None,
-            "delta": mean(differences),
-            "delta_stderr": stderr(differences),
+            "difference": mean(differences),
+            "difference_stderr": stderr(differences),
             "same_choice": mean([int(one == other) for one, other in pairs]),
         }
 
 
 def tokenize_item(item: Item, model: LanguageModel) -> list[Request]:
-    """Tokens of an item's choices."""
-    pairs = zip(item.contexts, item.continuations, strict=True)
-    return [encode_pair(context, text, model.tokenize) for context, text in pairs]
+    """Tokens of an item's choices; the model's prefix comes before each context."""
+    requests = []
+    for context, text in zip(item.contexts, item.continuations, strict=True):
+        before, scored = encode_pair(context, text, model.tokenize)
+        requests.append(([*model.prefix, *before], scored))
+    return requests
 
 
 def encode_pair(context: str, continuation: str, tokenize) -> Request:
     """Split the tokens of ``context + continuation`` where the context's own tokens end.
 
-    Spaces that the context ends with go to the continuation. What a tokenizer puts in front of
-    every text is in the context's tokens.
+    Spaces that the context ends with go to the continuation.
     """
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
@@ -180,22 +182,23 @@ def average(summaries: list[dict]) -> dict:
     """The average over tasks of each task's own metric, as the paper reports it.
 
     Tasks count alike, however many items they have, and are independent; within a task a variant
-    and native see the same items, so errors of ``delta`` and ``kept`` are of paired differences
-    (`ratio_stderr`).
+    and native see the same items, so errors of ``difference`` and ``kept`` are of paired
+    differences (`ratio_stderr`).
 
     Args:
         summaries: What `Task.summarize` gave for each task, all with the same variants.
 
     Returns:
-        ``native`` and, for each variant, ``average`` with its error; for variants also ``delta``
-        and ``kept`` with errors and 95 % confidence intervals.
+        ``native``, its average, with ``native_stderr``, and ``results``: for each variant its own
+        ``average``, the ``difference`` and ``kept``, the share of native's, each with its error,
+        and the 95 % confidence interval of what is kept.
     """
-    native = _average_of([_metric_of(summary, summary["native"]) for summary in summaries])
+    native, error = _average_of([_metric_of(summary, summary["native"]) for summary in summaries])
     results = [
-        _average_result(summaries, number, native) for number in range(len(summaries[0]["results"]))
+        _average_result(summaries, number, native, error)
+        for number in range(len(summaries[0]["results"]))
     ]
-    tasks = [summary["name"] for summary in summaries]
-    return {"name": "average", "tasks": tasks, "native": native, "results": results}
+    return {"native": native, "native_stderr": error, "results": results}
 
 
 def _metric_of(summary: dict, row: dict) -> tuple[float, float | None]:
@@ -203,37 +206,38 @@ def _metric_of(summary: dict, row: dict) -> tuple[float, float | None]:
     return row[metric], row[f"{metric}_stderr"]
 
 
-def _average_of(values: list[tuple[float, float | None]]) -> dict:
-    return {"average": mean([value for value, _ in values]), "average_stderr": _combine(values)}
-
-
-def _combine(values: list[tuple[float, float | None]]) -> float | None:
-    """Standard error of the mean of independent values, given with their own errors."""
+def _average_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The mean of independent values given with their standard errors, and its own."""
     errors = [error for _, error in values]
-    return None if None in errors else math.hypot(*errors) / len(errors)
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return mean([value for value, _ in values]), error
 
 
-def _average_result(summaries: list[dict], number: int, native: dict) -> dict:
+def _average_result(
+    summaries: list[dict], number: int, native: float, native_error: float | None
+) -> dict:
     rows = [summary["results"][number] for summary in summaries]
-    pairs = zip(summaries, rows, strict=True)
-    own = _average_of([_metric_of(summary, row) for summary, row in pairs])
-    deltas = [(row["delta"], row["delta_stderr"]) for row in rows]
-    delta, delta_stderr = mean([value for value, _ in deltas]), _combine(deltas)
-    kept = own["average"] / native["average"] if native["average"] else None
-    kept_stderr = ratio_stderr(
-        own["average"],
-        native["average"],
-        value_error=own["average_stderr"],
-        reference_error=native["average_stderr"],
-        difference_error=delta_stderr,
+    own, error = _average_of([_metric_of(s, row) for s, row in zip(summaries, rows, strict=True)])
+    difference, difference_error = _average_of(
+        [(row["difference"], row["difference_stderr"]) for row in rows]
     )
+    kept = own / native if native else None
+    kept_error = ratio_stderr(
+        own,
+        native,
+        value_error=error,
+        reference_error=native_error,
+        difference_error=difference_error,
+    )
+    low, high = interval_95(kept, kept_error)
     return {
         "codec": rows[0]["codec"],
-        **own,
-        "delta": delta,
-        "delta_stderr": delta_stderr,
-        "delta_ci95": interval_95(delta, delta_stderr),
+        "average": own,
+        "average_stderr": error,
+        "difference": difference,
+        "difference_stderr": difference_error,
         "kept": kept,
-        "kept_stderr": kept_stderr,
-        "kept_ci95": interval_95(kept, kept_stderr),
+        "kept_stderr": kept_error,
+        "kept_low": low,
+        "kept_high": high,
     }

@@ -55,8 +55,10 @@ def ratio_stderr(
     return math.sqrt(max(variance, 0.0)) / abs(reference)  # rounding can make a zero negative
 
 
-def interval_95(value: float | None, error: float | None) -> list[float] | None:
-    """The normal 95 % confidence interval, ``[low, high]``."""
+def interval_95(
+    value: float | None, error: float | None
+) -> tuple[float, float] | tuple[None, None]:
+    """The normal 95 % confidence interval, low and high."""
     if value is None or error is None:
-        return None
-    return [value - _NORMAL_95 * error, value + _NORMAL_95 * error]
+        return None, None
+    return value - _NORMAL_95 * error, value + _NORMAL_95 * error

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import run_ranks
-from toys import VOCAB, bigram, contextual, copying, toy
+from toys import VOCAB, Words, bigram, contextual, copying, toy
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.generation import Generation, generate
@@ -17,6 +17,11 @@ SOURCE = {"source": "toy.txt", "sha256": "digest"}
 
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(5))
+
+
+def needles(count: int, length: int) -> Needles:
+    """In texts of a token that is in no needle."""
+    return Needles(torch.full((count, length), 80), tokenize=Words().tokenize, **SOURCE)
 
 
 def records(measure, native, **variants) -> list[dict]:
@@ -55,32 +60,34 @@ def test_loss_and_kl_by_position():
     targets = sequences[:, 1:, None]
     nll, wrong_nll = (-one.gather(2, targets)[..., 0] for one in (before, after))
     kl = (before.exp() * (before - after)).sum(dim=-1)
-    rows = summary["results"][0]["positions"]
-    for native, row in zip(summary["native"]["positions"], rows, strict=True):
-        part = slice(row["first"], row["end"])
-        assert native["nll"] == pytest.approx(nll[:, part].mean().item(), rel=1e-5)
-        if row["first"] < 1024:
-            assert row["delta_nll"] == 0
-            assert row["kl"] == pytest.approx(0, abs=1e-6)
+    (result,) = summary["results"]
+    assert summary["buckets"] == [[0, 512], [512, 1024], [1024, 1100]]
+    for number, (first, end) in enumerate(summary["buckets"]):
+        part = slice(first, end)
+        native = summary["native"]["nll"][number]
+        assert native == pytest.approx(nll[:, part].mean().item(), rel=1e-5)
+        if first < 1024:
+            assert result["delta_nll"][number] == 0
+            assert result["kl"][number] == pytest.approx(0, abs=1e-6)
             continue
         delta = (wrong_nll - nll)[:, part].mean(dim=1)
-        assert row["delta_nll"] == pytest.approx(delta.mean().item(), rel=1e-3)
-        assert row["delta_nll_stderr"] == pytest.approx(delta.std().item() / 2**0.5, rel=1e-3)
-        assert row["kl"] == pytest.approx(kl[:, part].mean().item(), rel=1e-3)
-    assert [row["first"] for row in rows] == [0, 512, 1024]
-    assert summary["tokens"] == 2200
+        assert result["delta_nll"][number] == pytest.approx(delta.mean().item(), rel=1e-3)
+        error = pytest.approx(delta.std().item() / 2**0.5, rel=1e-3)
+        assert result["delta_nll_stderr"][number] == error
+        assert result["kl"][number] == pytest.approx(kl[:, part].mean().item(), rel=1e-3)
+    assert (summary["name"], summary["sequences"]) == ("toy.txt", 2)
 
 
 def test_needles_are_found_as_far_as_a_model_copies():
     """600 tokens, about 100 of them questions: a reach of 330 ends between the depths .3 and .5."""
-    measure = Needles(torch.full((3, 600), 80), **SOURCE)
+    measure = needles(3, 600)
     near = toy(copying(reach=330))
     summary = measure.summarize(records(measure, toy(copying(reach=600)), near=near))
     assert summary["needles"] == 15
-    assert summary["native"]["found"] == 1
+    assert summary["native"]["retrieved"] == 1
     (result,) = summary["results"]
-    assert result["found_by_depth"] == [0, 0, 1, 1, 1]
-    assert result["found"] == pytest.approx(0.6)
+    assert result["retrieved_by_depth"] == [0, 0, 1, 1, 1]
+    assert result["retrieved"] == pytest.approx(0.6)
     assert (result["lost"], result["gained"]) == (6, 0)
     assert result["delta_log_likelihood"] < -1
     back = measure.summarize(records(measure, near, far=toy(copying(reach=600))))
@@ -89,7 +96,7 @@ def test_needles_are_found_as_far_as_a_model_copies():
 
 def test_needles_of_a_text_differ_and_are_the_same_in_every_run():
     seen = []
-    measure = Needles(torch.full((2, 600), 80), **SOURCE)
+    measure = needles(2, 600)
     for number in (0, 1, 0):
         measure.run(number, toy(lambda t: seen.append(t) or copying(reach=600)(t)), None)
     assert torch.equal(seen[0], seen[2])
@@ -108,9 +115,9 @@ def test_generation_until_the_first_difference():
     assert collected[0]["native"]["tokens"] == list(range(4, 20))
     assert [record["v"]["agree"] for record in collected] == [7, 0, 16]
     (result,) = measure.summarize(collected)["results"]
-    assert result["agree"] == pytest.approx(23 / 3)
-    assert result["agree_median"] == 7
-    assert result["all_agree"] == pytest.approx(1 / 3)
+    assert result["mean_agreement"] == pytest.approx(23 / 3)
+    assert result["median_agreement"] == 7
+    assert result["full_agreement"] == pytest.approx(1 / 3)
 
 
 def test_generation_is_greedy_and_a_pass_sees_what_free_decoding_sees():
@@ -150,8 +157,7 @@ def test_generation_follows_the_full_pass_where_shapes_round_differently():
     ("measure", "message"),
     [
         (LongText(tokens(1, 102), **SOURCE), "101 tokens does not fit the model's 100"),
-        (Needles(torch.full((1, 600), 80), **SOURCE), "600 tokens does not fit"),
-        (Needles(torch.full((1, 60), 80), **SOURCE), "60 tokens are too short"),
+        (needles(1, 600), "600 tokens does not fit"),
         (Generation(tokens(1, 60), new_tokens=42, **SOURCE), "101 tokens does not fit"),
     ],
 )
@@ -160,12 +166,17 @@ def test_wrong_lengths_are_refused(measure, message):
         measure.run(0, toy(contextual(seed=1), max_length=100), None)
 
 
+def test_a_text_too_short_for_needles_is_refused():
+    with pytest.raises(LowbitError, match="60 tokens are too short"):
+        needles(1, 60)
+
+
 def _everything() -> list[dict]:
     items = [Item(["the cat"] * 3, [" sat", " sat down", " ate"], 1)]
     measures = [
         Task(TaskData("toy", "acc", items, "digest")),
         LongText(tokens(1, 600), **SOURCE),
-        Needles(torch.full((1, 400), 80), **SOURCE),
+        needles(1, 400),
         Generation(tokens(2, 5), new_tokens=8, **SOURCE),
     ]
     models = [toy(contextual(seed=3)), toy(contextual(seed=3, noise=0.3))]
@@ -190,10 +201,10 @@ def test_a_split_vocabulary_gives_the_same_scores(tmp_path):
 def test_names_and_identities_tell_measures_apart():
     one = Generation(tokens(2, 5), new_tokens=8, **SOURCE)
     assert one.identity != Generation(tokens(2, 5), new_tokens=9, **SOURCE).identity
-    assert Needles(tokens(1, 400), **SOURCE).identity["depths"] == list(DEPTHS)
+    assert needles(1, 400).identity["depths"] == list(DEPTHS)
     names = {
         one.name,
-        Needles(tokens(1, 400), **SOURCE).name,
+        needles(1, 400).name,
         LongText(tokens(1, 600), **SOURCE).name,
     }
     assert len(names) == 3

@@ -1,6 +1,7 @@
 """Scoring by likelihood: against numbers worked out by hand, and against one choice at a time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,8 +80,20 @@ def test_spaces_at_the_end_of_a_context_go_to_the_continuation():
     whole = words.tokenize("a b c")
     assert encode_pair("a b ", "c", words.tokenize) == (whole[:2], whole[2:])
     assert encode_pair("a b", " c", words.tokenize) == (whole[:2], whole[2:])
-    bos = encode_pair("a b", " c", lambda text: [99, *words.tokenize(text)])
-    assert bos == ([99, *whole[:2]], whole[2:])
+
+
+def test_the_prefix_comes_before_each_context_and_counts_as_one():
+    """As if the tokenizer itself put it there, as lm-evaluation-harness has it."""
+    model = toy(contextual(seed=1))
+    plain = task([ITEM]).run(0, model, None)
+    bos = VOCAB - 1
+    scores, _ = task([ITEM]).run(0, replace(model, prefix=[bos]), None)
+    assert scores != plain[0]
+    for text, found in zip(ITEM.continuations, scores["log_likelihoods"], strict=True):
+        tokens = [bos, *model.tokenize("the cat" + text)]
+        log_probs = contextual(seed=1)(torch.tensor([tokens]))[0].log_softmax(dim=-1)
+        expected = sum(log_probs[i - 1, tokens[i]].item() for i in range(3, len(tokens)))
+        assert found == pytest.approx(expected, abs=1e-4), text
 
 
 def test_a_continuation_beyond_the_model_is_refused():
@@ -106,7 +119,7 @@ def test_summary_by_hand():
     native, variant = [right, right, wrong, right], [right, wrong, wrong, nan]
     records = [{"native": n, "v": v} for n, v in zip(native, variant, strict=True)]
     summary = task(items).summarize(records)
-    assert summary["name"] == "task toy"
+    assert summary["name"] == "toy"
     assert summary["items"] == 4
     assert summary["native"]["acc"] == 0.75
     assert summary["native"]["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
@@ -114,8 +127,8 @@ def test_summary_by_hand():
     assert result["codec"] == "v"
     assert result["acc"] == 0.25
     assert result["kept"] == pytest.approx(1 / 3)
-    assert result["delta"] == -0.5
-    assert result["delta_stderr"] == pytest.approx(math.sqrt(1 / 3 / 4))  # of 0, -1, 0, -1
+    assert result["difference"] == -0.5
+    assert result["difference_stderr"] == pytest.approx(math.sqrt(1 / 3 / 4))  # of 0, -1, 0, -1
     assert result["same_choice"] == 0.5
 
 
@@ -129,8 +142,8 @@ def test_the_metric_of_the_task_is_compared():
         "acc_norm": 1,
         "acc_norm_stderr": None,
     }
-    assert summary["results"][0]["delta"] == -1
-    assert average([summary])["results"][0]["kept_ci95"] is None
+    assert summary["results"][0]["difference"] == -1
+    assert average([summary])["results"][0]["kept_low"] is None
 
 
 def _summary(seed: int, count: int, metric: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -158,21 +171,21 @@ def test_average_over_tasks():
     kept = variant / native
     differences = [stderr((v - n).tolist()) for _, n, v in parts]
     residuals = [stderr((v - kept * n).tolist()) for _, n, v in parts]
-    assert result["native"]["average"] == pytest.approx(native)
+    assert result["native"] == pytest.approx(native)
     (row,) = result["results"]
     assert row["average"] == pytest.approx(variant)
-    assert row["delta"] == pytest.approx(variant - native)
-    assert row["delta_stderr"] == pytest.approx(math.hypot(*differences) / 2)
+    assert row["difference"] == pytest.approx(variant - native)
+    assert row["difference_stderr"] == pytest.approx(math.hypot(*differences) / 2)
     assert row["kept"] == pytest.approx(kept)
     assert row["kept_stderr"] == pytest.approx(math.hypot(*residuals) / 2 / native)
-    low, high = row["kept_ci95"]
+    low, high = row["kept_low"], row["kept_high"]
     assert high - low == pytest.approx(2 * 1.96 * row["kept_stderr"], rel=1e-4)
 
 
 def test_errors_that_do_not_exist():
     assert stderr([1]) is None
     assert math.isnan(stderr([1.0, math.nan]))
-    assert interval_95(1.0, None) is None
+    assert interval_95(1.0, None) == (None, None)
     errors = {"value_error": 0.1, "reference_error": 0.1, "difference_error": 0.1}
     assert ratio_stderr(0.5, 0.0, **errors) is None
     # Native against itself is exactly 1, though rounding leaves a little variance.
