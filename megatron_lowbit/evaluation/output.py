@@ -30,12 +30,12 @@
 The lists of what was not measured are empty, and ``task_average`` is null. Bits per value and bytes
 per token are those of all units of all measures together, from the real payloads; a token's bytes
 are what one rank sends for it through all sync points, native ones those of a ring. ``delta_nll``
-and ``kl`` are nats a token, with standard errors over sequences (null for a single one); ``top1`` is
-the share of tokens whose most likely next token is native's. In ``long_context`` lists have an entry
-for each bucket of positions, and ``retrieved`` is the share of the planted needles that are found
-(`evaluation.needles`); agreement is in tokens that are native's, before the first that is not. A
-measured figure's standard error is under the same key with ``_stderr``. A number that is not finite
-is null, such as the SQNR of sums without error.
+and ``kl`` are nats a token, with standard errors over sequences (null for a single one); ``top1``
+is the share of tokens whose most likely next token is native's. In ``long_context`` lists have an
+entry for each bucket of positions, and ``retrieved`` is the share of the planted needles that are
+found (`evaluation.needles`); agreement is in tokens that are native's, before the first that is
+not. A measured figure's standard error is under the same key with ``_stderr``. A number that is not
+finite is null, such as the SQNR of sums without error.
 """
 
 import json

@@ -71,13 +71,15 @@ def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> In
             wide = torch.rand(ranks, hidden, generator=generator) * (1 + layer / 10) + 0.1
             wide[:, :3] *= torch.tensor([40.0, 9.0, 4.0])
             record = SyncPointRecord(
-                select_bf16_index(2 * wide, 2),
-                -wide,
-                wide,
-                0 * wide,
-                wide**2,
-                -wide[0],
-                2 * wide[1],
+                bf16_index=select_bf16_index(2 * wide, 2),
+                minimum=-wide,
+                maximum=wide,
+                mean=0 * wide,
+                second_moment=wide**2,
+                sum_minimum=-wide[0],
+                sum_maximum=2 * wide[1],
+                sum_mean=0 * wide[0],
+                sum_second_moment=wide[0] ** 2,
             )
             records.setdefault(layer, {})[kind] = record
     own = {

@@ -19,7 +19,7 @@ for _package in ("jinja2", "matplotlib", "pydantic"):
 
 from megatron_lowbit.evaluation.report import page, style  # noqa: E402
 from megatron_lowbit.evaluation.report.findings import codec_errors, compare  # noqa: E402
-from megatron_lowbit.evaluation.report.ranges import PointRanges, most_extreme  # noqa: E402
+from megatron_lowbit.evaluation.report.index import PointRanges, most_extreme  # noqa: E402
 from megatron_lowbit.evaluation.report.results import read_results  # noqa: E402
 from megatron_lowbit.evaluation.report.sections import all_sections  # noqa: E402
 
@@ -272,8 +272,8 @@ def test_outliers_by_their_multiple_of_the_median():
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path):
-    with pytest.raises(LowbitError, match=r"recipe\.points\.1\.mlp\.linear_fc2\.bits: Field"):
-        entry = {"codec": "rotated-hybrid", "bf16_features": 4}
+    with pytest.raises(LowbitError, match=r"recipe\.points\.1\.mlp\.linear_fc2\.codec: Field"):
+        entry = {"bits": 4, "bf16_features": 4}
         _page(tmp_path, _texts_only(), recipe={"points": {"1": {"mlp.linear_fc2": entry}}})
 
 

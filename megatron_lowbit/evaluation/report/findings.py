@@ -16,10 +16,10 @@ from megatron_lowbit.evaluation.report.results import (
     Variant,
 )
 from megatron_lowbit.evaluation.report.style import family_of
+from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
 
 BUDGET = 4.2  # bits a value: the paper's
 PAPER = "static-hybrid"
-FAR_BELOW, LOW = 10.0, 10.0  # dB: below the codec's median, and in all
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
 
 
 def _within(variant: Variant, collective: str) -> bool:
+    """Whether it can be the best: candidates that were not kept are no codecs to choose."""
     bits = variant.bits_per_value
-    return variant.collective == collective and bits is not None and bits <= BUDGET
+    affordable = bits is not None and bits <= BUDGET
+    return variant.collective == collective and affordable and family_of(variant.codec) != "try"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def codec_errors(measured: SyncPoints) -> list[CodecError]:
             continue
         points.sort(key=lambda point: point.sqnr[codec])
         median = statistics.median(point.sqnr[codec] for point in points)
-        floor = max(median - FAR_BELOW, LOW)
+        floor = max(median - BELOW_MEDIAN_DB, LOW_DB)
         tokens = [p for p in measured.points if p.worst_token_sqnr.get(codec) is not None]
         errors.append(
             CodecError(

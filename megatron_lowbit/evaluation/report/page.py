@@ -1,15 +1,83 @@
-"""The page and its PNGs as files."""
+"""The page: what it is made of, and how it and its PNGs are written."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.report.blocks import Section
 from megatron_lowbit.evaluation.report.style import FAMILIES, INK, MUTED, PAPER, Plot, family_of
 from megatron_lowbit.files import atomic_directory, check_writable, write, write_atomic
 
 _TEMPLATE = "page.html.j2"
+# Columns that are no numbers.
+_TEXT = (
+    "by",
+    "written",
+    "tensor parallel size",
+    "text",
+    "sync point",
+    "layers",
+    "codec",
+    "worst sync point",
+    "worst token",
+    "model",
+)
+
+NOT_MEASURED = "Not measured."
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        caption: Above it.
+        head: The columns.
+        rows: Text, in as many columns; where the first is a codec, it gets its family's colour.
+        words: The last column is words, not a number.
+    """
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    words: bool = False
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column is to be aligned as text."""
+        return (
+            column == 0
+            or self.head[column] in _TEXT
+            or (self.words and column == len(self.head) - 1)
+        )
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph: plain, a heading, the large one on top, a warning, or code."""
+
+    text: str
+    look: Literal["plain", "heading", "lead", "warning", "code"] = "plain"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A table that the reader unfolds: long, and seldom wanted."""
+
+    table: Table
+
+
+Block = Paragraph | Table | Folded | Plot
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page, with the name that links to it."""
+
+    name: str
+    title: str
+    blocks: list[Block]
 
 
 def plots_directory(output: Path) -> Path:

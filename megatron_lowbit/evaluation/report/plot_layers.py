@@ -4,13 +4,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from megatron_lowbit.evaluation.report import style
-from megatron_lowbit.evaluation.report.findings import FAR_BELOW, LOW, CodecError, codec_errors
+from megatron_lowbit.evaluation.report.findings import CodecError, codec_errors
+from megatron_lowbit.evaluation.report.index import (
+    LEVEL_NAMES,
+    PointRanges,
+    RecipePoint,
+    by_kind,
+)
 from megatron_lowbit.evaluation.report.labels import label_ends
-from megatron_lowbit.evaluation.report.ranges import LEVEL_NAMES, PointRanges, by_kind
-from megatron_lowbit.evaluation.report.recipe import RecipePoint
 from megatron_lowbit.evaluation.report.results import PointError, ResultFile
+from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
 
-_BAND = style.color_of("rotated-hybrid")
+_BAND = style.color_of("shaped-hybrid")
 _CHOSEN = style.color_of("static-hybrid")
 _ALPHAS = (0.36, 0.22, 0.12)  # of the bands from the median up
 _REFERENCE = "bf16"
@@ -97,9 +102,9 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
             made,
             name,
             f"{file.label}: signal to quantization noise of the sum at each sync point, over "
-            f"{measured.sequences} sequences; 6 dB is a bit. Rings: more than {FAR_BELOW:g} dB "
-            f"below the codec's median. Dotted line: {LOW:g} dB. What is ringed, or under the "
-            "line, is named in the table. Codec bf16 is left out.",
+            f"{measured.sequences} sequences; 6 dB is a bit. Rings: more than "
+            f"{BELOW_MEDIAN_DB:g} dB below the codec's median. Dotted line: {LOW_DB:g} dB. What is "
+            "ringed, or under the line, is named in the table. Codec bf16 is left out.",
         )
 
 
@@ -118,10 +123,10 @@ def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError],
         color = style.color_of(error.codec)
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.2, linestyle=dash)
         for layer, value in curve:
-            if what == _ALL and value < error.median - FAR_BELOW:
+            if what == _ALL and value < error.median - BELOW_MEDIAN_DB:
                 axes.plot(layer, value, "o", color=color, mfc="none", markersize=8, clip_on=False)
         ends.append((curve[-1][1], color, error.codec))
-    axes.axhline(LOW, color=style.MUTED, linewidth=1.1, linestyle=(0, (2, 2)), zorder=1)
+    axes.axhline(LOW_DB, color=style.MUTED, linewidth=1.1, linestyle=(0, (2, 2)), zorder=1)
     return ends
 
 
@@ -142,9 +147,10 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
     with style.figure(0.6 + 1.8 * len(kinds)) as made:
         grid = made.subplots(len(kinds), 2, sharex=True, sharey="col", squeeze=False)
         for row, (kind, mine) in zip(grid, kinds.items(), strict=True):
-            layers = [point.layer for point in mine]
             for axes, (key, what) in zip(row, _RECIPE.items(), strict=True):
-                values = [getattr(point, key) for point in mine]
+                known = [p for p in mine if getattr(p, key) is not None]
+                layers = [point.layer for point in known]
+                values = [getattr(point, key) for point in known]
                 axes.vlines(layers, 0, values, color=_BAND, linewidth=1, alpha=0.5)
                 axes.plot(layers, values, "o", color=_BAND, markersize=4.5, clip_on=False)
                 axes.set_title(f"{kind}: {what}")

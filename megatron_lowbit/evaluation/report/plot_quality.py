@@ -21,6 +21,7 @@ from megatron_lowbit.evaluation.report.results import (
 _MARKERS = {"one-shot": "o", "two-shot": "s"}  # filled and open; others a diamond
 _METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}
 _REFERENCE = "bf16"
+_NOT_VERSIONS = ("peer", "paper-baseline", "try")  # families of codecs that are not joined
 _LEAST = 2e-5  # nats: below, a log axis would show only noise
 
 
@@ -96,7 +97,7 @@ def _curves(spots: list[_Spot]) -> dict[tuple[str, str], list[_Spot]]:
     curves: dict[tuple[str, str], list[_Spot]] = {}
     for spot in spots:
         family = style.family_of(spot.variant.codec)
-        if family not in ("peer", "paper-baseline"):
+        if family not in _NOT_VERSIONS:
             curves.setdefault((family, spot.variant.collective), []).append(spot)
     return {key: sorted(curve, key=lambda spot: spot.x) for key, curve in curves.items()}
 

@@ -1,8 +1,9 @@
-"""Evaluation files, format 2, as tools/evaluate.py writes them: the only reader of their JSON.
+"""Evaluation files as tools/evaluate.py writes them (`evaluation.output`): what the report reads.
 
-The classes are the format: a key that is missing, or holds another type, is an error that names the
+A key that is missing, or holds another type, is an error that names the
 file and the key. Every number may be null (it was not finite); a section that is null or empty was
-not measured. Keys that are not known here are ignored.
+not measured. Keys that the report does not show
+are left out here.
 """
 
 import json
@@ -14,8 +15,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.output import FORMAT
 
-FORMAT = 2
 Number = float | None
 
 

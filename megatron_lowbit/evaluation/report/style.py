@@ -30,15 +30,18 @@ class Family:
     dark: str
 
 
-# The light colours are Okabe and Ito's, which can be told apart without red and green; beside
-# them two greys, of which the lighter is only ever a reference.
+# Most light colours are Okabe and Ito's, which can be told apart without red and green; beside them
+# two greys and a sand colour for what is only there to compare with. A codec is of the first family
+# whose name its own begins with; of none, it is a peer's.
 FAMILIES = (
-    Family("rotated-hybrid", "rotated-hybrid (ours)", "#0072b2", "#56b4e9"),
-    Family("static-hybrid", "static-hybrid (the paper's method)", "#d55e00", "#f58a3c"),
-    Family("scaled-hybrid", "scaled-hybrid (ours)", "#aa4f87", "#e08fc0"),
+    Family("recipe", "the index's recipe (ours)", "#aa4f87", "#e08fc0"),
+    Family("shaped-hybrid", "shaped-hybrid (ours)", "#0072b2", "#3f9fe0"),
+    Family("rotated-hybrid", "rotated-hybrid (ours)", "#49a5dc", "#8fd0f7"),
+    Family("static-hybrid", "static-hybrid (the paper's)", "#d55e00", "#f58a3c"),
     Family("paper-baseline", "the paper's baselines (int4)", "#4a4a4c", "#b9b9bc"),
     Family("bf16", "bf16, nothing quantized", "#8b8b86", "#8c8c87"),
     Family("peer", "peers' schemes", "#009e73", "#2fc79c"),
+    Family("try", "candidates that were not kept", "#a89868", "#958a63"),
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
 _BASELINES = ("int4", "int4-random")
@@ -88,7 +91,7 @@ class Plot:
 
 def family_of(codec: str) -> str:
     """The family of a codec, by its name in results: ``rotated-hybrid-4+6`` and the like."""
-    if codec in _BASELINES:
+    if codec.partition("@")[0] in _BASELINES:
         return "paper-baseline"
     mine = (family.name for family in FAMILIES if codec.startswith(family.name))
     return next(mine, "peer")

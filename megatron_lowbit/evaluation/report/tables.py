@@ -1,17 +1,19 @@
 """Tables of the page: numbers as text, what is not there as such."""
 
-from dataclasses import dataclass
-
 from megatron_lowbit.evaluation.report.findings import (
-    FAR_BELOW,
-    LOW,
     CodecError,
     Comparison,
     Ratio,
     codec_errors,
 )
-from megatron_lowbit.evaluation.report.ranges import PointRanges, by_kind, most_extreme
-from megatron_lowbit.evaluation.report.recipe import RecipePoint, runs
+from megatron_lowbit.evaluation.report.index import (
+    PointRanges,
+    RecipePoint,
+    by_kind,
+    most_extreme,
+    runs,
+)
+from megatron_lowbit.evaluation.report.page import Table
 from megatron_lowbit.evaluation.report.results import (
     AverageResult,
     Generation,
@@ -23,47 +25,11 @@ from megatron_lowbit.evaluation.report.results import (
     Text,
     TextResult,
 )
+from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
 
 NONE = "n/a"
 _NAMED = 12  # sync points that are named of a codec; the others are counted
-_TEXT = (
-    "by",
-    "written",
-    "tensor parallel size",
-    "text",
-    "sync point",
-    "layers",
-    "codec",
-    "worst sync point",
-    "worst token",
-    "model",
-)
 _OUTLIERS = 10  # rows of the table of outliers
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        caption: Above it.
-        head: The columns.
-        rows: Text, in as many columns; where the first is a codec, it gets its family's colour.
-        words: The last column is words, not a number.
-    """
-
-    caption: str
-    head: list[str]
-    rows: list[list[str]]
-    words: bool = False
-
-    def is_text(self, column: int) -> bool:
-        """Whether a column is to be aligned as text."""
-        return (
-            column == 0
-            or self.head[column] in _TEXT
-            or (self.words and column == len(self.head) - 1)
-        )
 
 
 def comparison(file: ResultFile, found: list[Comparison]) -> Table:
@@ -162,8 +128,8 @@ def errors(file: ResultFile) -> Table:
             token = f"{value:.1f} dB: {_point(error.worst_token)}"
         rows.append([error.codec, f"{error.median:.1f}", worst, token, _extreme(error)])
     caption = (
-        f"{file.label}: SQNR. Standing out: more than {FAR_BELOW:g} dB below the codec's median, "
-        f"or under {LOW:g} dB."
+        f"{file.label}: SQNR. Standing out: more than {BELOW_MEDIAN_DB:g} dB below the codec's "
+        f"median, or under {LOW_DB:g} dB."
     )
     return Table(caption, head, rows, words=True)
 
@@ -208,7 +174,7 @@ def recipe(points: list[RecipePoint]) -> Table:
     """The recipe, layers with the same setting in one row."""
     rows = [
         [one.name, f"{one.first}" if one.first == one.last else f"{one.first}-{one.last}"]
-        + [str(value) for value in one.setting]
+        + ["all" if value is None else str(value) for value in one.setting]
         for one in runs(points)
     ]
     head = ["sync point", "layers", "codec", "bits", "BF16 features"]
