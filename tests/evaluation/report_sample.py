@@ -190,6 +190,7 @@ def _average(random_: random.Random) -> dict:
             {
                 "codec": codec,
                 "average": 0.43 * kept,
+                "average_stderr": 0.011,
                 "kept": kept,
                 "kept_low": kept - width,
                 "kept_high": kept + width,
@@ -197,7 +198,7 @@ def _average(random_: random.Random) -> dict:
                 "difference_stderr": 0.43 * width / 2,
             }
         )
-    return {"native": 0.43, "results": results}
+    return {"native": 0.43, "native_stderr": 0.011, "results": results}
 
 
 def _long_context(random_: random.Random) -> dict:
@@ -211,10 +212,17 @@ def _long_context(random_: random.Random) -> dict:
                 "delta_nll": [0.8 * value for value in curve],
                 "kl": curve,
                 "retrieved": max(0.0, 0.9 - 0.5 * kl),
+                "retrieved_stderr": 0.05,
             }
         )
-    native = {"retrieved": 0.9}
-    return {"name": "persuasion.txt", "buckets": buckets, "native": native, "results": results}
+    return {
+        "name": "persuasion.txt",
+        "sequences": 2,
+        "needles": 20,
+        "buckets": buckets,
+        "native": {"retrieved": 0.9, "retrieved_stderr": 0.05},
+        "results": results,
+    }
 
 
 def _generation(random_: random.Random) -> dict:
@@ -222,7 +230,9 @@ def _generation(random_: random.Random) -> dict:
         {
             "codec": codec,
             "mean_agreement": 64 * math.exp(-3 * kl) * random_.uniform(0.9, 1),
+            "mean_agreement_stderr": 2.0,
             "full_agreement": round(16 * math.exp(-8 * kl)) / 16,
+            "full_agreement_stderr": 0.1,
         }
         for codec, _, _, kl, _ in VARIANTS
     ]

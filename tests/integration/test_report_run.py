@@ -1,5 +1,6 @@
 """From a checkpoint to a page: all that tools/evaluate.py measures, and tools/report.py on it."""
 
+import argparse
 import json
 import os
 import re
@@ -14,8 +15,15 @@ from releases import ROOT, environment
 
 from megatron_lowbit.calibration.corpus import Corpus
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.task_data import PACKAGE
-from megatron_lowbit.integration.measures import generation, long_context, prefix_of
+from megatron_lowbit.evaluation.task_data import PACKAGE, TASKS
+from megatron_lowbit.integration.measures import (
+    check_lengths,
+    check_options,
+    generation,
+    long_context,
+    prefix_of,
+    task_names,
+)
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
 CODECS = ["bf16", "rotated-hybrid", "rotated-hybrid-2", "rotated-hybrid-4+6"]
@@ -96,36 +104,61 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     assert "Not measured." not in text
     summary = json.loads(evaluated[1].read_text())
     for result in summary["generation"][0]["results"]:
-        cells = f"{result['codec']} {result['mean_agreement']:.1f} "
+        cells = f"{result['codec']} {result['mean_agreement']:.1f} ± "
         assert cells in text, cells
 
 
+def _options(**given) -> argparse.Namespace:
+    plain = {"data": [], "tasks": None, "limit": None, "long_context": None, "generate": None}
+    return argparse.Namespace(**{**plain, "seq_length": 512, **given})
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        ([], "nothing to measure: name a text with --data, or tasks with --tasks"),
-        (["--tasks", "arc-easy,piqa"], "unknown task 'piqa'; known: arc-easy, .*, or all"),
-        (["--limit", "3", "--data", "x.txt"], "--limit is of items of tasks"),
-        (["--tasks", "all", "--generate", "4"], "--generate 4 needs a text"),
-        (["--tasks", "all", "--long-context", "64"], "--long-context 64 needs a text"),
-        (["--data", TEXT, "--long-context", "16385"], "16385: the model has 16384 positions"),
-        (["--data", TEXT, "--long-context", "64"], "64 tokens are too short a text: needles"),
-        (["--data", TEXT, "--generate", "16384"], "after prompts of 64: the model has 16384"),
-        (["--data", "SHORT", "--tokens", "16", "--generate", "4"], "short.txt is too short"),
+        (_options(), "nothing to measure: name a text with --data, or tasks with --tasks"),
+        (_options(tasks="arc-easy,piqa"), "unknown task 'piqa'; known: arc-easy, .*, or all"),
+        (_options(data=[TEXT], limit=3), "--limit is of items of tasks"),
+        (_options(tasks="all", generate=4), "--generate 4 needs a text"),
+        (_options(tasks="all", long_context=64), "--long-context 64 needs a text"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(calibrated, tmp_path, arguments, message):
-    (tmp_path / "short.txt").write_text("A short text. " * 12)
-    arguments = [tmp_path / "short.txt" if a == "SHORT" else a for a in arguments]
-    short = ["--seq-length", "16"] if "--tokens" in arguments else []
-    done = _run("evaluate.py", "--simulate-tp", 2, "--load", calibrated, *arguments, *short)
+def test_options_that_are_wrong_by_themselves(options, message):
+    with pytest.raises(LowbitError, match=message):
+        check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (_options(data=[TEXT], seq_length=2049), "--seq-length 2049: the model has 2048"),
+        (_options(data=[TEXT], long_context=2049), "--long-context 2049: the model has 2048"),
+        (_options(data=[TEXT], generate=1986), "1986 after prompts of 64: the model has 2048"),
+    ],
+)
+def test_lengths_that_the_model_does_not_have(options, message):
+    with pytest.raises(LowbitError, match=message):
+        check_lengths(options, 2048)
+
+
+def test_all_names_all_tasks_and_none_names_none():
+    assert task_names("all") == TASKS
+    assert task_names(None) == []
+    assert task_names("boolq,arc-easy,boolq") == ["boolq", "arc-easy"]
+    check_options(_options(tasks="all", limit=5))
+    check_options(_options(data=[TEXT], generate=4))
+
+
+def test_a_text_too_short_for_needles_is_one_line_before_a_model_is_loaded(calibrated):
+    arguments = ["--simulate-tp", 2, "--load", calibrated, "--data", TEXT, "--long-context", 64]
+    done = _run("evaluate.py", *arguments)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert re.search(message, line), line
+    assert "error: 64 tokens are too short a text: needles and questions take" in line
 
 
 def test_a_missing_package_is_one_line_with_its_remedy(calibrated, tmp_path):
-    """A folder that shadows the package: as good as none."""
+    """A module of that name in front of the package: as good as none."""
     (tmp_path / "olmo_eval.py").touch()
     env = environment("0.19.2")
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"

@@ -124,7 +124,7 @@ def _places(spot, width: float, height: float, unit: float):
 def _cost(place, spot, panel: Bbox, own: Bbox, markers: list[Bbox], taken: list[Bbox]) -> float:
     """What a place hides, before all; then whose it seems, what its line crosses, how far it is."""
     box, end, distance = place
-    outside = not (panel.x0 <= box.x0 and box.x1 <= panel.x1 + panel.width * 0.02)
+    outside = not (panel.x0 <= box.x0 and box.x1 <= panel.x1)
     outside += not (panel.y0 <= box.y0 and box.y1 <= panel.y1)
     hidden = sum(box.overlaps(other) for other in (own, *markers, *taken))
     nearer = sum(_gap(box, other) < 1.5 * _gap(box, own) + 1 for other in markers)
@@ -151,8 +151,12 @@ def _write(axes: Axes, point: Point, box: Bbox, end, size: float) -> None:
         to = inverted.transform(end)
         (line,) = axes.plot([point.x, to[0]], [point.y, to[1]], scalex=False, scaley=False)
         line.set(color=MUTED, linewidth=0.6, zorder=1.9)
-    at = inverted.transform(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
-    axes.text(*at, point.text, fontsize=size, color=INK, ha="center", va="center", zorder=5)
+    # By the side that faces the point: in the PNG a text is a little wider than it is here.
+    x = axes.transData.transform((point.x, point.y))[0]
+    side = "left" if box.x0 >= x else "right" if box.x1 <= x else "center"
+    place = {"left": box.x0 + _AIR, "right": box.x1 - _AIR, "center": (box.x0 + box.x1) / 2}[side]
+    at = inverted.transform((place, (box.y0 + box.y1) / 2))
+    axes.text(*at, point.text, fontsize=size, color=INK, ha=side, va="center", zorder=5)
 
 
 def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:

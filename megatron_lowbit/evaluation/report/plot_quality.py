@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.labels import Point, label_points
@@ -22,6 +21,7 @@ _MARKERS = {"one-shot": "o", "two-shot": "s"}  # filled and open; others a diamo
 _METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}
 _REFERENCE = "bf16"
 _NOT_VERSIONS = ("peer", "paper-baseline", "try")  # families of codecs that are not joined
+_LEGEND_COLUMNS = 6  # as many as the width has room for
 _LEAST = 2e-5  # nats: below, a log axis would show only noise
 
 
@@ -78,7 +78,7 @@ def _panel(axes: Axes, evaluation: Evaluation, text: Text, metric: str) -> None:
             zorder=3,
         )
     _reference(axes, text, metric)
-    axes.set_yscale("log")
+    style.log_axis(axes)
 
 
 def _spots(evaluation: Evaluation, text: Text, metric: str) -> list[_Spot]:
@@ -143,7 +143,7 @@ def _reference(axes: Axes, text: Text, metric: str) -> None:
 
 
 def _limits(column, spots: list[list[_Spot]], panels, metric: str) -> None:
-    """The same y axis for a metric in all rows, with room for labels; ticks that can be read."""
+    """The same axes for a metric in all rows, with room for labels."""
     known = [spot for one in spots for spot in one]
     heights = [end for s in known for end in (s.y + s.error, max(s.y - s.error, s.y / 3))]
     heights += [noise for _, text in panels if (noise := _noise(text, metric)) is not None]
@@ -156,11 +156,6 @@ def _limits(column, spots: list[list[_Spot]], panels, metric: str) -> None:
         left, right = min(s.x for s in known), max(s.x for s in known)
         room = 0.3 + 0.12 * (right - left)  # for labels
         axes.set_xlim(left - room, right + room)
-    for one in column:
-        one.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        one.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        one.yaxis.set_minor_formatter(NullFormatter())
-        one.yaxis.set_tick_params(which="minor", length=0)
 
 
 def _label(axes: Axes, spots: list[_Spot]) -> None:
@@ -188,9 +183,14 @@ def _legend(made, evaluations: list[Evaluation]) -> None:
         handle.set_markerfacecolor(face)
         handles.append(handle)
     made.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=7.5,
-        handletextpad=0.1, columnspacing=1.2,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside upper left",
+        ncols=_LEGEND_COLUMNS,
+        frameon=False,
+        fontsize=7.5,
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
 
 
 def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
@@ -198,10 +198,13 @@ def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
     caption = (
         "Lower and further left is better. Bars: one standard error over sequences of "
         f"{' or '.join(map(str, lengths))} tokens. Lines join the versions of one codec. "
-        "Two-shot quantizes the sum, too, and sends fewer bytes at the same bits a value. "
-        "The dotted line is what codec bf16, with nothing quantized, scores, plus its error: "
-        "differences below it mean nothing."
+        "Two-shot quantizes the sum, too, and sends fewer bytes at the same bits a value."
     )
+    if any((_noise(text, metric) or 0) > _LEAST for _, text in panels for metric in _METRICS):
+        caption += (
+            " The dotted line is what codec bf16, with nothing quantized, scores, plus its error: "
+            "differences below it mean nothing."
+        )
     hidden = [_hidden(file.data, text) for file, text in panels]
     hidden = list(dict.fromkeys(one for some in hidden for one in some))
     return caption + (f" Not on a log axis: {', '.join(hidden)}." if hidden else "")

@@ -1,7 +1,7 @@
 """Tasks: what is kept of native's accuracy. Long contexts: loss and KL by position."""
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.labels import label_ends
@@ -83,9 +83,9 @@ def draw_long_context(name: str, file: ResultFile, measured: LongContext) -> sty
         return style.finish(
             made,
             name,
-            f"{file.label}: {measured.name}, by position (each point is a bucket, at its middle). "
-            "A line that rises says that errors grow with the context. Values of zero or less "
-            "have no place on a log axis and are left out.",
+            f"{file.label}: {measured.sequences} sequences of {measured.name}, by position (each "
+            "point is a bucket, at its middle). A line that rises says that errors grow with the "
+            "context. Values of zero or less have no place on a log axis and are left out.",
         )
 
 
@@ -111,9 +111,9 @@ def _position_panel(
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.3, linestyle=dash)
         axes.plot(*zip(*curve, strict=True), ".", color=color, markersize=4)
         ends.append((curve[-1][1], color, result.codec))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    style.log_axis(axes)
+    end = measured.buckets[-1][1]
+    axes.set_xticks([quarter * end // 4 for quarter in range(4)])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_xlim(measured.buckets[0][0], sum(measured.buckets[-1]) / 2)
     return ends

@@ -95,6 +95,7 @@ class AverageResult(_Part):
 
     codec: str
     average: Number
+    average_stderr: Number
     kept: Number
     kept_low: Number
     kept_high: Number
@@ -104,11 +105,13 @@ class AverageResult(_Part):
 
 class TaskAverage(_Part):
     native: Number
+    native_stderr: Number
     results: list[AverageResult]
 
 
 class NativeRetrieval(_Part):
     retrieved: Number
+    retrieved_stderr: Number
 
 
 class LongContextResult(_Part):
@@ -118,10 +121,13 @@ class LongContextResult(_Part):
     delta_nll: list[Number]
     kl: list[Number]
     retrieved: Number
+    retrieved_stderr: Number
 
 
 class LongContext(_Part):
     name: str
+    sequences: int
+    needles: int
     buckets: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
     native: NativeRetrieval
     results: list[LongContextResult]
@@ -139,7 +145,9 @@ class GenerationResult(_Part):
 
     codec: str
     mean_agreement: Number
+    mean_agreement_stderr: Number
     full_agreement: Number
+    full_agreement_stderr: Number
 
 
 class Generation(_Part):

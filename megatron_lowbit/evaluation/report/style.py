@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, MUTED, GRID, PAPER = "#1b1b1a", "#6a6a65", "#e3e3de", "#ffffff"
 WIDTH = 10.0  # inches of a figure: the width of the page
@@ -122,6 +123,14 @@ def finish(made: Figure, name: str, caption: str) -> Plot:
     png = io.BytesIO()
     made.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
     return Plot(name=name, caption=caption, svg=_svg(made, name, caption), png=png.getvalue())
+
+
+def log_axis(axes: Axes) -> None:
+    """A log y axis with ticks that can be read, also where it spans less than a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def layer_axis(axes: Axes, layers: list[int]) -> None:

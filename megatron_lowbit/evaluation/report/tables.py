@@ -66,7 +66,7 @@ def tasks(file: ResultFile) -> Table:
     head = ["codec", *(f"{task.name} ({task.metric}, {task.items} items)" for task in measured)]
     head += ["average", "kept of BF16, % [95 % interval]"]
     native = ["native BF16", *(share(*task.score(task.native)) for task in measured)]
-    rows = [[*native, share(average.native) if average else NONE, "100"]]
+    rows = [[*native, share(average.native, average.native_stderr) if average else NONE, "100"]]
     averages = {one.codec: one for one in average.results} if average else {}
     for codec, results in _by_codec(file):
         cells = [
@@ -100,7 +100,7 @@ def _average(result: AverageResult | None) -> list[str]:
     if result is None:
         return [NONE, NONE]
     kept = f"{share(result.kept)} [{share(result.kept_low)}, {share(result.kept_high)}]"
-    return [share(result.average), kept]
+    return [share(result.average, result.average_stderr), kept]
 
 
 def outliers(points: list[PointRanges]) -> Table:
@@ -153,9 +153,14 @@ def _point(point: PointError) -> str:
 
 def needles(file: ResultFile, measured: LongContext) -> Table:
     """How many needles were found."""
-    rows = [["native BF16", share(measured.native.retrieved)]]
-    rows += [[result.codec, share(result.retrieved)] for result in measured.results]
-    return Table(f"Needles found, {file.label}, {measured.name}.", ["codec", "found, %"], rows)
+    found = [("native BF16", measured.native)]
+    found += [(result.codec, result) for result in measured.results]
+    rows = [[codec, share(one.retrieved, one.retrieved_stderr)] for codec, one in found]
+    caption = (
+        f"{file.label}: passwords that were planted in {measured.name} ({measured.needles} in all) "
+        "and are found when asked for at its end, ± standard error over texts."
+    )
+    return Table(caption, ["codec", "found, %"], rows)
 
 
 def generation(file: ResultFile, measured: Generation) -> Table:
@@ -163,7 +168,11 @@ def generation(file: ResultFile, measured: Generation) -> Table:
     head = ["codec", f"same tokens before the first other one, of {measured.new_tokens}"]
     head += ["prompts without any other, %"]
     rows = [
-        [result.codec, number(result.mean_agreement, 1), share(result.full_agreement)]
+        [
+            result.codec,
+            with_error(result.mean_agreement, result.mean_agreement_stderr, digits=1),
+            share(result.full_agreement, result.full_agreement_stderr),
+        ]
         for result in measured.results
     ]
     caption = f"{file.label}: {measured.name}, {measured.prompts} prompts, greedy."
