@@ -1,6 +1,7 @@
 """What the command lines share: one-line errors, exit statuses, progress bars on one rank."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -93,6 +94,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above zero")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not above zero and finite")
     return value
 
 
