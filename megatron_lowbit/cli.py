@@ -50,7 +50,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def _is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed since its peer ended: Gloo's and NCCL's own words."""
-    lost = r"connection (was )?(closed|reset|refused)|peer closed|remote process exited|timed out"
+    lost = r"connection (was )?(closed|reset|refused)|peer closed|broken pipe"
+    lost += r"|remote process exited|timed out"
     return bool(re.search(lost, str(error), re.IGNORECASE))
 
 
