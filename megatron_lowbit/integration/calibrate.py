@@ -40,8 +40,8 @@ from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
+from megatron_lowbit.integration.choices import model_identity
 from megatron_lowbit.integration.forward import device_of, logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.planning import with_recipe

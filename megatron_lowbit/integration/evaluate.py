@@ -24,9 +24,9 @@ from megatron_lowbit.evaluation.tables import text_table
 from megatron_lowbit.evaluation.text import Text
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.apply import check_index, model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.calibrate import check_length, refuse_pipeline
+from megatron_lowbit.integration.choices import check_index, model_identity
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.simulate import find_summing, megatron_argv
 from megatron_lowbit.integration.summing import Summing

@@ -19,6 +19,7 @@ from megatron_lowbit.calibration.recipe import Key, Recipe
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measure import LanguageModel
 from megatron_lowbit.evaluation.text import Text
+from megatron_lowbit.integration.choices import tables_for
 from megatron_lowbit.integration.forward import device_of
 from megatron_lowbit.integration.sensitivity import measure_options
 from megatron_lowbit.integration.summing import Summing
@@ -102,16 +103,8 @@ class Planner:
         reducers = []
         for point in self.summing.points:
             choice = recipe[point.layer, point.name]
-            codec = choice.make()
-            tables = self.index.tables(
-                point.layer,
-                point.name,
-                codec,
-                ranks=self.summing.ranks,
-                bf16_features=choice.bf16_features,
-                device=point.module.weight.device,
-            )
-            reducers.append(self.summing.reducer(point, codec, tables, "one-shot"))
+            tables = tables_for(self.index, point, choice, self.summing.ranks)
+            reducers.append(self.summing.reducer(point, choice.make(), tables, "one-shot"))
         return reducers
 
 

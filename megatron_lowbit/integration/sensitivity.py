@@ -21,6 +21,7 @@ from megatron_lowbit.calibration.plan import Option
 from megatron_lowbit.calibration.recipe import CodecChoice, Key
 from megatron_lowbit.codecs import CALIBRATED_CODEC, get_codec
 from megatron_lowbit.evaluation import language_model as lm
+from megatron_lowbit.integration.choices import tables_for
 from megatron_lowbit.integration.forward import device_of, forward, logits
 from megatron_lowbit.integration.summing import Summing
 
@@ -128,7 +129,10 @@ def _errors(
     """fp64 ``[points, choices]``: predicted divergence, summed over tokens."""
     costs = torch.zeros(len(summing.points), len(choices), dtype=torch.float64)
     reducers = [
-        [summing.reducer(p, *_codec(index, c, p, summing.ranks), "one-shot") for c in choices]
+        [
+            summing.reducer(p, c.make(), tables_for(index, p, c, summing.ranks), "one-shot")
+            for c in choices
+        ]
         for p in summing.points
     ]
 
@@ -144,17 +148,6 @@ def _errors(
         for number in track(range(len(sequences))):
             logits(model, sequences[number][None])
     return costs
-
-
-def _codec(index: Index, choice: CodecChoice, point, ranks: int) -> tuple:
-    """The codec of a choice and its tables at a sync point."""
-    codec = choice.make()
-    device = point.module.weight.device
-    count = choice.bf16_features
-    tables = index.tables(
-        point.layer, point.name, codec, ranks=ranks, bf16_features=count, device=device
-    )
-    return codec, tables
 
 
 def _bits_per_value(index: Index, choice: CodecChoice) -> float:

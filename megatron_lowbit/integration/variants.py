@@ -25,9 +25,9 @@ from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.plan import plan
 from megatron_lowbit.calibration.recipe import Recipe
 from megatron_lowbit.codecs import Codec, Tables, get_codec, parse_codec
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.run import Variant
 from megatron_lowbit.evaluation.sync_error import Observer
+from megatron_lowbit.integration.choices import choice_for, tables_for
 from megatron_lowbit.integration.summing import CountingReducer, Summing
 from megatron_lowbit.integration.sync_points import SyncPoint
 
@@ -64,11 +64,7 @@ class Named:
             at = bind(_with_features, _BASELINES[self.base], self.codec)
         else:
             at = bind(_uniform, self.codec)
-        prepared = [at(index, point, ranks) for point in points]
-        return [
-            (codec, tables.to(point.module.weight.device))
-            for (codec, tables), point in zip(prepared, points, strict=True)
-        ]
+        return [at(index, point, ranks) for point in points]
 
     def _recipe(self, index: Index) -> Recipe:
         options = index.options()  # raises where there is no recipe
@@ -139,19 +135,13 @@ class Variants:
 
 
 def _uniform(codec: Codec, index: Index, point: SyncPoint, ranks: int) -> tuple[Codec, Tables]:
-    return codec, index.tables(point.layer, point.name, codec, ranks=ranks)
+    device = point.module.weight.device
+    return codec, index.tables(point.layer, point.name, codec, ranks=ranks, device=device)
 
 
 def _by_recipe(recipe: Recipe, index: Index, point: SyncPoint, ranks: int) -> tuple[Codec, Tables]:
-    try:
-        choice = recipe[point.layer, point.name]
-    except KeyError:
-        raise LowbitError(
-            f"the recipe of {index.origin} has nothing for {point}: calibrate this model"
-        ) from None
-    codec = choice.make()
-    count = choice.bf16_features
-    return codec, index.tables(point.layer, point.name, codec, ranks=ranks, bf16_features=count)
+    choice = choice_for(recipe, point, index)
+    return choice.make(), tables_for(index, point, choice, ranks)
 
 
 def _with_features(
@@ -161,7 +151,8 @@ def _with_features(
     count = len(index.bf16_index(point.layer, point.name, codec))
     features = torch.tensor(choose(index, point, count), dtype=torch.int64)
     statistics = index.record(point.layer, point.name).statistics(ranks)
-    return codec, codec.tables(index.hidden, bf16_index=features, statistics=statistics)
+    tables = codec.tables(index.hidden, bf16_index=features, statistics=statistics)
+    return codec, tables.to(point.module.weight.device)
 
 
 def _random_features(index: Index, point: SyncPoint, count: int) -> list[int]:
