@@ -182,7 +182,9 @@ def apply(
     if all_gather_bits is not None:
         gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
     group = points[0].group
-    agreed = (chosen.digest(), all_gather_bits, str(points[0].module.weight.dtype))
+    codecs = sorted({repr(codec) for codec in chosen.codecs})
+    dtype = str(points[0].module.weight.dtype)
+    agreed = (codecs, all_gather_bits, dtype, chosen.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     device = points[0].module.weight.device
     # One choice of collectives for all: a few bits more or less hardly move where each wins.
