@@ -1,6 +1,7 @@
 """What the command lines share: one-line errors, exit statuses, progress bars on one rank."""
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -49,7 +50,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def _is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed since its peer ended: Gloo's and NCCL's own words."""
-    lost = r"connection (was )?(closed|reset|refused)|peer closed|remote process exited|timed out"
+    lost = r"connection (was )?(closed|reset|refused)|peer closed|broken pipe"
+    lost += r"|remote process exited|timed out"
     return bool(re.search(lost, str(error), re.IGNORECASE))
 
 
@@ -93,6 +95,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not above zero")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """argparse type: a finite number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not above zero and finite")
     return value
 
 

@@ -8,6 +8,8 @@ from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 CODECS = [
     ("bf16", 16),
     ("static-hybrid", 4),
+    ("scaled-hybrid", 4),
+    ("scaled-hybrid", 3),
     ("rotated-hybrid", 4),
     ("rotated-hybrid", 3),
     ("rotated-hybrid", 2),

@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
 
 from megatron_lowbit import cli
-from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, get_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
+from megatron_lowbit.errors import LowbitError
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -39,15 +40,29 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--codec",
-        default=DEFAULT_CODEC,
         metavar="CODEC",
-        help=f"codec that the index is for: {', '.join(CODECS)} (default: {DEFAULT_CODEC})",
+        help=f"codec that the index is for: {', '.join(CODECS)} (default: {CALIBRATED_CODEC})",
     )
     parser.add_argument(
         "--bf16-features",
         metavar="K",
         help="features that travel in BF16: a count (12), or a fraction of the hidden size (0.01) "
-        "(default: hidden/64 for static-hybrid, hidden/128 for rotated-hybrid)",
+        "(default: hidden/64 for static-hybrid, hidden/128 for shaped- and rotated-hybrid)",
+    )
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument(
+        "--budget",
+        type=cli.positive_number,
+        metavar="BITS",
+        help="also choose bits and BF16 features for each sync point by measured sensitivity, so "
+        "that a value takes so many bits on average, all included (e.g. 4.2)",
+    )
+    recipe.add_argument(
+        "--target-loss",
+        type=cli.positive_number,
+        metavar="NATS",
+        help="the same with the fewest bits that stay within so many nats a token (e.g. 0.02) of "
+        "measured KL divergence from native communication",
     )
     parser.add_argument(
         "--sequences", type=cli.positive, default=256, metavar="N", help="default: 256"
@@ -60,7 +75,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--resume", action="store_true", help="go on where an interrupted calibration was"
     )
     cli.add_simulate_tp(parser)
-    return parser.parse_known_args()
+    options, megatron_argv = parser.parse_known_args()
+    planned = options.budget is not None or options.target_loss is not None
+    if planned and (options.codec or options.bf16_features):
+        raise LowbitError("a recipe chooses codec and BF16 features: leave out what sets them")
+    options.codec = options.codec or CALIBRATED_CODEC
+    return options, megatron_argv
 
 
 def main() -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lowbit.calibration.plan import Option
+from megatron_lowbit.calibration.recipe import CodecChoice, Key, Recipe
 from megatron_lowbit.codecs import Codec, Statistics, Tables
-from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.errors import IndexFileError, LowbitError
 
 STATISTICS = ("minimum", "maximum", "mean", "second_moment")
 SUM_STATISTICS = ("sum_minimum", "sum_maximum", "sum_mean", "sum_second_moment")
@@ -35,6 +37,8 @@ class SyncPointRecord:
         sum_maximum: Likewise.
         sum_mean: Likewise.
         sum_second_moment: Likewise.
+        divergence: fp64 ``[options]``, nats that each of the manifest's options of a recipe is
+            predicted to cost here; None without a recipe.
     """
 
     bf16_index: Tensor
@@ -46,6 +50,7 @@ class SyncPointRecord:
     sum_maximum: Tensor
     sum_mean: Tensor
     sum_second_moment: Tensor
+    divergence: Tensor | None = None
 
     @property
     def ranges(self) -> Tensor:
@@ -105,12 +110,58 @@ class Index:
                 "calibrate this model with tools/calibrate.py"
             ) from None
 
-    def bf16_index(self, layer: int, name: str, codec: Codec) -> Tensor:
-        """The features of a sync point that travel in BF16 with `codec`, ascending."""
+    @property
+    def recipe(self) -> Recipe | None:
+        """What calibration planned for each sync point, if it did."""
+        stored = self.manifest.get("recipe")
+        if stored is None:
+            return None
+        return {
+            (int(layer), name): CodecChoice(**choice)
+            for layer, choices in stored["points"].items()
+            for name, choice in choices.items()
+        }
+
+    def options(self) -> dict[Key, list[Option]]:
+        """What each sync point could get, at what cost: to plan for another budget.
+
+        Raises:
+            IndexFileError: The index has no recipe.
+        """
+        if "recipe" not in self.manifest:
+            raise IndexFileError(
+                f"{self.origin} has no recipe: make it with tools/calibrate.py --budget BITS"
+            )
+        choices = [
+            (CodecChoice(**entry["choice"]), entry["bits_per_value"])
+            for entry in self.manifest["recipe"]["options"]
+        ]
+        return {
+            (layer, name): [
+                Option(*choice, divergence)
+                for choice, divergence in zip(choices, record.divergence.tolist(), strict=True)
+            ]
+            for layer, records in self.layers.items()
+            for name, record in records.items()
+        }
+
+    def bf16_index(
+        self, layer: int, name: str, codec: Codec, bf16_features: int | None = None
+    ) -> Tensor:
+        """The features of a sync point that travel in BF16 with `codec`, ascending.
+
+        `bf16_features` of them; if None, as many as the index or the codec says.
+        """
         record = self.record(layer, name)
-        if codec.name == self.manifest["codec"]["name"]:
-            return record.bf16_index
-        return select_bf16_index(record.ranges, codec.default_bf16_features(self.hidden))
+        if bf16_features is None:
+            if codec.name == self.manifest["codec"]["name"]:
+                return record.bf16_index
+            bf16_features = codec.default_bf16_features(self.hidden)
+        if bf16_features > self.hidden:
+            raise LowbitError(
+                f"{bf16_features} BF16 features at layer {layer} {name}: there are {self.hidden}"
+            )
+        return select_bf16_index(record.ranges, bf16_features)
 
     def tables(
         self,
@@ -119,12 +170,13 @@ class Index:
         codec: Codec,
         *,
         ranks: int,
+        bf16_features: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Tables:
-        """The codec's tables of one sync point, for a group of `ranks`."""
+        """The codec's tables of one sync point, for a group of `ranks`; see `bf16_index`."""
         return codec.tables(
             self.hidden,
-            bf16_index=self.bf16_index(layer, name, codec),
+            bf16_index=self.bf16_index(layer, name, codec, bf16_features),
             statistics=self.record(layer, name).statistics(ranks),
             device=device,
         )

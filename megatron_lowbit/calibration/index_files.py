@@ -1,11 +1,13 @@
 """Index files: reading, writing and validating an index directory.
 
-    DIR/manifest.json             format version, model shape, TP size, codec, corpus, versions,
+    DIR/manifest.json             format version, model shape, TP size, codec, recipe if there is
+                                  one (`calibration.plan`), corpus, versions,
                                   file and sha256 of each layer, sha256 of the manifest itself
     DIR/layer_NNNNN.safetensors   per sync point NAME: NAME/bf16_index int32 [k] and
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
                                   and, of the sum over ranks,
-                                  NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden]
+                                  NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden];
+                                  with a recipe NAME/divergence fp64 [options]
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.calibration.index import STATISTICS, SUM_STATISTICS, Index, SyncPointRecord
+from megatron_lowbit.calibration.recipe import CodecChoice
 from megatron_lowbit.codecs import CODECS
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.files import atomic_directory, check_writable, write
@@ -164,9 +167,25 @@ def _check_schema(manifest: dict[str, Any], path: Path) -> None:
     if manifest["codec"]["name"] not in CODECS:
         name = manifest["codec"]["name"]
         raise IndexFileError(f"{path} names codec {name!r}: known are {', '.join(CODECS)}")
+    if "recipe" in manifest:
+        _check_recipe(manifest["recipe"], path)
     for layer, entry in manifest["layers"].items():
         if not (layer.isdigit() and isinstance(entry, dict) and {"file", "sha256"} <= set(entry)):
             raise IndexFileError(f"{path} has a bad entry for layer {layer!r}: {_REMEDY}")
+
+
+def _check_recipe(recipe: Any, path: Path) -> None:
+    try:
+        choices = [entry["choice"] for entry in recipe["options"]]
+        choices += [c for of_layer in recipe["points"].values() for c in of_layer.values()]
+        for choice in choices:
+            CodecChoice(**choice).make()
+        bits = [float(entry["bits_per_value"]) for entry in recipe["options"]]
+        layers = [int(layer) for layer in recipe["points"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IndexFileError(f"{path} has no valid recipe ({error}): {_REMEDY}") from None
+    if not bits or not layers:
+        raise IndexFileError(f"{path} has an empty recipe: {_REMEDY}")
 
 
 def _read_layer(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -187,6 +206,7 @@ def _to_tensors(records: dict[str, SyncPointRecord]) -> dict[str, Tensor]:
         f"{name}/{key}": value.contiguous()
         for name, record in records.items()
         for key, value in vars(record).items()
+        if value is not None
     }
 
 
@@ -195,21 +215,21 @@ def _to_records(
 ) -> dict[str, SyncPointRecord]:
     """Records of one layer's tensors, each tensor's presence, shape and values checked."""
     hidden, ranks = manifest["model"]["hidden_size"], manifest["tp_size"]
+    options = len(manifest["recipe"]["options"]) if "recipe" in manifest else 0
     records = {}
     for name in sorted({key.rpartition("/")[0] for key in tensors}):
-        fields = {
-            key: tensors.get(f"{name}/{key}")
-            for key in ("bf16_index", *STATISTICS, *SUM_STATISTICS)
-        }
+        keys = ["bf16_index", *STATISTICS, *SUM_STATISTICS]
+        keys += ["divergence"] if "recipe" in manifest else []
+        fields = {key: tensors.get(f"{name}/{key}") for key in keys}
         for key, value in fields.items():
-            problem = _problem(key, value, ranks, hidden)
+            problem = _problem(key, value, ranks, hidden, options)
             if problem:
                 raise IndexFileError(f"{path}: {name}/{key} {problem}: {_REMEDY}")
         records[name] = SyncPointRecord(**fields)
     return records
 
 
-def _problem(key: str, value: Tensor | None, ranks: int, hidden: int) -> str | None:
+def _problem(key: str, value: Tensor | None, ranks: int, hidden: int, options: int) -> str | None:
     """What is wrong with one tensor of a layer file, or None."""
     if value is None:
         return "is missing"
@@ -220,6 +240,7 @@ def _problem(key: str, value: Tensor | None, ranks: int, hidden: int) -> str | N
         inside = bool(((value >= 0) & (value < hidden)).all())
         return None if ascending and inside else f"is not ascending within 0..{hidden - 1}"
     shape = [hidden] if key in SUM_STATISTICS else [ranks, hidden]
-    if value.dtype != torch.float32 or list(value.shape) != shape:
-        return f"is {value.dtype} {list(value.shape)}, not float32 {shape}"
+    shape, dtype = ([options], torch.float64) if key == "divergence" else (shape, torch.float32)
+    if value.dtype != dtype or list(value.shape) != shape:
+        return f"is {value.dtype} {list(value.shape)}, not {str(dtype)[6:]} {shape}"
     return None if bool(value.isfinite().all()) else "is not finite"

@@ -13,14 +13,16 @@ from megatron_lowbit.codecs.asymmetric import (
 )
 from megatron_lowbit.codecs.base import Codec, Statistics, Tables
 from megatron_lowbit.codecs.bf16 import Bf16
+from megatron_lowbit.codecs.candidates import CANDIDATES
 from megatron_lowbit.codecs.fp4 import Mxfp4, Nvfp4
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.codecs.scaled_hybrid import ScaledHybrid
 from megatron_lowbit.codecs.shaped_hybrid import ShapedHybrid
 from megatron_lowbit.codecs.static_hybrid import StaticHybrid
 from megatron_lowbit.codecs.symmetric import Fp8Group256, Int4Group16, Int4Group32, Int8Token
 from megatron_lowbit.errors import LowbitError
 
-_OWN = (Bf16, StaticHybrid, RotatedHybrid, ShapedHybrid)
+_OWN = (Bf16, StaticHybrid, ScaledHybrid, RotatedHybrid, ShapedHybrid)
 _PEERS = (
     *(Int4Group32, Int4Group16, Int4Group32Asymmetric, Int4Group128Asymmetric, SpikeGroup32),
     *(Mxfp4, Nvfp4, Fp8Group256, Int8Token),
@@ -41,23 +43,32 @@ def get_codec(name: str = DEFAULT_CODEC, *, bits: int | tuple[int, int] | None =
     Raises:
         LowbitError: No such codec, or it has no version of that many bits.
     """
-    if name not in CODECS:
-        raise LowbitError(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
-    first, second = bits if isinstance(bits, tuple) else (bits, None)
-    return CODECS[name](first, sum_bits=second)
+    return _make(CODECS, name, bits)
 
 
 def parse_codec(text: str) -> Codec:
-    """A codec by its name in results: ``rotated-hybrid``, ``rotated-hybrid-3`` or ``...-4+6``."""
+    """A codec by its name in results: ``rotated-hybrid``, ``rotated-hybrid-3`` or ``...-4+6``.
+
+    Unlike `get_codec` it knows the `CANDIDATES`, too: they can be measured, not served with.
+    """
+    known = CODECS | CANDIDATES
     match = re.fullmatch(r"(.+)-(\d+)(?:\+(\d+))?", text)
-    if text in CODECS or match is None:
-        return get_codec(text)
+    if text in known or match is None:
+        return _make(known, text, None)
     name, first, second = match.groups()
-    return get_codec(name, bits=(int(first), int(second)) if second else int(first))
+    return _make(known, name, (int(first), int(second)) if second else int(first))
+
+
+def _make(known: dict[str, type[Codec]], name: str, bits: int | tuple[int, int] | None) -> Codec:
+    if name not in known:
+        raise LowbitError(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
+    first, second = bits if isinstance(bits, tuple) else (bits, None)
+    return known[name](first, sum_bits=second)
 
 
 __all__ = [
     "CALIBRATED_CODEC",
+    "CANDIDATES",
     "CODECS",
     "DEFAULT_CODEC",
     "Codec",

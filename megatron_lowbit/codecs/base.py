@@ -70,16 +70,17 @@ class Tables:
         codec: Name of the codec that made them.
         hidden: Features in a token.
         bf16_index: int64 ``[k]``, ascending: the features that travel in BF16.
-        body_index: int64 ``[hidden - k]``, ascending: the others (``static-hybrid`` only).
-        scale: fp32 ``[ranks, hidden]``, the value of one quantization step per rank and feature
-            (``static-hybrid`` only).
+        body_index: int64 ``[hidden - k]``, ascending: the others (``static-hybrid`` and
+            ``scaled-hybrid``).
+        scale: fp32 ``[ranks, hidden]``, per rank and feature the value of one quantization step
+            (``static-hybrid``) or its size beside other features (``scaled-hybrid``).
         encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated
             (``rotated-hybrid`` and its kin).
         decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back.
         center: fp32 ``[ranks, hidden]``, what is subtracted from a rank's partial.
         center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
-            (``static-hybrid`` only).
+            (``static-hybrid`` and ``scaled-hybrid``).
     """
 
     codec: str
@@ -273,3 +274,10 @@ def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | s
     if repeated.numel():
         raise LowbitError(f"BF16 index has feature {repeated[0].item()} more than once")
     return index.to(device)
+
+
+def other_features(bf16_index: Tensor, hidden: int) -> Tensor:
+    """The features outside the BF16 index: int64 ``[hidden - k]``, ascending."""
+    is_body = torch.ones(hidden, dtype=torch.bool, device=bf16_index.device)
+    is_body[bf16_index] = False
+    return is_body.nonzero().flatten()

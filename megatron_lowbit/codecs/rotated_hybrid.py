@@ -59,7 +59,7 @@ class RotatedHybrid(Codec):
         )
 
     def row_bytes(self, tables: Tables) -> int:
-        body = wire.packed_bytes(tables.hidden, self.bits)
+        body = self._body_bytes(tables.hidden)
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
@@ -132,27 +132,46 @@ class RotatedHybrid(Codec):
 
     def _write(self, body: Tensor, kept: Tensor) -> Tensor:
         """Rows of a rotated body, fp32 ``[tokens, hidden]``, and BF16 features ``[tokens, k]``."""
-        scale = self._scale(body, kept)
+        scale = token_scale(body, kept)
         inverse = torch.where(scale == 0, 0, 1 / scale.float())
-        codes = codebook.quantize(body * inverse, self.bits)
-        return wire.join_row(wire.pack(codes, self.bits), torch.cat([kept, scale], dim=1))
+        return wire.join_row(self._pack(body * inverse), torch.cat([kept, scale], dim=1))
 
     def _sum(self, payloads: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """fp32 sums in rank order: the rotated body ``[tokens, hidden]``, the BF16 features."""
-        packed, floats = wire.split_row(payloads, wire.packed_bytes(tables.hidden, self.bits))
+        packed, floats = wire.split_row(payloads, self._body_bytes(tables.hidden))
         kept, scale = floats[..., :-1], floats[..., -1:]
         total = None
         for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
-            values = codebook.dequantize(wire.unpack(codes, self.bits, tables.hidden), self.bits)
+            values = self._unpack(codes, tables.hidden)
             values *= scale[rank]
             total = values if total is None else total.add_(values)
         return total, sum_in_rank_order(kept)
 
+    def _body_bytes(self, hidden: int) -> int:
+        return wire.packed_bytes(hidden, self.bits)
+
+    def _pack(self, values: Tensor) -> Tensor:
+        """The packed codes of a body divided by its scale, ``[tokens, hidden]``.
+
+        A codec that changes this and `_unpack` must say in `_has_kernel` that no kernel knows it.
+        """
+        return wire.pack(codebook.quantize(values, self.bits), self.bits)
+
+    def _unpack(self, packed: Tensor, hidden: int) -> Tensor:
+        """fp32 ``[tokens, hidden]``: what the codes of `_pack` stand for, a new tensor."""
+        return codebook.dequantize(wire.unpack(packed, self.bits, hidden), self.bits)
+
     def _transform(self, body: Tensor) -> Tensor:
         return rotation.hadamard(body) if self.rotate else body
 
-    def _scale(self, body: Tensor, kept: Tensor) -> Tensor:
-        """BF16 ``[tokens, 1]``: the root mean square, or NaN for a row that is not all finite."""
-        scale = (rotation.sum_of_squares(body) / body.shape[1]).sqrt()
-        finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
-        return torch.where(finite, scale, torch.nan).to(torch.bfloat16)
+
+def token_scale(body: Tensor, kept: Tensor) -> Tensor:
+    """BF16 ``[tokens, 1]``: the body's root mean square, or NaN for a row that is not all finite.
+
+    Args:
+        body: fp32 ``[tokens, n]``.
+        kept: BF16 features of the same tokens, ``[tokens, k]``.
+    """
+    scale = (rotation.sum_of_squares(body) / max(body.shape[1], 1)).sqrt()
+    finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

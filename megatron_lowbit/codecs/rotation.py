@@ -59,7 +59,7 @@ def sum_of_squares(values: Tensor) -> Tensor:
     until one value is left.
     """
     hidden = values.shape[1]
-    padded = 1 << (hidden - 1).bit_length()
+    padded = 1 << (max(hidden, 1) - 1).bit_length()
     squares = torch.nn.functional.pad(values * values, (0, padded - hidden))
     while padded > 1:
         padded //= 2

@@ -18,15 +18,9 @@ divide it; elsewhere nothing is subtracted.
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
+from megatron_lowbit.codecs import variance
 from megatron_lowbit.codecs.base import Tables, sum_in_rank_order
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
-from megatron_lowbit.errors import LowbitError
-
-# A feature that calibration saw (nearly) constant is not blown up without limit: 31 times.
-_LEAST_VARIANCE = 1e-6  # of the mean over features
 
 
 class ShapedHybrid(RotatedHybrid):
@@ -35,20 +29,10 @@ class ShapedHybrid(RotatedHybrid):
     name = "shaped-hybrid"
 
     def tables(self, hidden, *, bf16_index=None, statistics=None, device=None) -> Tables:
-        if statistics is None or statistics.variance is None:
-            raise LowbitError(
-                "shaped-hybrid needs calibrated statistics: pass an index made by "
-                "tools/calibrate.py, or use rotated-hybrid, which needs none"
-            )
-        variance, mean = statistics.variance, statistics.mean
-        if variance.ndim != 2 or variance.shape[1] != hidden:
-            raise LowbitError(
-                f"variances have shape {tuple(variance.shape)}, not [ranks, hidden] with hidden "
-                f"{hidden}"
-            )
-        device = device or variance.device
+        known, mean = variance.calibrated(statistics, hidden, self.name), statistics.mean
+        device = device or known.device
         tables = super().tables(hidden, bf16_index=bf16_index, device=device)
-        weights = _weights(variance.float().sum(dim=0)).to(device)
+        weights = (variance.relative(known.sum(dim=0)) ** -0.25).to(device)
         tables = replace(
             tables,
             encode_scale=tables.encode_scale * weights,
@@ -59,11 +43,3 @@ class ShapedHybrid(RotatedHybrid):
         center = mean.float().to(device, copy=True)
         center[:, tables.bf16_index] = 0  # these are sent as they are
         return replace(tables, center=center, center_sum=sum_in_rank_order(center))
-
-
-def _weights(variance: Tensor) -> Tensor:
-    """fp32 ``[hidden]``: variance^(-1/4), on the average variance's scale."""
-    relative = variance / variance.mean()
-    # All zero, or beyond fp32: nothing to go by.
-    relative = torch.where(relative.isfinite(), relative, 1)
-    return relative.clamp_min(_LEAST_VARIANCE) ** -0.25

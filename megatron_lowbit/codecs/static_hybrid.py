@@ -19,6 +19,7 @@ from megatron_lowbit.codecs.base import (
     Statistics,
     Tables,
     check_index,
+    other_features,
     rounded_into,
     sum_in_rank_order,
 )
@@ -53,8 +54,6 @@ class StaticHybrid(Codec):
             )
         device = device or ranges.device
         index = check_index(bf16_index, hidden, device)
-        is_body = torch.ones(hidden, dtype=torch.bool, device=device)
-        is_body[index] = False
         of_sum = None
         if statistics.sum_ranges is not None:
             of_sum = self.for_sum().tables(
@@ -67,7 +66,7 @@ class StaticHybrid(Codec):
             codec=self.name,
             hidden=hidden,
             bf16_index=index,
-            body_index=is_body.nonzero().flatten(),
+            body_index=other_features(index, hidden),
             scale=(ranges.float() / (2 * _largest(self.bits))).to(device),
             of_sum=of_sum,
         )

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit.calibration.index_files import read_manifest
-from megatron_lowbit.codecs import CODECS, DEFAULT_CODEC, get_codec
+from megatron_lowbit.calibration.recipe import read_rules
+from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
@@ -40,13 +41,20 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-codec",
         metavar="CODEC",
-        help=f"one of {', '.join(CODECS)} (default: the index's own, usually {DEFAULT_CODEC})",
+        help=f"one of {', '.join(CODECS)} (default: by the index's recipe, or its own codec, "
+        f"usually {CALIBRATED_CODEC})",
     )
     group.add_argument(
         "--lowbit-bits",
         metavar="BITS[,BITS]",
-        help="bits of a quantized value, or of a partial and of a sum, as in 4,6 (default: the "
-        "index's own for both)",
+        help="bits of a quantized value, or of a partial and of a sum, as in 4,6 (default: by the "
+        "index's recipe, or its own for both)",
+    )
+    group.add_argument(
+        "--lowbit-recipe",
+        metavar="FILE",
+        help="JSON list of rules for single sync points, the first that matches counts, such as "
+        '[{"match": "30.mlp.*", "bits": 6}, {"match": "1.*", "codec": "native"}]',
     )
     group.add_argument(
         "--lowbit-collective",
@@ -133,6 +141,8 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         check_writable(Path(args.lowbit_stats).absolute().parent)
     if args.lowbit_codec is not None:
         get_codec(args.lowbit_codec, bits=bits)
+    if args.lowbit_recipe is not None:
+        read_rules(Path(args.lowbit_recipe))
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
@@ -159,6 +169,7 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         bits=parse_bits(args.lowbit_bits),
         collective=settings_from_args(args),
         all_gather_bits=_all_gather_bits(args),
+        recipe=args.lowbit_recipe,
     )
     if dist.get_rank() == 0:
         print(f"> {handle}", flush=True)

@@ -40,10 +40,11 @@ from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.apply import model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
+from megatron_lowbit.integration.choices import model_identity
 from megatron_lowbit.integration.forward import device_of, logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.planning import with_recipe
 from megatron_lowbit.integration.simulate import find_summing, megatron_argv
 from megatron_lowbit.integration.summing import Summing
 
@@ -72,11 +73,37 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
         resume=options.resume,
         simulate_tp=options.simulate_tp,
     )
+    if options.budget is not None or options.target_loss is not None:
+        index = _plan(args, options, model, index, sequences)
     on_every_rank(lambda: write_index(index, output) if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     _report(progress, index, output)
     runtime.shutdown()
+
+
+def _plan(
+    args: argparse.Namespace,
+    options: argparse.Namespace,
+    model: nn.Module,
+    index: Index,
+    sequences: Tensor,
+) -> Index:
+    """The index with the recipe that was asked for."""
+    from megatron.core import parallel_state
+
+    summing, _ = find_summing(model, options.simulate_tp)
+    tokenizer = runtime.build_tokenizer(args)
+    return with_recipe(
+        index,
+        model,
+        runtime.language_model(args, model, tokenizer, group=summing.points[0].group),
+        summing,
+        sequences,
+        budget=options.budget,
+        target=options.target_loss,
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
 
 
 def calibrate_model(
@@ -292,3 +319,9 @@ def _report(progress: Progress, index: Index, output: Path) -> None:
         f"wrote {output}: {progress.done - len(progress.skipped)} sequences, for {codec['name']} "
         f"with {codec['bf16_features']} of {index.hidden} features in BF16"
     )
+    recipe = index.manifest.get("recipe")
+    if recipe:
+        cli.say(
+            f"recipe: {recipe['bits_per_value']:.2f} bits a value on average, predicted to cost "
+            f"{recipe['predicted_divergence']:.4f} nats of KL divergence (one-shot)"
+        )

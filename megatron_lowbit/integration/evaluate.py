@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -10,21 +11,19 @@ from torch import nn
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import manifest_digest, read_index
-from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.journal import Journal
-from megatron_lowbit.evaluation.measure import LanguageModel, Measure
+from megatron_lowbit.evaluation.measure import Measure
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.run import Evaluation, evaluate
 from megatron_lowbit.evaluation.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.tables import tables
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.apply import check_index, model_identity
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.calibrate import refuse_pipeline
-from megatron_lowbit.integration.forward import logits
+from megatron_lowbit.integration.choices import check_index, model_identity
 from megatron_lowbit.integration.measures import (
     Inputs,
     check_options,
@@ -34,7 +33,7 @@ from megatron_lowbit.integration.measures import (
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.simulate import find_summing, megatron_argv
 from megatron_lowbit.integration.summing import Summing
-from megatron_lowbit.integration.variants import Variants, collective_of, parse_variant
+from megatron_lowbit.integration.variants import Named, Variants, parse_variant
 
 SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
@@ -52,8 +51,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     require_equal("index or text", _digests(index, inputs))
     model = runtime.load_model(args)
     summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
-    codecs = [codec for codec, _ in chosen.values()]
-    on_every_rank(lambda: _check(index, model, codecs, summing.ranks))
+    on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
     measures = make_measures(options, inputs, variants)
     journal = _journal(options, index, model, variants, measures)
@@ -102,9 +100,10 @@ def _digests(index: Index, inputs: Inputs) -> tuple:
     return manifest_digest(index.manifest), texts
 
 
-def _check(index: Index, model: nn.Module, codecs: list[Codec], ranks: int) -> None:
-    for codec in codecs:
-        check_index(index, model, codec, ranks)
+def _check(index: Index, model: nn.Module, chosen: Iterable[Named], ranks: int) -> None:
+    for named in chosen:
+        for codec in named.codecs(index):
+            check_index(index, model, codec, ranks)
 
 
 def _journal(
@@ -156,14 +155,9 @@ def _evaluate(
     if resume:
         total = sum(len(measure) for group in measures.values() for measure in group)
         cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
-    language_model = LanguageModel(
-        logits=lambda tokens: logits(model, tokens),
-        vocab_size=runtime.vocabulary_size(args, inputs.tokenizer),
-        max_length=args.max_position_embeddings,
-        tp_group=variants.summing.points[0].group,
-        tokenize=inputs.tokenizer.tokenize,
-        detokenize=inputs.tokenizer.detokenize,
-        prefix=inputs.prefix,
+    group = variants.summing.points[0].group
+    language_model = runtime.language_model(
+        args, model, inputs.tokenizer, group=group, prefix=inputs.prefix
     )
     return evaluate(
         [measure for group in measures.values() for measure in group],
@@ -176,7 +170,7 @@ def _evaluate(
     )
 
 
-def _setting(options: argparse.Namespace, index: Index, summing: Summing, names) -> Setting:
+def _setting(options: argparse.Namespace, index: Index, summing: Summing, chosen) -> Setting:
     return Setting(
         model=options.name or Path(options.load).name,
         tp_size=summing.ranks,
@@ -184,7 +178,7 @@ def _setting(options: argparse.Namespace, index: Index, summing: Summing, names)
         index_sha256=manifest_digest(index.manifest),
         sync_points=len(summing.points),
         hidden=index.hidden,
-        collectives={name: collective_of(name) for name in names},
+        collectives={name: named.collective for name, named in chosen.items()},
     )
 
 

@@ -11,6 +11,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 @torch.inference_mode()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """`forward` without a graph."""
+    return forward(model, tokens)
+
+
+def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     """Vocabulary-parallel logits.
 
     Args:

@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.integration.forward import logits
 from megatron_lowbit.integration.megatron_args import reading_checkpoint
 from megatron_lowbit.integration.quiet import quiet
 
@@ -160,6 +165,34 @@ def build_tokenizer(args: argparse.Namespace, *, special_tokens: bool = True):
 def vocabulary_size(args: argparse.Namespace, tokenizer: Any) -> int:
     """Entries of the vocabulary without padding: the checkpoint's, else the tokenizer's."""
     return getattr(args, "vocab_size", None) or tokenizer.vocab_size
+
+
+def language_model(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer,
+    *,
+    group: dist.ProcessGroup,
+    prefix: Sequence[int] = (),
+) -> LanguageModel:
+    """What measures see of a loaded model.
+
+    Args:
+        args: From `parse_megatron_args`.
+        model: From `load_model`.
+        tokenizer: From `build_tokenizer`, without special tokens.
+        group: The tensor-parallel group.
+        prefix: Tokens that it would put before every text with them.
+    """
+    return LanguageModel(
+        logits=lambda tokens: logits(model, tokens),
+        vocab_size=vocabulary_size(args, tokenizer),
+        max_length=args.max_position_embeddings,
+        tp_group=group,
+        tokenize=tokenizer.tokenize,
+        detokenize=tokenizer.detokenize,
+        prefix=prefix,
+    )
 
 
 def shutdown() -> None:

@@ -1,47 +1,90 @@
 """Variants by their names in the results, on the sync points of a model.
 
-A variant is a codec (``rotated-hybrid``), a codec and bits (``rotated-hybrid-3``), a codec and the
-bits of partials and sums (``rotated-hybrid-4+6``: two-shot, where the others are one-shot), or one
-of the paper's baselines made from ``static-hybrid``: ``int4`` (no BF16 index) and ``int4-random``
-(as many BF16 features, chosen at random).
+    rotated-hybrid            a codec
+    rotated-hybrid-3          with other bits
+    rotated-hybrid-4+6        with bits of partials and bits of sums: two-shot
+    recipe                    the index's recipe: bits and BF16 features by sync point
+    recipe-3.2                the recipe planned anew, for a budget of 3.2 bits a value
+    int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
+                              BF16 features, chosen at random
+    NAME@two-shot             any of these in two-shot, the sum in the bits of the partials
+
+All but those with ``+`` or ``@two-shot`` are one-shot.
 """
 
 import random
-from collections.abc import Callable
+import re
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial as bind
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.calibration.index import Index
+from megatron_lowbit.calibration.plan import plan
+from megatron_lowbit.calibration.recipe import Recipe
 from megatron_lowbit.codecs import Codec, Tables, get_codec, parse_codec
 from megatron_lowbit.evaluation.run import Variant
 from megatron_lowbit.evaluation.sync_error import Observer
+from megatron_lowbit.integration.choices import choice_for, tables_for
 from megatron_lowbit.integration.summing import CountingReducer, Summing
 from megatron_lowbit.integration.sync_points import SyncPoint
 
-TablesOf = Callable[[Index, SyncPoint, Codec, int], Tables]
+_TWO_SHOT = "@two-shot"
 
 
-def parse_variant(name: str) -> tuple[Codec, TablesOf]:
-    """The codec of a variant's name, and how its tables are made.
+@dataclass(frozen=True)
+class Named:
+    """What a variant's name means.
+
+    Attributes:
+        base: The name without its collective.
+        collective: ``one-shot`` or ``two-shot``.
+        codec: The codec at every sync point; None for a recipe.
+        budget: Bits a value of a recipe planned anew; None for another variant or the index's own.
+    """
+
+    base: str
+    collective: str
+    codec: Codec | None = None
+    budget: float | None = None
+
+    def codecs(self, index: Index) -> list[Codec]:
+        """The codecs that it uses, for checks."""
+        if self.codec is not None:
+            return [self.codec]
+        return [choice.make() for choice in set(self._recipe(index).values())]
+
+    def prepare(self, index: Index, points: list[SyncPoint], ranks: int) -> list[tuple]:
+        """The codec of each sync point and its tables for a group of `ranks`."""
+        if self.codec is None:
+            at = bind(_by_recipe, self._recipe(index))
+        elif self.base in _BASELINES:
+            at = bind(_with_features, _BASELINES[self.base], self.codec)
+        else:
+            at = bind(_uniform, self.codec)
+        return [at(index, point, ranks) for point in points]
+
+    def _recipe(self, index: Index) -> Recipe:
+        options = index.options()  # raises where there is no recipe
+        return index.recipe if self.budget is None else plan(options, self.budget)
+
+
+def parse_variant(name: str) -> Named:
+    """What a variant's name means.
 
     Raises:
         LowbitError: Unknown codec or number of bits.
     """
-    if name == "int4":
-        return get_codec("static-hybrid"), _tables_with(lambda index, point, k: [])
-    if name == "int4-random":
-        return get_codec("static-hybrid"), _tables_with(_random_features)
-    codec = parse_codec(name)
-    return codec, lambda index, point, codec, ranks: index.tables(
-        point.layer, point.name, codec, ranks=ranks
-    )
-
-
-def collective_of(name: str) -> str:
-    """By which collective a variant is measured: two-shot where its name has bits of the sum."""
-    return "two-shot" if "+" in name else "one-shot"
+    base = name.removesuffix(_TWO_SHOT)
+    collective = "two-shot" if base != name or "+" in base else "one-shot"
+    recipe = re.fullmatch(r"recipe(?:-(\d+(?:\.\d+)?))?", base)
+    if recipe:
+        return Named(base, collective, budget=float(recipe[1]) if recipe[1] else None)
+    if base in _BASELINES:
+        return Named(base, collective, get_codec("static-hybrid"))
+    return Named(base, collective, parse_codec(base))
 
 
 class Variants:
@@ -52,19 +95,19 @@ class Variants:
         reducers: Variant -> a reducer for each sync point.
     """
 
-    def __init__(self, chosen: dict[str, tuple[Codec, TablesOf]], summing: Summing, index: Index):
+    def __init__(self, chosen: dict[str, Named], summing: Summing, index: Index):
         self.summing = summing
-        self.reducers: dict[str, list[CountingReducer]] = {}
-        for name, (codec, tables_of) in chosen.items():
-            self.reducers[name] = [
-                summing.reducer(
-                    point,
-                    codec,
-                    tables_of(index, point, codec, summing.ranks).to(point.module.weight.device),
-                    collective_of(name),
+        self.reducers: dict[str, list[CountingReducer]] = {
+            name: [
+                summing.reducer(point, codec, tables, named.collective)
+                for point, (codec, tables) in zip(
+                    summing.points,
+                    named.prepare(index, summing.points, summing.ranks),
+                    strict=True,
                 )
-                for point in summing.points
             ]
+            for name, named in chosen.items()
+        }
 
     def all(self) -> list[Variant]:
         """As the evaluation loop takes them."""
@@ -91,22 +134,30 @@ class Variants:
         return self.summing.watching(watch)
 
 
-def _tables_with(choose: Callable[[Index, SyncPoint, int], list[int]]) -> TablesOf:
-    """Tables with the calibrated ranges and another BF16 index."""
+def _uniform(codec: Codec, index: Index, point: SyncPoint, ranks: int) -> tuple[Codec, Tables]:
+    device = point.module.weight.device
+    return codec, index.tables(point.layer, point.name, codec, ranks=ranks, device=device)
 
-    def tables_of(index: Index, point: SyncPoint, codec: Codec, ranks: int) -> Tables:
-        count = len(index.bf16_index(point.layer, point.name, codec))
-        chosen = choose(index, point, count)
-        statistics = index.record(point.layer, point.name).statistics(ranks)
-        return codec.tables(
-            index.hidden,
-            bf16_index=torch.tensor(chosen, dtype=torch.int64),
-            statistics=statistics,
-        )
 
-    return tables_of
+def _by_recipe(recipe: Recipe, index: Index, point: SyncPoint, ranks: int) -> tuple[Codec, Tables]:
+    choice = choice_for(recipe, point, index)
+    return choice.make(), tables_for(index, point, choice, ranks)
+
+
+def _with_features(
+    choose, codec: Codec, index: Index, point: SyncPoint, ranks: int
+) -> tuple[Codec, Tables]:
+    """`codec` with the calibrated statistics and another BF16 index."""
+    count = len(index.bf16_index(point.layer, point.name, codec))
+    features = torch.tensor(choose(index, point, count), dtype=torch.int64)
+    statistics = index.record(point.layer, point.name).statistics(ranks)
+    tables = codec.tables(index.hidden, bf16_index=features, statistics=statistics)
+    return codec, tables.to(point.module.weight.device)
 
 
 def _random_features(index: Index, point: SyncPoint, count: int) -> list[int]:
     """The same on every rank and in every run, another choice for each sync point."""
     return random.Random(str(point)).sample(range(index.hidden), count)
+
+
+_BASELINES = {"int4": lambda index, point, count: [], "int4-random": _random_features}

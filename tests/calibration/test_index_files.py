@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from megatron_lowbit.calibration.index_files import (
     read_index,
     write_index,
 )
+from megatron_lowbit.calibration.plan import Option
+from megatron_lowbit.calibration.recipe import CodecChoice
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import IndexFileError
 
@@ -64,7 +67,61 @@ def test_comes_back_as_written(directory):
     for layer, records in written.layers.items():
         for name, record in records.items():
             for key, value in vars(record).items():
-                assert torch.equal(value, getattr(index.record(layer, name), key))
+                back = getattr(index.record(layer, name), key)
+                assert back is value is None or torch.equal(value, back)
+
+
+def _with_recipe(index: Index) -> Index:
+    choices = [CodecChoice("shaped-hybrid", bits, 2).to_json() for bits in (2, 4, 6)]
+    recipe = {
+        "points": {
+            str(layer): dict.fromkeys(names, choices[1]) for layer, names in index.layers.items()
+        },
+        "options": [{"choice": c, "bits_per_value": c["bits"] + 0.2} for c in choices],
+    }
+    divergence = torch.tensor([0.4, 0.02, 0.001], dtype=torch.float64)
+    layers = {
+        layer: {name: replace(r, divergence=divergence * layer) for name, r in records.items()}
+        for layer, records in index.layers.items()
+    }
+    return Index({**index.manifest, "recipe": recipe}, layers)
+
+
+def test_a_recipe_and_its_options_come_back(tmp_path):
+    write_index(_with_recipe(make_index()), tmp_path / "lowbit")
+    index = read_index(tmp_path / "lowbit")
+    assert set(index.recipe.values()) == {CodecChoice("shaped-hybrid", 4, 2)}
+    assert sorted(index.recipe) == sorted(
+        (la, n) for la, names in index.layers.items() for n in names
+    )
+    option = index.options()[2, "mlp.linear_fc2"][1]
+    assert option == Option(CodecChoice("shaped-hybrid", 4, 2), 4.2, 0.04)
+    assert read_index(tmp_path / "lowbit").bf16_index(
+        1, "mlp.linear_fc2", option.choice.make(), 7
+    ).shape == (7,)
+
+
+def test_without_a_recipe_there_are_no_options(directory):
+    assert read_index(directory).recipe is None
+    with pytest.raises(IndexFileError, match=r"no recipe: make it with .*--budget"):
+        read_index(directory).options()
+
+
+@pytest.mark.parametrize("change", ["options", "points", "codec", "missing"])
+def test_a_bad_recipe_that_was_signed_again(tmp_path, change):
+    index = _with_recipe(make_index())
+    recipe = index.manifest["recipe"]
+    if change == "codec":
+        recipe["points"]["1"]["mlp.linear_fc2"] = {"codec": "mp3"}
+    elif change == "missing":
+        recipe["options"].append(recipe["options"][0])
+    else:
+        recipe[change] = []
+    write_index(index, tmp_path / "lowbit")
+    with pytest.raises(
+        IndexFileError, match=r"recipe|divergence is torch.float64 \[3\], not float64 \[4\]"
+    ):
+        read_index(tmp_path / "lowbit")
 
 
 def test_writing_again_replaces_it(directory):

@@ -27,6 +27,8 @@ KINDS = ["normal", "heavy-tailed", "one-outlier", "constant"]
 FLOORS = {
     ("bf16", 16): (55.2, 55.1, 55.2, 57.8),
     ("static-hybrid", 4): (17.1, 9.7, 17.1, 79.4),
+    ("scaled-hybrid", 4): (19.9, 6.4, 19.9, 79.4),
+    ("scaled-hybrid", 3): (14.3, 5.0, 14.3, 79.4),
     ("rotated-hybrid", 4): (19.9, 19.2, 19.9, 19.5),
     ("rotated-hybrid", 3): (14.3, 13.7, 14.3, 13.4),
     ("rotated-hybrid", 2): (9.0, 8.5, 9.0, 8.8),
@@ -53,12 +55,16 @@ SUM_FLOORS = {
             "rotated-hybrid": 16.5,
             "shaped-hybrid": 16.6,
             "static-hybrid": 7.3,
+            "scaled-hybrid": 5.9,
             "int4-g32": 14.6,
             "int4-g16": 16.5,
         },
         **{"int4-g32-asym": 15.9, "int4-g128-asym": 11.3, "mxfp4": 13.5, "nvfp4": 17.7},
     },
-    (4, 6): {"rotated-hybrid": 19.0, "shaped-hybrid": 19.0, "static-hybrid": 9.6, "int4-g32": 17.1},
+    (4, 6): {
+        **{"rotated-hybrid": 19.0, "shaped-hybrid": 19.0, "scaled-hybrid": 6.4},
+        **{"static-hybrid": 9.6, "int4-g32": 17.1},
+    },
     (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4},
 }
 
@@ -170,13 +176,16 @@ def test_layout_in_memory_and_input_stay(codec):
 
 
 # int4-g16's values span 2**-10 to 448: their fp32 sums are exact in any order.
-@pytest.mark.parametrize("name", ["bf16", "static-hybrid", *sorted(PEERS.keys() - {"int4-g16"})])
+@pytest.mark.parametrize(
+    "name", ["bf16", "static-hybrid", "scaled-hybrid", *sorted(PEERS.keys() - {"int4-g16"})]
+)
 def test_sum_is_in_rank_order(name):
     """fp32 addition is not associative: ((r0 + r1) + r2) + r3, and no other order."""
     codec = get_codec(name)
     # Far enough apart that even 4-bit values times powers of two do not add up exactly.
     partials = [sample("heavy-tailed", (64, 96), seed) * 1000.0**seed for seed in range(4)]
-    tables = tables_for(codec, partials, 2)
+    # Means are added once, at the end.
+    tables = replace(tables_for(codec, partials, 2), center=None, center_sum=None)
     payloads = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
     exact = [_decoded_alone(codec, tables, payloads, rank) for rank in range(4)]
     expected = ((exact[0] + exact[1]) + exact[2]) + exact[3]
@@ -187,9 +196,7 @@ def test_sum_is_in_rank_order(name):
 
 def _decoded_alone(codec, tables, payloads, rank):
     """One rank's partial, as its own payload gives it back."""
-    if tables.scale is not None:
-        tables = replace(tables, scale=tables.scale[rank : rank + 1])
-    return codec.decode_sum(payloads[rank : rank + 1], tables)
+    return codec.decode_sum(payloads[rank : rank + 1], tables.of_ranks(rank, rank + 1))
 
 
 def test_rotated_sum_is_in_rank_order():

@@ -80,6 +80,7 @@ def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> In
                 sum_maximum=2 * wide[1],
                 sum_mean=0 * wide[0],
                 sum_second_moment=wide[0] ** 2,
+                divergence=torch.zeros(1, dtype=torch.float64) if "recipe" in manifest else None,
             )
             records.setdefault(layer, {})[kind] = record
     own = {

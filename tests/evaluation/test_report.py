@@ -111,7 +111,9 @@ def whole(tmp_path_factory) -> tuple[str, Path]:
         }
         for layer in range(1, 7)
     }
-    write_index(sample.index(layers=6, recipe={"points": points}), directory / "lowbit")
+    option = {"choice": {"codec": "rotated-hybrid", "bits": 4}, "bits_per_value": 4.1}
+    recipe = {"points": points, "options": [option]}
+    write_index(sample.index(layers=6, recipe=recipe), directory / "lowbit")
     digest = read_index(directory / "lowbit").manifest["sha256"]
     one = sample.write(sample.evaluation(layers=6, index_sha256=digest), directory / "a.json")
     other = sample.evaluation(layers=6, seed=1, tp_size=8, simulated=True)

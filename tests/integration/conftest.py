@@ -1,5 +1,6 @@
 """One tiny checkpoint and one index of it, for all tests of command lines."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def calibrated(checkpoint, tmp_path_factory) -> Path:
     text = ROOT / "examples" / "data" / "persuasion.txt"
     small = ["--sequences", "4", "--seq-length", "16"]
     tool = ROOT / "tools" / "calibrate.py"
-    done = torchrun(3, tool, "--load", target, "--data", text, *small)
+    done = torchrun(3, tool, "--load", target, "--data", text, *small, "--budget", "4")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "4 sequences, for rotated-hybrid with 0 of 48 features" in done.stdout
+    assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
+    assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target

@@ -381,12 +381,37 @@ def errors(model, index, out: Path) -> dict[str, str]:
     found["modes"] = message(apply(index, collective="one-shot" if dist.get_rank() else "native"))
     found["sum_bits"] = message(apply(index, bits=(4, 6) if dist.get_rank() else (4, 4)))
     found["tuning"] = message(apply(index, collective=Settings(tuning=out / "none.json")))
+    rules = out / f"rules{dist.get_rank()}.json"
+    rules.write_text('[{"match": "9.*", "bits": 3}]')
+    found["rule"] = message(apply(index, recipe=rules))
+    rules.write_text('[{"match": "*", "codec": "native"}]')
+    found["all_native"] = message(apply(index, recipe=rules))
+    rules.write_text(f'[{{"match": "1.mlp.*", "bits": {2 + dist.get_rank() % 2}}}]')
+    found["rules_differ"] = message(apply(index, recipe=rules))
     original = type(point.module)
     point.module.__class__ = type("TERowParallelLinear", (torch.nn.Module,), {})
     found["te"] = message(apply(index))
     point.module.__class__ = original
     found["not_megatron"] = message(lambda: megatron_lowbit.apply(torch.nn.Linear(2, 2), index))
     return found
+
+
+def with_rules(model, index, out: Path) -> dict:
+    """A codec of its own for some sync points, one of them native."""
+    import megatron_lowbit
+
+    rules = out / f"rules{dist.get_rank()}.json"
+    rules.write_text(
+        '[{"match": "1.mlp.*", "codec": "native"}, {"match": "1.*", "bits": [3, 6]},'
+        ' {"match": "2.mlp.*", "codec": "shaped-hybrid", "bits": 6, "bf16_features": 3}]'
+    )
+    handle = megatron_lowbit.apply(model, index, recipe=rules, collective="two-shot")
+    result = {"text": str(handle), "native": handle.native, "logits": whole_logits(model)}
+    result["status"] = [
+        (p.layer, p.name, repr(p.codec), p.bf16_features, p.traffic.calls) for p in handle.status()
+    ]
+    handle.remove()
+    return result
 
 
 def main() -> None:
@@ -413,6 +438,7 @@ def main() -> None:
         "manifest": read.manifest,
         "progress": progress,
         "codecs": run_codecs(model, out),
+        "rules": with_rules(model, index, out),
         "collectives": run_collectives(model, out),
         "sequence_parallel": sequence_parallel(out / "sp"),
         "fp32_accumulation": fp32_accumulation(model),

@@ -233,6 +233,9 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
         ("modes", "ranks differ in their collective"),
         ("sum_bits", "ranks differ in their codec.*4\\+6 bits"),
         ("tuning", "cannot read tuning file .*none.json"),
+        ("rule", r"'9\.\*' matches no sync point .* layers 1 to 2"),
+        ("all_native", "leaves no sync point of these layers in low bits"),
+        ("rules_differ", r"ranks differ in their codec.*\(2 bits\)"),
         ("skip_bias_add", "layer 1 mlp.linear_fc2 adds its bias itself"),
         ("twice", "layer 1 self_attention.linear_proj is already attached"),
         ("te", "layer 1 mlp.linear_fc2 is a TERowParallelLinear"),
@@ -244,6 +247,22 @@ def test_what_cannot_be_done_is_refused_on_every_rank(ranks, case, message):
 
     for rank in ranks:
         assert re.search(message, rank["errors"][case]), rank["errors"][case]
+
+
+def test_rules_give_sync_points_codecs_of_their_own(ranks):
+    for rank in ranks:
+        result = rank["rules"]
+        assert result["status"] == [
+            (1, "self_attention.linear_proj", "rotated-hybrid (3+6 bits)", 2, 1),
+            (2, "self_attention.linear_proj", "rotated-hybrid (4 bits)", 2, 1),
+            (2, "mlp.linear_fc2", "shaped-hybrid (6 bits)", 3, 1),
+        ]
+        assert list(result["native"]) == ["layer 1 mlp.linear_fc2"]
+        assert torch.equal(result["logits"], ranks[0]["rules"]["logits"])
+    text = ranks[0]["rules"]["text"]
+    assert "3 sync points use rotated-hybrid, shaped-hybrid, 2-3 of 96 features in BF16" in text
+    assert "bits a value on average" in text
+    assert "(one codec and rules0.json), two-shot over 3 ranks; 1 stay native" in text
 
 
 def test_a_module_that_megatron_muted_stays_native(ranks):
@@ -296,6 +315,8 @@ def test_simulated_calibration_finds_what_real_ranks_find(ranks):
     for layer, name in POINTS:
         for field, value in vars(index.record(layer, name)).items():
             expected = getattr(real[layer, name], field)
+            if field == "divergence":
+                continue
             if (layer, name) == first and not field.startswith("sum_"):
                 assert torch.equal(value, expected), field
             elif field != "bf16_index":

@@ -36,6 +36,12 @@ def test_calibration_writes_a_whole_index_and_nothing_else(calibrated):
     index = read_index(calibrated / "lowbit")
     assert sorted(index.layers) == [1, 2]
     assert index.tp_size == 3
+    recipe = index.manifest["recipe"]
+    assert (recipe["budget"], len(index.recipe)) == (4, 4)
+    assert 3 < recipe["bits_per_value"] <= 4
+    for options in index.options().values():
+        costs = {o.choice.bits: o.divergence for o in options if not o.choice.bf16_features}
+        assert costs[2] > costs[3] > costs[4] > costs[5] > costs[6] > costs[16] > 0
     corpus = index.manifest["corpus"]
     assert (corpus["files"], corpus["sequences"], corpus["seq_length"]) == ([TEXT.name], 4, 16)
     assert not [path.name for path in calibrated.iterdir() if path.name.startswith(".")]
@@ -55,6 +61,7 @@ def test_data_parallel_ranks_share_the_corpus_and_give_the_same_bytes(checkpoint
 
 
 CODECS = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,rotated-hybrid-2,rotated-hybrid-4+6"
+CODECS += ",shaped-hybrid,recipe,recipe-3,recipe@two-shot"
 SHORT = ["--tokens", "100", "--seq-length", "32", "--codecs", CODECS, "--data", TEXT, OTHER]
 
 
@@ -78,18 +85,21 @@ def test_evaluation_prints_and_writes_the_tables(evaluated):
     assert list(variants) == names
     for name, variant in variants.items():
         assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 2
-        two_shot = name == "rotated-hybrid-4+6"
+        two_shot = name in ("rotated-hybrid-4+6", "recipe@two-shot")
         assert variant["collective"] == ("two-shot" if two_shot else "one-shot")
         if not two_shot:
             sent = 2 * 4 * 48 * variant["bits_per_value"] / 8
             assert variant["wire_bytes_per_token"] == sent
     assert variants["bf16"]["bits_per_value"] == 16
     assert variants["int4"]["bits_per_value"] == 4
+    assert 3.3 < variants["recipe"]["bits_per_value"] <= 4
+    assert 2.3 < variants["recipe-3"]["bits_per_value"] <= 3
     assert summary["native"]["wire_bytes_per_token"] == 4 * 2 * 48 * 2 * 2 / 3
     for text in summary["texts"]:
         kl = {result["codec"]: result["kl"] for result in text["results"]}
         assert list(kl) == names
         assert 0 < kl["bf16"] < kl["rotated-hybrid"] < kl["rotated-hybrid-2"], kl
+        assert kl["recipe"] < kl["recipe-3"], kl
     assert summary["tasks"] == summary["long_context"] == summary["generation"] == []
 
 
@@ -215,8 +225,9 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     low = torchrun(3, GENERATE, *common, "--lowbit-tp-comm", *flags)
     assert low.returncode == 0, low.stderr[-4000:]
     first, *texts = low.stdout.splitlines()
-    assert first.startswith("> low-bit communication: 4 sync points use rotated-hybrid, 0 of 48")
-    assert "3.33 bits a value (6.33 for sums), two-shot over 3 ranks; 0 stay" in first
+    assert first.startswith("> low-bit communication: 4 sync points use shaped-hybrid, 0 of 48")
+    assert "3.33 bits a value (6.33 for sums)" in first
+    assert "(one codec, the index's recipe set aside), two-shot over 3 ranks; 0 stay" in first
     (total,) = json.loads(stats.read_text())["total"]
     assert (total["collective"], total["why"]) == ("two-shot", "fixed")
     assert total["calls"] % 4 == 0
@@ -232,7 +243,9 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
         (GENERATE, ["--lowbit-codec", "bf16"], "--lowbit-codec does nothing without"),
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "mp3"], "unknown codec 'mp3'"),
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "bf16", "--lowbit-bits", "4"], "4-bit"),
+        (GENERATE, ["--lowbit-tp-comm", "--lowbit-recipe", "no.json"], "cannot read no.json"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
+        (CALIBRATE, ["--codec", "bf16", "--budget", "4"], "a recipe chooses codec and BF16"),
         (EVALUATE, ["--codecs", "bf16,rotated-hybrid-9"], "has no 9-bit version"),
         (EVALUATE, ["--resume"], "--resume needs --output"),
         (EVALUATE, ["--data", str(TEXT), str(TEXT)], "a file is named twice"),
@@ -262,6 +275,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
         (EVALUATE, ["--data", TEXT, "--index", "EMPTY"], "no low-bit index at"),
         (CALIBRATE, ["--data", TEXT, "--simulate-tp", "5"], "5 does not divide the 48 inputs of"),
         (CALIBRATE, ["--data", TEXT, "--bf16-features", "7.5"], "not within 0 and the hidden size"),
+        (CALIBRATE, ["--data", TEXT, *SMALL, "--budget", "2"], "below what the codecs can do here"),
     ],
 )
 def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arguments, message):

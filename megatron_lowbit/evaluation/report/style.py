@@ -38,6 +38,7 @@ FAMILIES = (
     Family("recipe", "the index's recipe (ours)", "#aa4f87", "#e08fc0"),
     Family("shaped-hybrid", "shaped-hybrid (ours)", "#0072b2", "#3f9fe0"),
     Family("rotated-hybrid", "rotated-hybrid (ours)", "#49a5dc", "#8fd0f7"),
+    Family("scaled-hybrid", "scaled-hybrid (ours)", "#7a6fc4", "#a9a0ec"),
     Family("static-hybrid", "static-hybrid (the paper's)", "#d55e00", "#f58a3c"),
     Family("paper-baseline", "the paper's baselines (int4)", "#4a4a4c", "#b9b9bc"),
     Family("bf16", "bf16, nothing quantized", "#8b8b86", "#8c8c87"),

@@ -1,0 +1,106 @@
+"""Planning a recipe: where to spend a budget of bits.
+
+The divergence that quantization brings into a model is close to a sum over its sync points, so bits
+are best spent where they buy most of it. From the divergence that each option would cost at each
+sync point (`integration.sensitivity` measures it) `plan` finds the choice that costs least within
+an average number of bits.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+from megatron_lowbit.calibration.recipe import CodecChoice, Key, Recipe
+from megatron_lowbit.errors import LowbitError
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice that a plan can make at a sync point.
+
+    Attributes:
+        choice: The choice.
+        bits_per_value: What it takes on the wire, all included.
+        divergence: Nats that it costs there, predicted.
+    """
+
+    choice: CodecChoice
+    bits_per_value: float
+    divergence: float
+
+
+def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
+    """The least divergence within an average number of bits.
+
+    Each sync point starts with its cheapest option; then, over and over, the step that saves most
+    divergence for its bits is taken, among steps along each sync point's convex hull. That is the
+    optimum of the relaxed problem (Shoham and Gersho, IEEE Trans. ASSP 36, 1988) but for the last
+    step, which may not fit and is left for smaller ones.
+
+    Args:
+        options: Of each sync point, all of them.
+        budget: Average of `Option.bits_per_value` over the sync points.
+
+    Raises:
+        LowbitError: `budget` is below the cheapest options.
+    """
+    hulls = {key: _hull(choices) for key, choices in options.items()}
+    left = (budget + 1e-9) * len(hulls) - sum(hull[0].bits_per_value for hull in hulls.values())
+    if left < 0:
+        least = sum(hull[0].bits_per_value for hull in hulls.values()) / len(hulls)
+        raise LowbitError(
+            f"a budget of {budget:g} bits a value is below what the codecs can do here: "
+            f"ask for {least:.2f} or more"
+        )
+    taken = {key: 0 for key in hulls}
+    steps = [_step(hull, 0, key) for key, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, key, bits = heapq.heappop(steps)
+        if bits > left:
+            continue
+        left -= bits
+        taken[key] += 1
+        if taken[key] + 1 < len(hulls[key]):
+            heapq.heappush(steps, _step(hulls[key], taken[key], key))
+    return {key: hulls[key][at].choice for key, at in taken.items()}
+
+
+def average_bits(options: dict[Key, list[Option]], recipe: Recipe) -> float:
+    """Bits a value of a planned recipe, over its sync points."""
+    return _total(options, recipe, "bits_per_value") / len(recipe)
+
+
+def predicted_divergence(options: dict[Key, list[Option]], recipe: Recipe) -> float:
+    """Nats a token that a planned recipe is predicted to cost."""
+    return _total(options, recipe, "divergence")
+
+
+def _hull(options: list[Option]) -> list[Option]:
+    """The options on the lower convex hull of divergence over bits, fewest bits first."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.bits_per_value, o.divergence)):
+        if hull and option.divergence >= hull[-1].divergence:
+            continue
+        while len(hull) > 1 and _slope(hull[-1], option) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(first: Option, second: Option) -> float:
+    bits = second.bits_per_value - first.bits_per_value
+    return (second.divergence - first.divergence) / bits if bits else float("-inf")
+
+
+def _step(hull: list[Option], at: int, key: Key) -> tuple[float, Key, float]:
+    """The step from hull[at] to the next: for a heap that gives the steepest first."""
+    first, second = hull[at : at + 2]
+    return _slope(first, second), key, second.bits_per_value - first.bits_per_value
+
+
+def _total(options: dict[Key, list[Option]], recipe: Recipe, attribute: str) -> float:
+    total = 0.0
+    for key, choice in recipe.items():
+        option = next(option for option in options[key] if option.choice == choice)
+        total += getattr(option, attribute)
+    return total

@@ -1,0 +1,99 @@
+"""``scaled-hybrid``: BF16 outliers apart, the rest evened out by calibrated scales, not rotated.
+
+Encode, for each token: leave out the features of the BF16 index; subtract each other feature's
+calibrated mean on this rank and divide by its calibrated standard deviation there; divide by the
+row's own root mean square, kept as one BF16 number; replace each value by the nearest of 2**bits
+Gaussian-optimal levels (`codecs.codebook`). Every feature then has the codebook's signal to noise
+ratio, so that a large one costs the others nothing: what rotation is for elsewhere. It is the
+cheapest codec to compute. What it lacks is what rotation gives besides: features of a trained model
+have heavier tails than a Gaussian, and here they meet the codebook as they are.
+
+The tables belong to ranks, so an index serves its own TP degree only. A sum over ranks that is sent
+(two-shot) has tables of its own, from the variance and the mean of the sum.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.codecs import codebook, variance, wire
+from megatron_lowbit.codecs.base import (
+    Codec,
+    Statistics,
+    Tables,
+    check_index,
+    other_features,
+    rounded_into,
+    sum_in_rank_order,
+)
+from megatron_lowbit.codecs.rotated_hybrid import token_scale
+
+
+class ScaledHybrid(Codec):
+    """`bits` bits a value, 16 for each BF16 feature instead, and 16 for the scale of a token."""
+
+    name = "scaled-hybrid"
+    supported_bits = (4, 3, 2, 5, 6)
+    needs_statistics = True
+
+    def default_bf16_features(self, hidden: int) -> int:
+        return hidden // 64
+
+    def tables(self, hidden, *, bf16_index=None, statistics=None, device=None) -> Tables:
+        known = variance.calibrated(statistics, hidden, self.name)
+        device = device or known.device
+        index = check_index(bf16_index, hidden, device)
+        tables = Tables(
+            codec=self.name,
+            hidden=hidden,
+            bf16_index=index,
+            body_index=other_features(index, hidden),
+            scale=variance.relative(known).sqrt().to(device),
+        )
+        center = center_sum = None
+        if statistics.mean is not None:
+            center = statistics.mean.float().to(device)
+            center_sum = sum_in_rank_order(center)
+            tables = replace(tables, center=center, center_sum=center_sum)
+        if statistics.sum_variance is None:
+            return tables
+        of_sum = Statistics(
+            variance=statistics.sum_variance.view(1, -1),
+            mean=None if center is None else center_sum.view(1, -1),
+        )
+        of_sum = self.for_sum().tables(hidden, bf16_index=index, statistics=of_sum, device=device)
+        return replace(tables, of_sum=of_sum)
+
+    def row_bytes(self, tables: Tables) -> int:
+        body = wire.packed_bytes(tables.body_index.numel(), self.bits)
+        return wire.row_bytes(body, tables.bf16_index.numel() + 1)
+
+    def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        body = tables.body_index
+        kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
+        values = partial[:, body].float()
+        if tables.center is not None:
+            values = values - tables.center[rank, body]
+        values = values / tables.scale[rank, body]
+        scale = token_scale(values, kept)
+        inverse = torch.where(scale == 0, 0, 1 / scale.float())
+        codes = codebook.quantize(values * inverse, self.bits)
+        return wire.join_row(wire.pack(codes, self.bits), torch.cat([kept, scale], dim=1))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        body = tables.body_index
+        packed, floats = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
+        kept, scale = floats[..., :-1], floats[..., -1:]
+        total = None
+        for rank, codes in enumerate(packed):  # one rank at a time: no [ranks, tokens, hidden] fp32
+            values = codebook.dequantize(wire.unpack(codes, self.bits, body.numel()), self.bits)
+            values *= scale[rank]
+            values *= tables.scale[rank, body]
+            total = values if total is None else total.add_(values)
+        if tables.center_sum is not None:
+            total += tables.center_sum[body]
+        # Body and BF16 features side by side, then every feature to its place.
+        place = torch.cat([body, tables.bf16_index]).argsort()
+        total = torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
+        return rounded_into(out, total)

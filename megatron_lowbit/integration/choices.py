@@ -1,0 +1,174 @@
+"""What each sync point of a model gets: index, recipe and the user's wishes brought together.
+
+Everything that can fail is read and checked here, before anything is changed.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_lowbit.calibration.index import Index
+from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.calibration.recipe import CodecChoice, Recipe, override, read_rules
+from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.errors import IndexFileError, LowbitError
+from megatron_lowbit.integration.sync_points import SyncPoint, fingerprint, transformer_layers
+
+MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the sync points of this rank get.
+
+    Attributes:
+        points: Those that run in low bits.
+        codecs: Of each of them.
+        tables: Of each of them.
+        native: Those that a rule leaves to Megatron, with the reason.
+        origin: Where this comes from, for people.
+    """
+
+    points: list[SyncPoint]
+    codecs: list[Codec]
+    tables: list[Tables]
+    native: dict[str, str]
+    origin: str
+
+    def typical(self) -> tuple[Codec, Tables]:
+        """Codec and tables of the first sync point with the most common codec."""
+        names = [repr(codec) for codec in self.codecs]
+        at = names.index(Counter(names).most_common(1)[0][0])
+        return self.codecs[at], self.tables[at]
+
+    def digest(self) -> str:
+        """Of all that sender and receiver must agree on."""
+        digest = hashlib.sha256(repr(self.codecs).encode())
+        for table in self.tables:
+            of_sum = table.of_sum.scale if table.of_sum else None
+            shared = (table.bf16_index, table.encode_scale, table.decode_scale)
+            for tensor in (*shared, table.scale, table.center, of_sum):
+                if tensor is not None:
+                    digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def choose(
+    model: nn.Module | Iterable[nn.Module],
+    points: list[SyncPoint],
+    index_dir: str | Path | Index,
+    *,
+    codec: str | None,
+    bits: int | tuple[int, int] | None,
+    rules: Path | None,
+) -> Chosen:
+    """Choose a codec and make its tables for every sync point.
+
+    Args:
+        model: The model that the index must be for.
+        points: Its sync points on this rank.
+        index_dir: An index or its directory.
+        codec: The same codec everywhere instead of the index's recipe or codec.
+        bits: The same bits everywhere instead of the index's.
+        rules: A recipe file (`calibration.recipe`), on top of all that.
+
+    Raises:
+        LowbitError: See `apply`.
+    """
+    index = index_dir if isinstance(index_dir, Index) else read_index(Path(index_dir))
+    recipe, origin = _recipe(index, codec, bits)
+    if rules is not None:
+        recipe = override(recipe, read_rules(rules), origin=str(rules))
+        origin += f" and {Path(rules).name}"
+    ranks = dist.get_world_size(points[0].group)
+    for choice in set(recipe.values()):
+        if not choice.is_native:
+            check_index(index, model, choice.make(), ranks)
+    low, codecs, tables, native = [], [], [], {}
+    for point in points:
+        choice = choice_for(recipe, point, index)
+        if choice.is_native:
+            native[str(point)] = f"left native by {Path(rules).name}"
+            continue
+        low.append(point)
+        codecs.append(choice.make())
+        tables.append(tables_for(index, point, choice, ranks))
+    if not low:
+        raise LowbitError(f"{rules} leaves no sync point of these layers in low bits")
+    return Chosen(low, codecs, tables, native, origin)
+
+
+def choice_for(recipe: Recipe, point: SyncPoint, index: Index) -> CodecChoice:
+    """What a recipe has for a sync point, or an error that names it."""
+    try:
+        return recipe[point.layer, point.name]
+    except KeyError:
+        raise IndexFileError(
+            f"{index.origin} has nothing for {point}: calibrate this model with tools/calibrate.py"
+        ) from None
+
+
+def tables_for(index: Index, point: SyncPoint, choice: CodecChoice, ranks: int) -> Tables:
+    """The tables of a choice at a sync point, on the device of its weights."""
+    return index.tables(
+        point.layer,
+        point.name,
+        choice.make(),
+        ranks=ranks,
+        bf16_features=choice.bf16_features,
+        device=point.module.weight.device,
+    )
+
+
+def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
+    """What an index remembers of its model: the shape, and a fingerprint of each layer here."""
+    layers = transformer_layers(model)
+    config = next(iter(layers.values())).config
+    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    return {**shape, "fingerprints": {str(n): fingerprint(layer) for n, layer in layers.items()}}
+
+
+def check_index(
+    index: Index, model: nn.Module | Iterable[nn.Module], codec: Codec, tp_size: int
+) -> None:
+    """Raise `IndexFileError` unless `index` was made for `model` and serves `codec` here."""
+    expected, found = index.manifest["model"], model_identity(model)
+    for key in MODEL_SHAPE:
+        if expected.get(key) != found[key]:
+            raise IndexFileError(
+                f"{index.origin} is for another model: its {key} is {expected.get(key)}, this "
+                f"model's is {found[key]}; calibrate this model with tools/calibrate.py"
+            )
+    for layer, digest in found["fingerprints"].items():
+        if expected["fingerprints"].get(layer) != digest:
+            raise IndexFileError(
+                f"{index.origin} was calibrated on other weights (layer {layer} differs); "
+                "calibrate this checkpoint with tools/calibrate.py"
+            )
+    if codec.needs_statistics and index.tp_size != tp_size:
+        raise IndexFileError(
+            f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run has "
+            f"{tp_size}: {codec.name} has tables per rank, calibrate at {tp_size} or use a codec "
+            "that fits any size (shaped-hybrid, rotated-hybrid)"
+        )
+
+
+def _recipe(
+    index: Index, name: str | None, bits: int | tuple[int, int] | None
+) -> tuple[Recipe, str]:
+    """A choice for every sync point of the index, and where it comes from."""
+    own = index.manifest["codec"]
+    if name is None and bits is None and index.recipe is not None:
+        return index.recipe, "the index's recipe"
+    if bits is None and name in (None, own["name"]):
+        bits = own["bits"]
+    name = name or own["name"]
+    get_codec(name, bits=bits)
+    keys = [(layer, point) for layer, points in index.layers.items() for point in points]
+    origin = "one codec, the index's recipe set aside" if index.recipe else "one codec"
+    return dict.fromkeys(keys, CodecChoice(name, bits)), origin

@@ -1,0 +1,181 @@
+"""Recipes for a checkpoint: what tools/calibrate.py --budget and --target-loss do.
+
+`plan_for_budget` plans by predicted divergence. `plan_for_target` looks for the fewest bits whose
+divergence, measured on calibration sequences, stays within a target: by bisection over budgets,
+each with its own plan. What is measured is the KL divergence from native communication, since the
+difference in loss of so few tokens is mostly noise.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lowbit import cli
+from megatron_lowbit.calibration.index import Index
+from megatron_lowbit.calibration.plan import Option, average_bits, plan, predicted_divergence
+from megatron_lowbit.calibration.recipe import Key, Recipe
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.evaluation.text import Text
+from megatron_lowbit.integration.choices import tables_for
+from megatron_lowbit.integration.forward import device_of
+from megatron_lowbit.integration.sensitivity import measure_options
+from megatron_lowbit.integration.summing import Summing
+
+# The first calibration sequences up to so many tokens; in trials on SmolLM2-135M plans from 4,096
+# tokens were no better than from 2,048.
+_PLANNING_TOKENS = 4096
+_RESOLUTION = 0.05  # bits a value
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What planning works with.
+
+    Attributes:
+        index: Calibrated statistics.
+        model: How to run the model.
+        summing: How it sums.
+        sequences: int64 ``[n, seq_length]`` to plan on.
+        options: Of every sync point.
+        dp_group: The ranks that share the sequences.
+    """
+
+    index: Index
+    model: LanguageModel
+    summing: Summing
+    sequences: Tensor
+    options: dict[Key, list[Option]]
+    dp_group: dist.ProcessGroup | None
+
+    def for_budget(self, budget: float) -> Recipe:
+        """The recipe of least predicted divergence within `budget` bits a value."""
+        return plan(self.options, budget)
+
+    def for_target(self, target: float) -> tuple[Recipe, float]:
+        """The recipe of fewest bits within `target` nats of measured divergence, and the nats.
+
+        Raises:
+            LowbitError: Even the best recipe is beyond `target`.
+        """
+        least, most = (
+            sum(edge(o.bits_per_value for o in options) for options in self.options.values())
+            / len(self.options)
+            for edge in (min, max)
+        )
+        best = self.for_budget(most)
+        nats = self.measure(best)
+        if nats > target:
+            raise LowbitError(
+                f"--target-loss {target:g}: even BF16 at every sync point is {nats:.4f} nats from "
+                "native communication here: ask for more"
+            )
+        while most - least > _RESOLUTION:
+            middle = (least + most) / 2
+            recipe = self.for_budget(middle)
+            measured = self.measure(recipe)
+            cli.say(f"{average_bits(self.options, recipe):.2f} bits a value: {measured:.4f} nats")
+            if measured <= target:
+                best, nats, most = recipe, measured, middle
+            else:
+                least = middle
+        return best, nats
+
+    def measure(self, recipe: Recipe) -> float:
+        """The KL divergence of a recipe from native communication, nats a token; on every rank."""
+        text = Text("planning", self.sequences, sha256="")
+        reducers = self._reducers(recipe)
+        sums = torch.zeros(2, dtype=torch.float64)
+        rank, ranks = dist.get_rank(self.dp_group), dist.get_world_size(self.dp_group)
+        for number in range(len(text))[rank::ranks]:
+            scores, native = text.run(number, self.model, None)
+            with self.summing.using(reducers):
+                low, _ = text.run(number, self.model, native)
+            sums += torch.tensor([low["kl"], scores["tokens"]], dtype=torch.float64)
+        sums = sums.to(device_of(self.summing.points[0].module))
+        dist.all_reduce(sums, group=self.dp_group)
+        dist.broadcast(sums, src=0)
+        return (sums[0] / sums[1]).item()
+
+    def _reducers(self, recipe: Recipe) -> list:
+        reducers = []
+        for point in self.summing.points:
+            choice = recipe[point.layer, point.name]
+            tables = tables_for(self.index, point, choice, self.summing.ranks)
+            reducers.append(self.summing.reducer(point, choice.make(), tables, "one-shot"))
+        return reducers
+
+
+def with_recipe(
+    index: Index,
+    module: nn.Module,
+    model: LanguageModel,
+    summing: Summing,
+    sequences: Tensor,
+    *,
+    budget: float | None,
+    target: float | None,
+    dp_group: dist.ProcessGroup | None,
+) -> Index:
+    """`index` with a recipe within `budget` bits a value or `target` nats; call it on every rank.
+
+    Args:
+        index: Calibrated statistics.
+        module: The model itself, for gradients.
+        model: How to run it.
+        summing: How it sums.
+        sequences: int64 ``[n, seq_length]``, the same on every rank; the first of them are used.
+        budget: Average bits a value, all included; or None.
+        target: Nats of divergence; or None.
+        dp_group: The ranks that share the sequences.
+
+    Raises:
+        LowbitError: The budget or the target is out of reach.
+    """
+    sequences = sequences[: max(1, _PLANNING_TOKENS // sequences.shape[1])]
+    options = measure_options(
+        module,
+        summing,
+        index,
+        sequences,
+        vocab_size=model.vocab_size,
+        dp_group=dp_group,
+        track=cli.progress,
+    )
+    planner = Planner(index, model, summing, sequences, options, dp_group)
+    if budget is not None:
+        recipe, goal = planner.for_budget(budget), {"budget": budget}
+    else:
+        recipe, nats = planner.for_target(target)
+        goal = {"target_loss": target, "measured_divergence": nats}
+    return _add(index, recipe, options, goal)
+
+
+def _add(index: Index, recipe: Recipe, options: dict[Key, list[Option]], goal: dict) -> Index:
+    points: dict[str, dict] = {}
+    for (layer, name), choice in recipe.items():
+        points.setdefault(str(layer), {})[name] = choice.to_json()
+    first = next(iter(options.values()))
+    entry = {
+        **goal,
+        "bits_per_value": average_bits(options, recipe),
+        "predicted_divergence": predicted_divergence(options, recipe),
+        "points": points,
+        "options": [
+            {"choice": o.choice.to_json(), "bits_per_value": o.bits_per_value} for o in first
+        ],
+    }
+    layers = {
+        layer: {
+            name: replace(record, divergence=_divergence(options[layer, name]))
+            for name, record in records.items()
+        }
+        for layer, records in index.layers.items()
+    }
+    return replace(index, manifest={**index.manifest, "recipe": entry}, layers=layers)
+
+
+def _divergence(options: list[Option]) -> Tensor:
+    return torch.tensor([option.divergence for option in options], dtype=torch.float64)
