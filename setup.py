@@ -32,6 +32,7 @@ TRITON = ["triton"]
 MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
+REPORT = ["jinja2", "matplotlib", "pydantic"]
 DEV = ["hypothesis", "pytest", "ruff"]
 
 setup(
@@ -41,7 +42,10 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]),
-    package_data={"megatron_lowbit.kernels": ["*.c", "*.h"]},
+    package_data={
+        "megatron_lowbit.kernels": ["*.c", "*.h"],
+        "megatron_lowbit.evaluation.report": ["*.j2"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -53,6 +57,7 @@ setup(
         "calibrate": CALIBRATE,
         "triton": TRITON,
         "bench": BENCH,
+        "report": REPORT,
         "dev": DEV,
     },
 )

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The main job on a real model, without a GPU: convert, calibrate, generate, measure.
+# The main job on a real model, without a GPU: convert, calibrate, generate, measure, look.
 #
 #   examples/quickstart.sh
 #
 # Makes or reuses the environment .venv (see tools/setup_env.sh) and writes to out/quickstart/:
 # ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its index),
-# stats.json (what generation sent) and summary.json (the table). Takes 5 minutes on 2 cores once
-# packages are cached.
+# stats.json (what generation sent), summary.json (the table) and report.html with report_plots/.
+# Takes 5 minutes on 2 cores once packages are cached.
 
 set -euo pipefail
 
@@ -53,4 +53,8 @@ step "4. measure on Persuasion"
 ranks "$ROOT/tools/evaluate.py" --load "$OUT/ckpt" --data "$DATA/persuasion.txt" --tokens 2048 \
     --name SmolLM2-135M-Instruct --output "$OUT/summary.json"
 
-step "done: $OUT/summary.json"
+step "5. make a page of the index and the results"
+"$ENV_PYTHON" "$ROOT/tools/report.py" --index "$OUT/ckpt/lowbit" --results "$OUT/summary.json" \
+    --output "$OUT/report.html"
+
+step "done: $OUT/report.html"

@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
-"""Measure what low-bit communication costs a checkpoint, against its native BF16 communication.
+r"""Measure what low-bit communication costs a checkpoint, against its native BF16 communication.
 
 Prints a table for each text, and writes all as JSON with --output: perplexity, difference in
 negative log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the
-real payloads, the bytes that one rank sends per token, and the error at each sync point. Run it
+real payloads, the bytes that one rank sends per token, and the error at each sync point. On demand
+also zero-shot tasks, long contexts and generation. tools/report.py makes a page of the JSON. Run it
 under torchrun with as many ranks as the tensor-parallel size; or in one process with --simulate-tp,
 which makes the partials of N ranks itself (under torchrun its processes then share the work).
 
 examples:
   torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --output summary.json
   python tools/evaluate.py --simulate-tp 8 --load CKPT --data TEXT.txt --output summary.json
+  python tools/evaluate.py --simulate-tp 8 --load CKPT --tasks all --limit 200
+  torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --long-context 4096 \
+      --generate 64
 
 Every other argument goes to Megatron; the model's shape, tokenizer and tensor-parallel size are
 read from the checkpoint.
@@ -31,11 +35,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--data",
-        required=True,
         nargs="+",
         type=Path,
+        default=[],
         metavar="FILE",
-        help=".txt or .jsonl, a table for each",
+        help=".txt or .jsonl, a table for each; for all but tasks",
     )
     parser.add_argument("--index", type=Path, metavar="DIR", help="default: CKPT/lowbit")
     parser.add_argument(
@@ -55,6 +59,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
     )
+    _add_measures(parser)
     parser.add_argument("--name", help="the model's name in the results (default: from CKPT)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument(
@@ -62,6 +67,33 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     cli.add_simulate_tp(parser)
     return parser.parse_known_args()
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """What is measured besides the texts token by token."""
+    parser.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help="zero-shot tasks, comma-separated: arc-easy, arc-challenge, winogrande, hellaswag, "
+        "boolq; or all",
+    )
+    parser.add_argument(
+        "--limit", type=cli.positive, metavar="N", help="items of each task (default: all)"
+    )
+    parser.add_argument(
+        "--long-context",
+        type=cli.positive,
+        metavar="TOKENS",
+        help="loss and KL by position in sequences of so many tokens of the first text, and how "
+        "many facts planted in them are found",
+    )
+    parser.add_argument(
+        "--generate",
+        type=cli.positive,
+        metavar="TOKENS",
+        help="generate so many tokens after each of 16 prompts from the first text, and count "
+        "those that are native's before the first other one",
+    )
 
 
 def main() -> None:

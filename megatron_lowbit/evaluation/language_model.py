@@ -1,7 +1,8 @@
 """How much a codec changes a language model: scores of next-token distributions.
 
 All functions take vocabulary-parallel logits, ``[tokens, vocabulary / ranks]`` of each rank of a
-tensor-parallel group, and never gather them; every rank ends with the same scores.
+tensor-parallel group, and never gather them; every rank ends with the same scores. Where
+torch.distributed is not initialized, `group` is None and the one process has the whole vocabulary.
 """
 
 import torch
@@ -22,15 +23,15 @@ def log_softmax(logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | N
         group: The tensor-parallel group.
     """
     logits = logits.float()
-    real = max(vocab_size - dist.get_rank(group) * logits.shape[1], 0)  # entries, on this rank
+    real = max(vocab_size - _rank(group) * logits.shape[1], 0)  # entries, on this rank
     if real < logits.shape[1]:
         beyond = torch.arange(logits.shape[1], device=logits.device) >= real
         logits = logits.masked_fill(beyond, -torch.inf)
     own = torch.cat([rows.logsumexp(dim=1, keepdim=True) for rows in logits.split(_ROWS)])
     largest = own.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    _all_reduce(largest, group, dist.ReduceOp.MAX)
     total = (own - largest).exp()
-    dist.all_reduce(total, group=group)
+    _all_reduce(total, group)
     return logits - (largest + total.log())
 
 
@@ -39,11 +40,11 @@ def negative_log_likelihood(
 ) -> Tensor:
     """fp32 ``[tokens]``, in nats, of int64 `targets` ``[tokens]``."""
     part = log_probs.shape[1]
-    local = targets - dist.get_rank(group) * part
+    local = targets - _rank(group) * part
     mine = (local >= 0) & (local < part)
     picked = log_probs.gather(1, local.clamp(0, part - 1)[:, None])[:, 0]
     nll = torch.where(mine, -picked, 0)
-    dist.all_reduce(nll, group=group)
+    _all_reduce(nll, group)
     return nll
 
 
@@ -54,7 +55,7 @@ def kl_divergence(
     kl = torch.cat(
         [_kl(p, q) for p, q in zip(reference.split(_ROWS), log_probs.split(_ROWS), strict=True)]
     )
-    dist.all_reduce(kl, group=group)
+    _all_reduce(kl, group)
     return kl
 
 
@@ -66,7 +67,9 @@ def _kl(reference: Tensor, log_probs: Tensor) -> Tensor:
 def top1(log_probs: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """int64 ``[tokens]``: the most likely token; of equals the first."""
     best, entry = log_probs.max(dim=1)
-    entry = entry + dist.get_rank(group) * log_probs.shape[1]
+    if not dist.is_initialized():
+        return entry
+    entry = entry + _rank(group) * log_probs.shape[1]
     ranks = dist.get_world_size(group)
     all_best = [torch.empty_like(best) for _ in range(ranks)]
     all_entries = [torch.empty_like(entry) for _ in range(ranks)]
@@ -74,3 +77,14 @@ def top1(log_probs: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     dist.all_gather(all_entries, entry, group=group)
     winner = torch.stack(all_best).argmax(dim=0, keepdim=True)
     return torch.stack(all_entries).gather(0, winner)[0]
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _all_reduce(
+    values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM
+) -> None:
+    if dist.is_initialized():
+        dist.all_reduce(values, op=op, group=group)

@@ -7,7 +7,7 @@ are JSON values: they are written to a journal as the evaluation goes, so that a
 can go on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,8 @@ class LanguageModel:
             torch.distributed is not in use: then `logits` gives the whole vocabulary.
         tokenize: Text to tokens, nothing added.
         detokenize: Tokens to text.
+        prefix: Tokens that the tokenizer by default puts before every text, such as a
+            begin-of-text; `tokenize` leaves them out.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -40,6 +42,7 @@ class LanguageModel:
     tp_group: dist.ProcessGroup | None
     tokenize: Callable[[str], list[int]]
     detokenize: Callable[[list[int]], str]
+    prefix: Sequence[int] = ()
 
 
 class Measure(Protocol):

@@ -8,17 +8,34 @@
                 "native": {"perplexity"},
                 "results": [{"codec": NAME, "perplexity", "delta_nll", "delta_nll_stderr",
                              "kl", "kl_stderr", "top1"}, ...]}, ...],
-     "tasks": [...], "long_context": [...], "generation": [...],
+     "tasks": [{"name": "boolq", "items": 200, "metric": "acc",
+                "native": {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"},
+                "results": [{"codec": NAME, "acc", ..., "difference", "difference_stderr",
+                             "kept", "same_choice"}, ...]}, ...],
+     "task_average": {"native": 0.43, "native_stderr",
+                      "results": [{"codec": NAME, "average", "difference", "kept", each with its
+                                   _stderr, "kept_low", "kept_high"}, ...]},
+     "long_context": [{"name": "persuasion.txt", "sha256", "sequences", "seq_length",
+                       "buckets": [[0, 512], [512, 1024], ...], "needles": 20,
+                       "native": {"nll": [...], "retrieved", "retrieved_by_depth"},
+                       "results": [{"codec": NAME, "delta_nll": [...], "kl": [...], "retrieved",
+                                    "lost", "gained"}, ...]}],
+     "generation": [{"name": "persuasion.txt", "sha256", "prompts", "prompt_length", "new_tokens",
+                     "results": [{"codec": NAME, "mean_agreement", "median_agreement",
+                                  "full_agreement"}, ...]}],
      "sync_points": {"sequences": 4,
                      "points": [{"layer": 1, "name": "mlp.linear_fc2", "sqnr": {NAME: dB, ...},
                                  "worst_token_sqnr": {NAME: dB, ...}}, ...]}}
 
-The lists of what was not measured are empty. Bits per value and bytes per token are those of all
-units of all measures together, from the real payloads; a token's bytes are what one rank sends for
-it through all sync points, native ones those of a ring. ``delta_nll`` and ``kl`` are nats a token,
-with standard errors over sequences (null for a single one); ``top1`` is the share of tokens whose
-most likely next token is native's. A number that is not finite is null, such as the SQNR of sums
-without error.
+The lists of what was not measured are empty, and ``task_average`` is null. Bits per value and bytes
+per token are those of all units of all measures together, from the real payloads; a token's bytes
+are what one rank sends for it through all sync points, native ones those of a ring. ``delta_nll``
+and ``kl`` are nats a token, with standard errors over sequences (null for a single one); ``top1``
+is the share of tokens whose most likely next token is native's. In ``long_context`` lists have an
+entry for each bucket of positions, and ``retrieved`` is the share of the planted needles that are
+found (`evaluation.needles`); agreement is in tokens that are native's, before the first that is
+not. A measured figure's standard error is under the same key with ``_stderr``. A number that is not
+finite is null, such as the SQNR of sums without error.
 """
 
 import json
@@ -29,6 +46,7 @@ from pathlib import Path
 
 from megatron_lowbit.evaluation.measure import Measure
 from megatron_lowbit.evaluation.run import Evaluation
+from megatron_lowbit.evaluation.tasks import average
 from megatron_lowbit.files import write_atomic
 
 FORMAT = 2
@@ -70,7 +88,8 @@ def summary(
 
     Args:
         setting: What was evaluated.
-        measures: Key of the output -> its measures; of ``sync_points`` there is one at most.
+        measures: Key of the output -> its measures; of ``sync_points`` there is one at most, of
+            ``long_context`` a long text and the needles in it, or none.
         evaluation: The results of all of them.
     """
     results = {
@@ -78,6 +97,7 @@ def summary(
         for key, group in measures.items()
     }
     sync_points = results.pop("sync_points") or [{"sequences": 0, "points": []}]
+    long_context = results.pop("long_context")
     return {
         "format": FORMAT,
         "model": setting.model,
@@ -95,8 +115,18 @@ def summary(
         ],
         "native": {"wire_bytes_per_token": setting.ring_bytes},
         **results,
+        "task_average": average(results["tasks"]) if results["tasks"] else None,
+        "long_context": [_joined(*long_context)] if long_context else [],
         "sync_points": sync_points[0],
     }
+
+
+def _joined(text: dict, needles: dict) -> dict:
+    """One entry of ``long_context`` of what was measured on a long text and on needles in it."""
+    pairs = zip(text["results"], needles["results"], strict=True)
+    results = [{**one, **found} for one, found in pairs]
+    native = {**text["native"], **needles["native"]}
+    return {**needles, **text, "native": native, "results": results}
 
 
 def write_summary(content: dict, path: Path) -> None:

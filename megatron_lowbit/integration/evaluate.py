@@ -4,13 +4,11 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lowbit import cli
-from megatron_lowbit.calibration.corpus import Corpus, read_corpus
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import manifest_digest, read_index
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
@@ -20,13 +18,18 @@ from megatron_lowbit.evaluation.measure import Measure
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.run import Evaluation, evaluate
 from megatron_lowbit.evaluation.sync_error import SyncError, extremes
-from megatron_lowbit.evaluation.tables import text_table
-from megatron_lowbit.evaluation.text import Text
+from megatron_lowbit.evaluation.tables import tables
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.calibrate import check_length, refuse_pipeline
+from megatron_lowbit.integration.calibrate import refuse_pipeline
 from megatron_lowbit.integration.choices import check_index, model_identity
+from megatron_lowbit.integration.measures import (
+    Inputs,
+    check_options,
+    read_inputs,
+    text_sequences,
+)
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.simulate import find_summing, megatron_argv
 from megatron_lowbit.integration.summing import Summing
@@ -35,46 +38,25 @@ from megatron_lowbit.integration.variants import Named, Variants, parse_variant
 SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is read before the model is loaded.
-
-    Attributes:
-        index: The calibrated index.
-        tokenizer: Megatron's, without special tokens.
-        texts: What a text is called -> its tokens, with special tokens if the tokenizer has them.
-    """
-
-    index: Index
-    tokenizer: object
-    texts: dict[str, Corpus]
-
-    @property
-    def digests(self) -> tuple:
-        """Of all that was read: ranks must have read the same."""
-        texts = [(name, corpus.sha256) for name, corpus in self.texts.items()]
-        return manifest_digest(self.index.manifest), texts
-
-
 def run(options: argparse.Namespace, argv: list[str]) -> None:
     """Evaluate as `options` of tools/evaluate.py say, print the tables, write the JSON."""
     chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
     if options.resume and not options.output:
         raise LowbitError("--resume needs --output: what was measured is kept beside it")
-    text_labels(options.data)
+    check_options(options)
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)
     runtime.initialize(args)
-    inputs = on_every_rank(lambda: _read(args, options))
-    require_equal("index or text", inputs.digests)
+    index, inputs = on_every_rank(lambda: _read(args, options))
+    require_equal("index or text", _digests(index, inputs))
     model = runtime.load_model(args)
     summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
-    on_every_rank(lambda: _check(inputs.index, model, chosen.values(), summing.ranks))
-    variants = on_every_rank(lambda: Variants(chosen, summing, inputs.index))
-    measures = on_every_rank(lambda: make_measures(options, inputs, variants))
-    journal = _journal(options, inputs, model, variants, measures)
+    on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
+    variants = on_every_rank(lambda: Variants(chosen, summing, index))
+    measures = make_measures(options, inputs, variants)
+    journal = _journal(options, index, model, variants, measures)
     evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
-    setting = _setting(options, inputs, summing, chosen)
+    setting = _setting(options, index, summing, chosen)
     content = summary(setting, measures, evaluation)
     _report(content)
     on_every_rank(lambda: _write(content, options.output, journal))
@@ -85,29 +67,20 @@ def make_measures(
     options: argparse.Namespace, inputs: Inputs, variants: Variants
 ) -> dict[str, list[Measure]]:
     """What to measure, by the key of the JSON output that the results go under, in order."""
-    texts = [
-        Text(label, _sequences(corpus, options), sha256=corpus.sha256)
-        for label, corpus in inputs.texts.items()
-    ]
-    first = next(iter(inputs.texts.values()))
-    sync_error = SyncError(
-        _sequences(first, options)[:SYNC_SEQUENCES, :-1],
-        [(point.layer, point.name) for point in variants.summing.points],
-        observing=variants.observing,
-        sha256=first.sha256,
-    )
-    return {
-        "sync_points": [sync_error],
-        "texts": texts,
-        "tasks": [],
-        "long_context": [],
-        "generation": [],
-    }
+    sync_points: list[Measure] = []
+    for corpus in list(inputs.texts.values())[:1]:
+        sync_error = SyncError(
+            text_sequences(corpus, options)[:SYNC_SEQUENCES, :-1],
+            [(point.layer, point.name) for point in variants.summing.points],
+            observing=variants.observing,
+            sha256=corpus.sha256,
+        )
+        sync_points.append(sync_error)
+    return {"sync_points": sync_points, **inputs.measures}
 
 
-def _read(args: argparse.Namespace, options: argparse.Namespace) -> Inputs:
-    """Index, tokenizer and texts."""
-    check_length(args, options.seq_length)
+def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Index, Inputs]:
+    """The index and all that is measured on."""
     if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
         raise LowbitError(
             "tensor parallel size 1 communicates nothing: nothing to compare; --simulate-tp N "
@@ -118,31 +91,13 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> Inputs:
             raise LowbitError(f"--output {options.output} is a directory: name a file")
         check_writable(options.output.absolute().parent)
     index = read_index(options.index or Path(options.load) / INDEX_NAME)
-    tokenize = runtime.build_tokenizer(args).tokenize
-    texts = {
-        label: read_corpus([path], tokenize)
-        for label, path in zip(text_labels(options.data), options.data, strict=True)
-    }
-    for corpus in texts.values():
-        _sequences(corpus, options)  # raises for one that is too short
-    return Inputs(index, runtime.build_tokenizer(args, special_tokens=False), texts)
+    return index, read_inputs(args, options)
 
 
-def _sequences(corpus: Corpus, options: argparse.Namespace) -> Tensor:
-    """int64 ``[n, seq_length + 1]``: the start of a text."""
-    return corpus.first(-(-options.tokens // options.seq_length), options.seq_length)
-
-
-def text_labels(paths: list[Path]) -> list[str]:
-    """What the texts are called in the results: their files' names, or paths to tell them apart.
-
-    Raises:
-        LowbitError: A file is there twice.
-    """
-    for labels in ([path.name for path in paths], [str(path) for path in paths]):
-        if len(set(labels)) == len(labels):
-            return labels
-    raise LowbitError(f"--data {' '.join(labels)}: a file is named twice")
+def _digests(index: Index, inputs: Inputs) -> tuple:
+    """Of all that was read: ranks must have read the same."""
+    texts = [(name, corpus.sha256) for name, corpus in inputs.texts.items()]
+    return manifest_digest(index.manifest), texts
 
 
 def _check(index: Index, model: nn.Module, chosen: Iterable[Named], ranks: int) -> None:
@@ -153,7 +108,7 @@ def _check(index: Index, model: nn.Module, chosen: Iterable[Named], ranks: int) 
 
 def _journal(
     options: argparse.Namespace,
-    inputs: Inputs,
+    index: Index,
     model: nn.Module,
     variants: Variants,
     measures: dict[str, list[Measure]],
@@ -163,7 +118,7 @@ def _journal(
 
     summing = variants.summing
     identity = {
-        "index": manifest_digest(inputs.index.manifest),
+        "index": manifest_digest(index.manifest),
         "model": model_identity(model),
         "dtype": str(summing.points[0].module.weight.dtype),
         "codecs": ",".join(variants.reducers),
@@ -201,7 +156,9 @@ def _evaluate(
         total = sum(len(measure) for group in measures.values() for measure in group)
         cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
     group = variants.summing.points[0].group
-    language_model = runtime.language_model(args, model, inputs.tokenizer, group=group)
+    language_model = runtime.language_model(
+        args, model, inputs.tokenizer, group=group, prefix=inputs.prefix
+    )
     return evaluate(
         [measure for group in measures.values() for measure in group],
         language_model,
@@ -213,22 +170,22 @@ def _evaluate(
     )
 
 
-def _setting(options: argparse.Namespace, inputs: Inputs, summing: Summing, chosen) -> Setting:
+def _setting(options: argparse.Namespace, index: Index, summing: Summing, chosen) -> Setting:
     return Setting(
         model=options.name or Path(options.load).name,
         tp_size=summing.ranks,
         simulated=summing.is_simulated,
-        index_sha256=manifest_digest(inputs.index.manifest),
+        index_sha256=manifest_digest(index.manifest),
         sync_points=len(summing.points),
-        hidden=inputs.index.hidden,
+        hidden=index.hidden,
         collectives={name: named.collective for name, named in chosen.items()},
     )
 
 
 def _report(content: dict) -> None:
     """The results for people."""
-    for text in content["texts"]:
-        cli.say(text_table(content, text) + "\n")
+    for table in tables(content):
+        cli.say(table + "\n")
     for line in extremes(content["sync_points"]["points"]):
         cli.say(f"far off at sync points: {line}")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -167,15 +168,21 @@ def vocabulary_size(args: argparse.Namespace, tokenizer: Any) -> int:
 
 
 def language_model(
-    args: argparse.Namespace, model: nn.Module, tokenizer, *, group: dist.ProcessGroup
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer,
+    *,
+    group: dist.ProcessGroup,
+    prefix: Sequence[int] = (),
 ) -> LanguageModel:
     """What measures see of a loaded model.
 
     Args:
         args: From `parse_megatron_args`.
         model: From `load_model`.
-        tokenizer: From `build_tokenizer`.
+        tokenizer: From `build_tokenizer`, without special tokens.
         group: The tensor-parallel group.
+        prefix: Tokens that it would put before every text with them.
     """
     return LanguageModel(
         logits=lambda tokens: logits(model, tokens),
@@ -184,6 +191,7 @@ def language_model(
         tp_group=group,
         tokenize=tokenizer.tokenize,
         detokenize=tokenizer.detokenize,
+        prefix=prefix,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CODECS, DTYPES
+from cases import DTYPES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -20,6 +20,19 @@ from megatron_lowbit.comm import transport
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Counters, Traffic
 
+# A collective knows nothing of a codec but its payloads, so one for each way to make them is enough
+# here (tests/codecs has all): plain values; ranges by rank, and of the sum; a rotation, at two
+# widths of packing; the same with means that belong to ranks; a peer's with scales of groups, and
+# one with scales of two levels.
+CODECS = [
+    ("bf16", 16),
+    ("static-hybrid", 4),
+    ("rotated-hybrid", 4),
+    ("rotated-hybrid", 3),
+    ("shaped-hybrid", 4),
+    ("int4-g32", 4),
+    ("nvfp4", 4),
+]
 COLLECTIVES = ["one-shot", "two-shot", "hierarchical", "reduce-scatter", "all-gather"]
 # Fewer than ranks, not divisible, several leading axes, odd sizes, several chunks.
 SHAPES = [(0, 64), (1, 64), (2, 33), (3, 1), (7, 96), (4, 2, 48), (40, 64)]

@@ -1,0 +1,151 @@
+"""What follows from the numbers: the headline and the sync points that stand out.
+
+Only comparisons of numbers that were measured; where one is missing the finding is None.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+from megatron_lowbit.evaluation.report.results import (
+    Evaluation,
+    Number,
+    PointError,
+    SyncPoints,
+    Text,
+    TextResult,
+    Variant,
+)
+from megatron_lowbit.evaluation.report.style import family_of
+from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
+
+BUDGET = 4.2  # bits a value: the paper's
+PAPER = "static-hybrid"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A quotient and its standard error; the parts' errors are combined as if independent."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The best codec within the budget on one text, by one collective, and the paper's method.
+
+    Attributes:
+        text: The text.
+        variant: The best: the one of the least KL.
+        result: Its result.
+        paper: The result of the paper's method, by the same collective within the same budget.
+    """
+
+    text: Text
+    variant: Variant
+    result: TextResult
+    paper: TextResult | None
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether the paper's method itself is the best."""
+        return self.paper is self.result
+
+    @property
+    def loss_ratio(self) -> Ratio | None:
+        """The best's loss over that of the paper's method."""
+        if self.paper is None or self.is_paper:
+            return None
+        return ratio(
+            self.result.delta_nll,
+            self.result.delta_nll_stderr,
+            self.paper.delta_nll,
+            self.paper.delta_nll_stderr,
+        )
+
+    @property
+    def kl_ratio(self) -> Ratio | None:
+        """The best's KL over that of the paper's method."""
+        if self.paper is None or self.is_paper:
+            return None
+        return ratio(self.result.kl, self.result.kl_stderr, self.paper.kl, self.paper.kl_stderr)
+
+
+def ratio(above: Number, above_error: Number, below: Number, below_error: Number) -> Ratio | None:
+    """`above` / `below`; None where either is missing or not above zero."""
+    if above is None or below is None or above <= 0 or below <= 0:
+        return None
+    value = above / below
+    if above_error is None or below_error is None:
+        return Ratio(value, None)
+    return Ratio(value, value * ((above_error / above) ** 2 + (below_error / below) ** 2) ** 0.5)
+
+
+def compare(evaluation: Evaluation) -> list[Comparison]:
+    """A comparison for each text and each collective that has a codec within the budget."""
+    found = []
+    for collective in dict.fromkeys(variant.collective for variant in evaluation.variants):
+        for text in evaluation.texts:
+            within = [
+                (evaluation.variant(result.codec), result)
+                for result in text.results
+                if _within(evaluation.variant(result.codec), collective) and result.kl is not None
+            ]
+            if within:
+                variant, best = min(within, key=lambda pair: pair[1].kl)
+                paper = [result for one, result in within if family_of(one.codec) == PAPER]
+                paper = min(paper, key=lambda result: result.kl, default=None)
+                found.append(Comparison(text, variant, best, paper))
+    return found
+
+
+def _within(variant: Variant, collective: str) -> bool:
+    """Whether it can be the best: candidates that were not kept are no codecs to choose."""
+    bits = variant.bits_per_value
+    affordable = bits is not None and bits <= BUDGET
+    return variant.collective == collective and affordable and family_of(variant.codec) != "try"
+
+
+@dataclass(frozen=True)
+class CodecError:
+    """The quantization error of a codec over all sync points.
+
+    Attributes:
+        codec: Its name.
+        median: Of the sync points' SQNR, dB.
+        worst: The sync point of the least SQNR.
+        worst_token: The sync point of the least SQNR of a token; None where none is known.
+        extreme: The sync points that stand out, worst first.
+        missing: How many sync points have no finite SQNR.
+    """
+
+    codec: str
+    median: float
+    worst: PointError
+    worst_token: PointError | None
+    extreme: list[PointError]
+    missing: int
+
+
+def codec_errors(measured: SyncPoints) -> list[CodecError]:
+    """A `CodecError` for each codec that has a finite SQNR anywhere."""
+    errors = []
+    for codec in dict.fromkeys(codec for point in measured.points for codec in point.sqnr):
+        points = [point for point in measured.points if point.sqnr.get(codec) is not None]
+        if not points:
+            continue
+        points.sort(key=lambda point: point.sqnr[codec])
+        median = statistics.median(point.sqnr[codec] for point in points)
+        floor = max(median - BELOW_MEDIAN_DB, LOW_DB)
+        tokens = [p for p in measured.points if p.worst_token_sqnr.get(codec) is not None]
+        errors.append(
+            CodecError(
+                codec=codec,
+                median=median,
+                worst=points[0],
+                worst_token=min(tokens, key=lambda p: p.worst_token_sqnr[codec], default=None),
+                extreme=[point for point in points if point.sqnr[codec] < floor],
+                missing=len(measured.points) - len(points),
+            )
+        )
+    return errors

