@@ -40,10 +40,11 @@ PYTHON
 "$ENV_PYTHON" "$ROOT/tools/convert_hf.py" --model "$GGUF" --save "$OUT/ckpt" \
     --tensor-model-parallel-size "$TP"
 
-step "2. calibrate on Emma"
-ranks "$ROOT/tools/calibrate.py" --load "$OUT/ckpt" --data "$DATA/emma.txt" --seq-length 128
+step "2. calibrate on Emma, with a recipe of 4.2 bits a value on average"
+ranks "$ROOT/tools/calibrate.py" --load "$OUT/ckpt" --data "$DATA/emma.txt" --seq-length 128 \
+    --budget 4.2
 
-step "3. generate, in BF16 and in 4.1 bits"
+step "3. generate, in BF16 and in 4.2 bits"
 ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}"
 # Fixed, since auto takes native where the link is this machine's memory.
 ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}" --lowbit-tp-comm \
@@ -51,6 +52,7 @@ ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}" 
 
 step "4. measure on Persuasion"
 ranks "$ROOT/tools/evaluate.py" --load "$OUT/ckpt" --data "$DATA/persuasion.txt" --tokens 2048 \
+    --codecs bf16,int4,int4-random,static-hybrid,rotated-hybrid,shaped-hybrid,recipe,recipe@two-shot \
     --name SmolLM2-135M-Instruct --output "$OUT/summary.json"
 
 step "5. make a page of the index and the results"

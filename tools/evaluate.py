@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from megatron_lowbit import cli
 
-DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,rotated-hybrid-4+4,rotated-hybrid-4+6"
+DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,shaped-hybrid,shaped-hybrid@two-shot"
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

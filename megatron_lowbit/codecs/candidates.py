@@ -11,6 +11,11 @@ beyond 24.08 / 18.06 / 12.04, the rate-distortion bound.
 Not here: entropy coding. A uniform quantizer with an ideal entropy coder has 22.55 dB at 4.0 bits,
 but a row's length would depend on its values. To fit a row of a fixed size, its step must be
 searched for, and it is read value after value; a trellis comes close without either.
+
+Nor is there one for attention sinks: the first token of a sequence, whose partials are 400 times
+the others' at one sync point of SmolLM2-135M and dozens of times at a few more. A scale per token
+keeps that from the other tokens. Its share of the squared error is 77 % there and 14 % at most
+elsewhere, but beside its own size it has the least error of all rows there (45 dB).
 """
 
 from dataclasses import replace
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import lattice, pairs, trellis, wire
-from megatron_lowbit.codecs.base import Codec
+from megatron_lowbit.codecs.base import Codec, Tables
 from megatron_lowbit.codecs.shaped_hybrid import ShapedHybrid
 
 # The step of the best uniform quantizer of a unit Gaussian, by bits.
@@ -73,7 +78,7 @@ class TryUnrotated(ShapedHybrid):
 class _OtherCodes(ShapedHybrid):
     """`shaped-hybrid` with other codes, which the kernels do not know."""
 
-    def _has_kernel(self, values: Tensor, tables) -> bool:
+    def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
         return False
 
 

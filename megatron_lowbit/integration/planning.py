@@ -17,8 +17,8 @@ from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.plan import Option, average_bits, plan, predicted_divergence
 from megatron_lowbit.calibration.recipe import Key, Recipe
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation import language_model as lm
 from megatron_lowbit.evaluation.measure import LanguageModel
-from megatron_lowbit.evaluation.text import Text
 from megatron_lowbit.integration.choices import tables_for
 from megatron_lowbit.integration.forward import device_of
 from megatron_lowbit.integration.sensitivity import measure_options
@@ -85,19 +85,23 @@ class Planner:
 
     def measure(self, recipe: Recipe) -> float:
         """The KL divergence of a recipe from native communication, nats a token; on every rank."""
-        text = Text("planning", self.sequences, sha256="")
-        reducers = self._reducers(recipe)
+        reducers, group = self._reducers(recipe), self.model.tp_group
         sums = torch.zeros(2, dtype=torch.float64)
         rank, ranks = dist.get_rank(self.dp_group), dist.get_world_size(self.dp_group)
-        for number in range(len(text))[rank::ranks]:
-            scores, native = text.run(number, self.model, None)
+        for sequence in self.sequences[rank::ranks]:
+            native = self._log_probs(sequence)
             with self.summing.using(reducers):
-                low, _ = text.run(number, self.model, native)
-            sums += torch.tensor([low["kl"], scores["tokens"]], dtype=torch.float64)
+                low = self._log_probs(sequence)
+            nats = lm.kl_divergence(native, low, group=group).double().sum().item()
+            sums += torch.tensor([nats, len(sequence)], dtype=torch.float64)
         sums = sums.to(device_of(self.summing.points[0].module))
         dist.all_reduce(sums, group=self.dp_group)
         dist.broadcast(sums, src=0)
         return (sums[0] / sums[1]).item()
+
+    def _log_probs(self, sequence: Tensor) -> Tensor:
+        logits = self.model.logits(sequence[None])[0]
+        return lm.log_softmax(logits, vocab_size=self.model.vocab_size, group=self.model.tp_group)
 
     def _reducers(self, recipe: Recipe) -> list:
         reducers = []

@@ -63,14 +63,16 @@ def measure_options(
     Returns:
         Key of a sync point -> its options, the same on every rank.
     """
-    mine = sequences[dist.get_rank(dp_group) :: dist.get_world_size(dp_group)]
+    rank, ranks = dist.get_rank(dp_group), dist.get_world_size(dp_group)
+    device, length = device_of(model), sequences.shape[1]
+    # By their numbers, which their draws go by: the same for any number of ranks.
+    mine = {number: sequences[number] for number in range(rank, len(sequences), ranks)}
     sensitivity = _gradients(model, summing, mine, vocab_size, track("sensitivity", "sequence"))
-    device = device_of(model)
-    sensitivity = _mean_over(sensitivity.to(device), mine.numel(), dp_group)
+    sensitivity = _mean_over(sensitivity.to(device), len(mine) * length, dp_group)
     choices = candidates(index.hidden)
-    mine = mine[: max(1, len(mine) // _ERROR_SHARE)]
-    costs = _errors(model, summing, index, choices, mine, sensitivity, track("errors", "sequence"))
-    costs = _mean_over(costs.to(device), mine.numel(), dp_group)
+    few = sequences[: max(1, len(sequences) // _ERROR_SHARE)][rank::ranks]
+    costs = _errors(model, summing, index, choices, few, sensitivity, track("errors", "sequence"))
+    costs = _mean_over(costs.to(device), few.numel(), dp_group)
     # All ranks go by the first one's figures: plans must be the same to the last bit.
     dist.broadcast(costs, src=0)
     bits = [_bits_per_value(index, choice) for choice in choices]
@@ -80,7 +82,9 @@ def measure_options(
     }
 
 
-def _gradients(model: nn.Module, summing: Summing, sequences: Tensor, vocab_size, track) -> Tensor:
+def _gradients(
+    model: nn.Module, summing: Summing, sequences: dict[int, Tensor], vocab_size, track
+) -> Tensor:
     """fp64 ``[points, hidden]``: squared gradients of the log-likelihood, summed over tokens."""
     hidden = summing.points[0].module.output_size
     moments = torch.zeros(len(summing.points), hidden, dtype=torch.float64)
@@ -94,7 +98,7 @@ def _gradients(model: nn.Module, summing: Summing, sequences: Tensor, vocab_size
         total.register_hook(add)
 
     with _frozen(model), summing.watching(watch):
-        for number in track(range(len(sequences))):
+        for number in track(list(sequences)):
             generator = torch.Generator().manual_seed(_SEED + number)
             _log_likelihood(model, summing, sequences[number], vocab_size, generator).backward()
     return moments

@@ -103,15 +103,18 @@ class OverRanks:
 
 
 def _watched(number: int, point: SyncPoint, watch: Watch):
-    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+    from megatron.core.tensor_parallel import mappings
 
     def reduce(partial: Tensor, scatter: bool) -> Tensor:
         # Megatron sums in place.
-        total = reduce_from_tensor_model_parallel_region(partial.clone(), group=point.group)
+        total = mappings.reduce_from_tensor_model_parallel_region(
+            partial.clone(), group=point.group
+        )
         watch(number, partial, total)
         if not scatter:
             return total
-        # The whole sum was needed for the watcher; the model gets its own tokens.
-        return total.chunk(dist.get_world_size(point.group))[dist.get_rank(point.group)]
+        # The whole sum was needed for the watcher; the model gets its own tokens, and in a
+        # backward pass the gradients of all of them come back.
+        return mappings.scatter_to_sequence_parallel_region(total, group=point.group)
 
     return reduce

@@ -240,6 +240,43 @@ def sequence_parallel(out: Path) -> dict:
     return result
 
 
+def planning(out: Path) -> dict:
+    """What options are predicted to cost, and what some of them do; in fp32, free of rounding."""
+    from megatron_lowbit.calibration.plan import predicted_divergence
+    from megatron_lowbit.calibration.recipe import CodecChoice
+    from megatron_lowbit.evaluation.measure import LanguageModel
+    from megatron_lowbit.integration.forward import logits
+    from megatron_lowbit.integration.planning import Planner
+    from megatron_lowbit.integration.sensitivity import measure_options
+    from megatron_lowbit.integration.simulate import find_summing
+
+    sequences = torch.randint(0, VOCAB, (12, LENGTH), generator=torch.Generator().manual_seed(5))
+    result = {}
+    for sequence_parallel in (False, True):
+        model = build(torch.float32, sequence_parallel=sequence_parallel)
+        index, _ = make_index(model, out / str(sequence_parallel))
+        summing, _ = find_summing(model, None)
+        groups = {"vocab_size": VOCAB, "dp_group": dist.new_group([dist.get_rank()])}
+        options = measure_options(model, summing, index, sequences, **groups, track=lambda *_: iter)
+        result["options", sequence_parallel] = options
+        language_model = LanguageModel(
+            logits=lambda tokens, model=model: logits(model, tokens),
+            vocab_size=VOCAB,
+            max_length=LENGTH,
+            tp_group=summing.points[0].group,
+            tokenize=list,
+            detokenize=str,
+        )
+        planner = Planner(index, language_model, summing, sequences, options, groups["dp_group"])
+        for bits in (3, 4, 5):
+            recipe = dict.fromkeys(options, CodecChoice("shaped-hybrid", bits, 0))
+            predicted = predicted_divergence(options, recipe)
+            result["divergence", sequence_parallel, bits] = predicted, planner.measure(recipe)
+    target = 2 * result["divergence", True, 4][1]
+    result["target"] = target, *planner.for_target(target)
+    return result
+
+
 def variant_model(out: Path, **config) -> dict:
     """Another kind of model: its sync points, what stays native, and how it runs with codecs."""
     import megatron_lowbit
@@ -439,6 +476,7 @@ def main() -> None:
         "progress": progress,
         "codecs": run_codecs(model, out),
         "rules": with_rules(model, index, out),
+        "planning": planning(out / "planning"),
         "collectives": run_collectives(model, out),
         "sequence_parallel": sequence_parallel(out / "sp"),
         "fp32_accumulation": fp32_accumulation(model),

@@ -265,6 +265,21 @@ def test_rules_give_sync_points_codecs_of_their_own(ranks):
     assert "(one codec and rules0.json), two-shot over 3 ranks; 1 stay native" in text
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_predicted_divergence_is_what_is_measured(ranks, sequence_parallel):
+    """The Fisher information's prediction, on a random model: within a quarter."""
+    for bits in (3, 4, 5):
+        predicted, measured = ranks[0]["planning"]["divergence", sequence_parallel, bits]
+        assert 0.75 < predicted / measured < 1.33, (bits, predicted, measured)
+
+
+def test_a_target_is_met_with_the_fewest_bits(ranks):
+    target, recipe, nats = ranks[0]["planning"]["target"]
+    assert 0.6 * target < nats <= target
+    for rank in ranks:
+        assert rank["planning"]["target"] == (target, recipe, nats), "agreed to the last bit"
+
+
 def test_a_module_that_megatron_muted_stays_native(ranks):
     assert ranks[0]["errors"]["muted"] == "no error"
     reasons = ranks[0]["errors"]["muted_list"]

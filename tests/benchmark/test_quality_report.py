@@ -1,0 +1,99 @@
+"""The tables of tools/bench_quality.py, from results that are known."""
+
+import pytest
+
+from megatron_lowbit.benchmark import quality, quality_report
+
+KL = {"static-hybrid": 0.24, "recipe": 0.03, "recipe@two-shot": 0.06, "recipe-3.2": 0.1}
+BITS = {"static-hybrid": 4.19, "recipe": 4.2, "recipe@two-shot": 4.2, "recipe-3.2": 3.2}
+PEERS = {"int4-g32": (4.5, 0.15), "int4-g32@two-shot": (4.5, 0.3), "mxfp4": (4.25, 0.2)}
+OURS = {"recipe-4.5": (4.5, 0.02), "recipe-4.5@two-shot": (4.5, 0.05)}
+
+
+def _evaluation(values: dict[str, tuple[float, float]], tp_size: int = 3) -> dict:
+    results = [
+        {"codec": n, "delta_nll": kl / 2, "delta_nll_stderr": 0.01, "kl": kl, "kl_stderr": 0.001}
+        for n, (_, kl) in values.items()
+    ]
+    variants = [
+        {
+            "codec": name,
+            "bits_per_value": bits,
+            "collective": "two-shot" if "@" in name else "one-shot",
+        }
+        for name, (bits, _) in values.items()
+    ]
+    text = {"name": "a.txt", "tokens": 512, "results": results}
+    return {
+        **{"model": "tiny", "tp_size": tp_size, "simulated": True},
+        **{"variants": variants, "texts": [text], "tasks": [], "task_average": None},
+    }
+
+
+@pytest.fixture
+def results() -> dict[str, dict]:
+    main = {name: (BITS[name], KL[name]) for name in KL}
+    found = [("recipe", 0.996), ("recipe@two-shot", 0.985)]
+    average = [
+        {
+            "codec": c,
+            "average": 0.4,
+            "kept": kept,
+            "kept_low": kept - 0.01,
+            "kept_high": kept + 0.01,
+        }
+        for c, kept in found
+    ]
+    task = {
+        **{"name": "boolq", "metric": "acc", "items": 9, "native": {"acc": 0.5}},
+        "results": [{"codec": c, "acc": 0.5} for c, _ in found],
+    }
+    tasks = {**_evaluation({}), "texts": [], "tasks": [task]}
+    tasks["task_average"] = {"native": 0.41, "results": average}
+    return {
+        "tp3": _evaluation(main),
+        "tp8": _evaluation({**main, "recipe": (4.2, 0.12)}, tp_size=8),
+        "tp3-peers": _evaluation({**PEERS, **OURS}),
+        "tp3-candidates": _evaluation({"try-vector": (4.14, 0.05)}),
+        "tp3-tasks": tasks,
+    }
+
+
+def test_the_worst_text_and_size_decide(results):
+    rows = {row[0]: row for row in quality_report.targets(results)}
+    loss = rows["loss at 4.2 bits, of static-hybrid's"]
+    assert loss[1:] == ["0.100 or less", "0.500 (TP 3 a.txt: 0.125, TP 8 a.txt: 0.500)", "**no**"]
+    matched = rows["bits that match static-hybrid's loss at 4.19"]
+    assert matched[2:] == ["3.200 (TP 3 a.txt: 3.200, TP 8 a.txt: 3.200)", "yes"]
+    kept = rows["average of the five tasks kept, recipe"]
+    assert kept[2:] == ["99.6% (95 %: 98.6% to 100.6%)", "yes"]
+    assert rows["average of the five tasks kept, recipe@two-shot"][3] == "**no**"
+    assert rows["KL at equal bits, against every peer"][2:] == ["ahead of all", "yes"]
+
+
+def test_a_peer_that_is_ahead_is_named(results):
+    results["tp3-peers"]["texts"][0]["results"][1]["kl"] = 0.04  # int4-g32@two-shot
+    row = quality_report.targets(results)[-1]
+    assert row[2:] == ["behind int4-g32@two-shot on a.txt", "**no**"]
+
+
+def test_fewer_bits_than_any_of_ours_is_no_comparison(results):
+    results["tp3-peers"]["variants"][2]["bits_per_value"] = 3.0  # mxfp4
+    assert "behind mxfp4" in quality_report.targets(results)[-1][2]
+
+
+def test_every_variant_is_in_the_text(results):
+    text = quality_report.text(results)
+    for name in (*KL, *PEERS, *OURS, "try-vector"):
+        assert f"| {name} | " in text
+    assert "| native | 0.500 | 0.410 | 100 % |" in text
+
+
+def test_the_steps_know_every_codec_and_name():
+    from megatron_lowbit.codecs import CANDIDATES, CODECS
+    from megatron_lowbit.integration.variants import parse_variant
+
+    measured = {name for step in quality.steps(512, 10) for name in step.codecs}
+    for name in measured:
+        parse_variant(name)
+    assert set(CODECS) | set(CANDIDATES) <= measured | {"rotated-hybrid"}
