@@ -155,7 +155,7 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
                 axes.plot(layers, values, "o", color=_BAND, markersize=4.5, clip_on=False)
                 axes.set_title(f"{kind}: {what}")
         for axes in grid[0]:
-            axes.set_ylim(0, axes.get_ylim()[1] * 1.08)
+            axes.set_ylim(0, max(axes.get_ylim()[1], 1) * 1.08)  # also where all are zero
             axes.yaxis.get_major_locator().set_params(integer=True)
         for axes in grid.flat:
             style.layer_axis(axes, [point.layer for point in points])
