@@ -48,8 +48,9 @@ def draw_ranges(name: str, points: list[PointRanges]) -> style.Plot:
             name,
             "Range of a feature: R = 2 max(|min|, |max|) by the calibration's moving average, "
             "in units of the activations, summed over ranks. Bands: median to 90 %, to 99 %, to "
-            "the widest of all features. Dots: the features that travel in BF16. What matters is "
-            "how far the widest feature without a dot is above the median.",
+            "the widest of all features. Dots: the features in BF16 where one codec serves all "
+            "sync points. What matters is how far the widest feature without a dot is above the "
+            "median.",
         )
 
 
@@ -85,7 +86,7 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
     kinds = by_kind(measured.points)
     with style.figure(8.6) as made:
         grid = made.subplots(2, len(kinds), sharex=True, sharey=True, squeeze=False)
-        made.get_layout_engine().set(rect=(0, 0, 0.87, 1), wspace=0.33)
+        made.get_layout_engine().set(rect=(0, 0, 0.85, 1), wspace=0.38)
         ends = {}
         for row, what in zip(grid, (_ALL, _WORST), strict=True):
             row[0].set_ylabel(f"SQNR, {what}, dB")
