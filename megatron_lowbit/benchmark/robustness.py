@@ -39,7 +39,8 @@ from megatron_lowbit.evaluation.run import evaluate
 from megatron_lowbit.evaluation.text import Text
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
-from megatron_lowbit.integration.calibrate import calibrate_model, check_length, refuse_pipeline
+from megatron_lowbit.integration.calibrate import calibrate_model
+from megatron_lowbit.integration.checks import check_length, refuse_pipeline
 from megatron_lowbit.integration.choices import check_index
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.planning import with_recipe

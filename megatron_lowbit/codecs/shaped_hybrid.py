@@ -6,7 +6,7 @@ that, and the means of all ranks are added. Neither costs a bit on the wire, and
 and kernels are those of `codecs.rotated_hybrid`.
 
 Why the mean: it is common to all tokens, so its energy need not be sent again and again; the
-attention projections of SmolLM2-135M have 1 to 5 dB of it. Why that power: with weights w the
+attention projections of SmolLM2-135M have 0.4 to 5 dB of it. Why that power: with weights w the
 rotated row has the energy sum(w^2 v), the quantization's noise is spread evenly over it, and
 turning back divides feature i's share by w_i^2; the sum of sum(w^2 v) / w_i^2 over features is
 least at w_i = v_i^(-1/4). It is sum(sqrt(v))^2 then, against hidden * sum(v) unweighted: what

@@ -22,7 +22,7 @@ from megatron_lowbit.evaluation.tables import tables
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.calibrate import refuse_pipeline
+from megatron_lowbit.integration.checks import refuse_pipeline
 from megatron_lowbit.integration.choices import check_index, model_identity
 from megatron_lowbit.integration.measures import (
     Inputs,

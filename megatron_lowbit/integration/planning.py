@@ -24,9 +24,7 @@ from megatron_lowbit.integration.forward import device_of
 from megatron_lowbit.integration.sensitivity import measure_options
 from megatron_lowbit.integration.summing import Summing
 
-# The first calibration sequences up to so many tokens; in trials on SmolLM2-135M plans from 4,096
-# tokens were no better than from 2,048.
-_PLANNING_TOKENS = 4096
+_PLANNING_TOKENS = 4096  # of the first calibration sequences
 _RESOLUTION = 0.05  # bits a value
 
 
