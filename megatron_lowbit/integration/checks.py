@@ -1,0 +1,39 @@
+"""Checks of arguments that the tools share: what can be refused before a model is loaded."""
+
+import argparse
+
+from megatron_lowbit.codecs import Codec
+from megatron_lowbit.errors import LowbitError
+
+
+def refuse_pipeline(args: argparse.Namespace) -> None:
+    """Raise where the tools' plain forward pass does not serve."""
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
+
+
+def feature_count(text: str | None, hidden: int, codec: Codec) -> int:
+    """How many BF16 features ``--bf16-features`` means: a count, or a fraction of `hidden`."""
+    if text is not None and not codec.takes_index:
+        raise LowbitError(
+            f"--bf16-features {text} means nothing to codec {codec.name}: leave it out"
+        )
+    if text is None:
+        return codec.default_bf16_features(hidden)
+    try:
+        count = int(text) if text.lstrip("+-").isdigit() else int(float(text) * hidden)
+    except (ValueError, OverflowError):
+        raise LowbitError(f"--bf16-features {text}: not a finite number") from None
+    if not 0 <= count <= hidden:
+        raise LowbitError(f"--bf16-features {text}: not within 0 and the hidden size {hidden}")
+    return count
+
+
+def check_length(args: argparse.Namespace, seq_length: int) -> None:
+    """Raise if the model has fewer positions than a sequence has tokens."""
+    if seq_length > args.max_position_embeddings:
+        raise LowbitError(
+            f"--seq-length {seq_length}: the model has {args.max_position_embeddings} positions"
+        )
