@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="a tuning file for auto on this machine and number of ranks, of --codecs (default: "
-        "rotated-hybrid)",
+        "rotated-hybrid and shaped-hybrid)",
     )
     return parser.parse_args()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_lowbit.benchmark.links import parse_rate
 from megatron_lowbit.benchmark.ranks import MOST_RANKS
-from megatron_lowbit.codecs import DEFAULT_CODEC, parse_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, DEFAULT_CODEC, parse_codec
 from megatron_lowbit.comm.cost_model import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 
@@ -179,7 +179,7 @@ def choose_variants(
                 f"unknown collective {name!r}: choose from {', '.join(COLLECTIVES)} (native is "
                 "always measured)"
             )
-    names = list(codecs or (DEFAULT_CODEC,))
+    names = list(codecs or (DEFAULT_CODEC, CALIBRATED_CODEC))
     for name in names:
         parse_codec(name)
     if codecs is not None:

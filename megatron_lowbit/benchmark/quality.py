@@ -16,9 +16,10 @@ from megatron_lowbit.benchmark.texts import write_texts
 from megatron_lowbit.codecs.candidates import CANDIDATES
 from megatron_lowbit.codecs.peers import PEERS
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import write_atomic
 
 _ROOT = Path(__file__).resolve().parents[2]
-_BUDGET = "4.2"
+BUDGET = "4.2"
 PAPER, OURS, OURS_TWO_SHOT = "static-hybrid", "recipe", "recipe@two-shot"
 _OWN = (
     *("bf16", "int4", "int4-random", PAPER, "static-hybrid@two-shot", "scaled-hybrid"),
@@ -82,6 +83,7 @@ def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[s
         LowbitError: A step failed; what is finished stays, and the next call goes on.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    _check_settings(directory, {"load": str(checkpoint), "tokens": tokens, "limit": limit})
     texts = write_texts(directory / "texts")
     files = {
         "prose": _ROOT / "examples/data/persuasion.txt",
@@ -106,14 +108,23 @@ def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[s
     return results
 
 
+def _check_settings(directory: Path, settings: dict) -> None:
+    """Raise if what is in `directory` was measured with other settings; note them if it is new."""
+    path = directory / "settings.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(settings).encode())
+    elif json.loads(path.read_text()) != settings:
+        raise LowbitError(f"{directory} has results of {path.read_text()}: name another directory")
+
+
 def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:
     """The index of a tensor-parallel size, with a recipe."""
     index = directory / f"index-tp{ranks}"
     if not index.exists():
         cli.say(f"-- {index.name}")
         data = ("--data", str(_ROOT / "examples/data/emma.txt"), "--seq-length", "128")
-        where = ("--load", str(checkpoint), "--simulate-tp", str(ranks), "--budget", _BUDGET)
-        _tool("calibrate", (*where, *data), index)
+        where = ("--load", str(checkpoint), "--simulate-tp", str(ranks), "--budget", BUDGET)
+        _tool("calibrate", (*where, *data, "--resume"), index)
     return index
 
 

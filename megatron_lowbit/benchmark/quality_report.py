@@ -3,10 +3,11 @@
 Where a target is measured on several texts or tensor-parallel sizes, the worst of them counts.
 """
 
-from megatron_lowbit.benchmark.quality import OURS, OURS_TWO_SHOT, PAPER
-from megatron_lowbit.codecs.peers import PEERS
+import math
 
-_BUDGET = 4.2
+from megatron_lowbit.benchmark.quality import BUDGET, OURS, OURS_TWO_SHOT, PAPER
+from megatron_lowbit.codecs.peers import PEERS
+from megatron_lowbit.evaluation.tables import with_error
 
 
 def text(results: dict[str, dict]) -> str:
@@ -34,9 +35,9 @@ def targets(results: dict[str, dict]) -> list[list[str]]:
     }
     behind = _behind_peers(results)
     rows = [
-        _row(f"loss at {_BUDGET} bits, of {PAPER}'s", 0.1, losses, most=True),
-        _row(f"KL at {_BUDGET} bits, of {PAPER}'s", 1 / 6, divergences, most=True),
-        _row(f"bits that match {PAPER}'s loss at 4.19", 3.2, matched, most=True),
+        _row(f"loss at {BUDGET} bits, of {PAPER}'s", 0.1, losses),
+        _row(f"KL at {BUDGET} bits, of {PAPER}'s", 1 / 6, divergences),
+        _row(f"bits that match {PAPER}'s loss at 4.19", 3.2, matched),
     ]
     kept = {r["codec"]: r for r in results["tp3-tasks"]["task_average"]["results"]}
     for name, asked in ((OURS, 0.995), (OURS_TWO_SHOT, 0.99)):
@@ -66,11 +67,12 @@ def _shares(results: list[dict], key: str) -> dict[str, float]:
 
 
 def _bits_to_match(result: dict, text: dict) -> float:
-    """The fewest bits of a recipe whose loss is not above the paper's."""
+    """The fewest bits of a recipe whose loss is not above the paper's; infinite if none is."""
     bits = {variant["codec"]: variant["bits_per_value"] for variant in result["variants"]}
     loss = {r["codec"]: r["delta_nll"] for r in text["results"]}
     recipes = [name for name in loss if name.startswith("recipe") and "@" not in name]
-    return min(bits[name] for name in recipes if loss[name] <= loss[PAPER])
+    matching = [bits[name] for name in recipes if loss[name] <= loss[PAPER]]
+    return min(matching, default=math.inf)
 
 
 def _behind_peers(results: dict[str, dict]) -> list[str]:
@@ -98,11 +100,10 @@ def _behind_peers(results: dict[str, dict]) -> list[str]:
     return behind
 
 
-def _row(work: str, asked: float, measured: dict[str, float], *, most: bool) -> list[str]:
-    worst = (max if most else min)(measured.values())
+def _row(work: str, asked: float, measured: dict[str, float]) -> list[str]:
+    worst = max(measured.values())
     each = ", ".join(f"{name}: {value:.3f}" for name, value in measured.items())
-    met = worst <= asked if most else worst >= asked
-    return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", _met(met)]
+    return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", _met(worst <= asked)]
 
 
 def _quality(result: dict) -> str:
@@ -115,8 +116,8 @@ def _quality(result: dict) -> str:
         row = [variant["codec"], variant["collective"], f"{variant['bits_per_value']:.2f}"]
         for text in result["texts"]:
             scores = text["results"][number]
-            row += [f"{scores['delta_nll']:.4f} ± {scores['delta_nll_stderr']:.4f}"]
-            row += [f"{scores['kl']:.4f} ± {scores['kl_stderr']:.4f}"]
+            row += [with_error(scores["delta_nll"], scores["delta_nll_stderr"])]
+            row += [with_error(scores["kl"], scores["kl_stderr"])]
         rows.append(row)
     return _table(head, rows)
 

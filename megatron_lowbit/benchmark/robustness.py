@@ -153,7 +153,7 @@ def _kept(loaded: _Loaded, directory: Path, corpus: dict) -> Index:
     index = read_index(directory)
     if not corpus.items() <= index.manifest["corpus"].items():
         raise LowbitError(f"{directory} is of another text: run without --resume to start over")
-    check_index(index, loaded.module, get_codec("static-hybrid"), loaded.simulate_tp)
+    check_index(index, loaded.module, [get_codec("static-hybrid")], loaded.simulate_tp)
     return index
 
 

@@ -9,7 +9,10 @@ an average number of bits.
 import heapq
 from dataclasses import dataclass
 
+import torch
+
 from megatron_lowbit.calibration.recipe import CodecChoice, Key, Recipe
+from megatron_lowbit.codecs import CALIBRATED_CODEC, Statistics, get_codec
 from megatron_lowbit.errors import LowbitError
 
 
@@ -26,6 +29,22 @@ class Option:
     choice: CodecChoice
     bits_per_value: float
     divergence: float
+
+
+def candidates(hidden: int) -> list[CodecChoice]:
+    """What a sync point can get: bits by BF16 features, or all of it in BF16."""
+    bits = sorted(get_codec(CALIBRATED_CODEC).supported_bits)
+    features = sorted({0, hidden // 256, hidden // 128, hidden // 64, hidden // 32})
+    low = [CodecChoice(CALIBRATED_CODEC, b, k) for b in bits for k in features]
+    return [*low, CodecChoice("bf16", 16)]
+
+
+def bits_per_value(choice: CodecChoice, hidden: int) -> float:
+    """What a candidate takes on the wire at this hidden size, all included."""
+    codec, kept = choice.make(), torch.arange(choice.bf16_features or 0)
+    statistics = Statistics(variance=torch.ones(1, hidden))
+    tables = codec.tables(hidden, bf16_index=kept, statistics=statistics)
+    return 8 * codec.row_bytes(tables) / hidden
 
 
 def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:

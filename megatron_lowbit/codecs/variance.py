@@ -17,13 +17,12 @@ def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor
             f"{codec} needs calibrated statistics: pass an index made by tools/calibrate.py, or "
             "use rotated-hybrid, which needs none"
         )
-    variance = statistics.variance
-    if variance.ndim != 2 or variance.shape[1] != hidden:
-        raise LowbitError(
-            f"variances have shape {tuple(variance.shape)}, not [ranks, hidden] with hidden "
-            f"{hidden}"
-        )
-    return variance.float()
+    for name, values in (("variances", statistics.variance), ("means", statistics.mean)):
+        if values is not None and (values.ndim != 2 or values.shape[1] != hidden):
+            raise LowbitError(
+                f"{name} have shape {tuple(values.shape)}, not [ranks, hidden] with hidden {hidden}"
+            )
+    return statistics.variance.float()
 
 
 def relative(variance: Tensor) -> Tensor:

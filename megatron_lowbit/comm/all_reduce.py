@@ -187,8 +187,9 @@ def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None
         raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
     if tables.hidden != hidden:
         raise LowbitError(f"tables are for hidden size {tables.hidden}, the tensor has {hidden}")
-    if tables.scale is not None and len(tables.scale) != ranks:
-        raise LowbitError(f"tables are for {len(tables.scale)} ranks, the group has {ranks}")
+    for by_rank in (tables.scale, tables.center):
+        if by_rank is not None and len(by_rank) != ranks:
+            raise LowbitError(f"tables are for {len(by_rank)} ranks, the group has {ranks}")
 
 
 class _AllReduce(torch.autograd.Function):

@@ -47,8 +47,8 @@ def _text(summary: dict, text: dict) -> list[list[str]]:
                 result["codec"],
                 f"{variant['bits_per_value']:.2f}",
                 f"{result['perplexity']:.3f}",
-                _with_error(result["delta_nll"], result["delta_nll_stderr"]),
-                _with_error(result["kl"], result["kl_stderr"]),
+                with_error(result["delta_nll"], result["delta_nll_stderr"]),
+                with_error(result["kl"], result["kl_stderr"]),
                 f"{100 * result['top1']:.1f} %",
                 f"{variant['wire_bytes_per_token']:,.0f}",
             ]
@@ -85,7 +85,7 @@ def _long_context(measured: dict) -> list[list[str]]:
     found = round(measured["native"]["retrieved"] * measured["needles"])
     rows.append(["native BF16", *["0"] * len(buckets), str(found), "", ""])
     for result in measured["results"]:
-        kl = [_with_error(*one) for one in zip(result["kl"], result["kl_stderr"], strict=True)]
+        kl = [with_error(*one) for one in zip(result["kl"], result["kl_stderr"], strict=True)]
         found = round(result["retrieved"] * measured["needles"])
         counts = [found, result["lost"], result["gained"]]
         rows.append([result["codec"], *kl, *map(str, counts)])
@@ -95,7 +95,7 @@ def _long_context(measured: dict) -> list[list[str]]:
 def _generation(measured: dict) -> list[list[str]]:
     rows = [["codec", "tokens, mean", "tokens, median", "prompts without any other, %"]]
     for result in measured["results"]:
-        mean = _with_error(result["mean_agreement"], result["mean_agreement_stderr"], digits=1)
+        mean = with_error(result["mean_agreement"], result["mean_agreement_stderr"], digits=1)
         median = f"{result['median_agreement']:g}"
         rows.append([result["codec"], mean, median, _percent_of(result, "full_agreement")])
     return rows
@@ -107,11 +107,11 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _with_error(value: float, error: float | None, *, digits: int = 4) -> str:
+def with_error(value: float, error: float | None, *, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _percent_of(row: dict, key: str) -> str:
     """A share and its standard error, in percent."""
     error = row[f"{key}_stderr"]
-    return _with_error(100 * row[key], None if error is None else 100 * error, digits=1)
+    return with_error(100 * row[key], None if error is None else 100 * error, digits=1)

@@ -5,6 +5,7 @@ runs exactly as without calibration.
 """
 
 import argparse
+import re
 import shutil
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +42,12 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.checks import check_length, feature_count, refuse_pipeline
+from megatron_lowbit.integration.checks import (
+    check_length,
+    check_recipe,
+    feature_count,
+    refuse_pipeline,
+)
 from megatron_lowbit.integration.choices import model_identity
 from megatron_lowbit.integration.forward import device_of, logits
 from megatron_lowbit.integration.megatron_args import parse_megatron_args
@@ -54,6 +60,7 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)
+    check_recipe(options, args)
     output = (options.output or Path(options.load) / INDEX_NAME).absolute()
     runtime.initialize(args)
     bf16_features = on_every_rank(
@@ -75,7 +82,9 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
         simulate_tp=options.simulate_tp,
     )
     if options.budget is not None or options.target_loss is not None:
-        index = _plan(args, options, model, index, sequences)
+        skipped = {int(re.match(r"sequence (\d+)", text)[1]) for text in progress.skipped}
+        finite = [n for n in range(len(sequences)) if n not in skipped]
+        index = _plan(args, options, model, index, sequences[finite])
     on_every_rank(lambda: write_index(index, output) if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +102,7 @@ def _plan(
     """The index with the recipe that was asked for."""
     from megatron.core import parallel_state
 
-    summing, _ = find_summing(model, options.simulate_tp)
+    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
     tokenizer = runtime.build_tokenizer(args)
     return with_recipe(
         index,

@@ -2,6 +2,7 @@
 
 import argparse
 
+from megatron_lowbit.calibration.plan import bits_per_value, candidates
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError
 
@@ -36,4 +37,20 @@ def check_length(args: argparse.Namespace, seq_length: int) -> None:
     if seq_length > args.max_position_embeddings:
         raise LowbitError(
             f"--seq-length {seq_length}: the model has {args.max_position_embeddings} positions"
+        )
+
+
+def check_recipe(options: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Raise if a recipe that was asked for cannot be planned."""
+    if options.budget is None and options.target_loss is None:
+        return
+    if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
+        raise LowbitError(
+            "tensor parallel size 1 communicates nothing: a recipe needs ranks, or --simulate-tp N"
+        )
+    least = min(bits_per_value(choice, args.hidden_size) for choice in candidates(args.hidden_size))
+    if options.budget is not None and options.budget < least:
+        raise LowbitError(
+            f"--budget {options.budget:g} is below what the codecs can do here: ask for "
+            f"{least:.2f} or more"
         )

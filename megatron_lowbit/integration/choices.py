@@ -48,7 +48,8 @@ class Chosen:
 
     def digest(self) -> str:
         """Of all that sender and receiver must agree on."""
-        digest = hashlib.sha256(repr(self.codecs).encode())
+        names = [str(point) for point in self.points]
+        digest = hashlib.sha256(repr((names, self.codecs, sorted(self.native))).encode())
         for table in self.tables:
             of_sum = table.of_sum.scale if table.of_sum else None
             shared = (table.bf16_index, table.encode_scale, table.decode_scale)
@@ -86,9 +87,8 @@ def choose(
         recipe = override(recipe, read_rules(rules), origin=str(rules))
         origin += f" and {Path(rules).name}"
     ranks = dist.get_world_size(points[0].group)
-    for choice in set(recipe.values()):
-        if not choice.is_native:
-            check_index(index, model, choice.make(), ranks)
+    used = {choice for choice in recipe.values() if not choice.is_native}
+    check_index(index, model, [choice.make() for choice in used], ranks)
     low, codecs, tables, native = [], [], [], {}
     for point in points:
         choice = choice_for(recipe, point, index)
@@ -134,9 +134,9 @@ def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
 
 
 def check_index(
-    index: Index, model: nn.Module | Iterable[nn.Module], codec: Codec, tp_size: int
+    index: Index, model: nn.Module | Iterable[nn.Module], codecs: Iterable[Codec], tp_size: int
 ) -> None:
-    """Raise `IndexFileError` unless `index` was made for `model` and serves `codec` here."""
+    """Raise `IndexFileError` unless `index` was made for `model` and serves `codecs` here."""
     expected, found = index.manifest["model"], model_identity(model)
     for key in MODEL_SHAPE:
         if expected.get(key) != found[key]:
@@ -150,12 +150,13 @@ def check_index(
                 f"{index.origin} was calibrated on other weights (layer {layer} differs); "
                 "calibrate this checkpoint with tools/calibrate.py"
             )
-    if codec.needs_statistics and index.tp_size != tp_size:
-        raise IndexFileError(
-            f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run has "
-            f"{tp_size}: {codec.name} has tables per rank, calibrate at {tp_size} or use a codec "
-            "that fits any size (shaped-hybrid, rotated-hybrid)"
-        )
+    for codec in codecs:
+        if codec.needs_statistics and index.tp_size != tp_size:
+            raise IndexFileError(
+                f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run "
+                f"has {tp_size}: {codec.name} has tables per rank, calibrate at {tp_size} or use a "
+                "codec that fits any size (shaped-hybrid, rotated-hybrid)"
+            )
 
 
 def _recipe(

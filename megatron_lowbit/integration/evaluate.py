@@ -101,9 +101,8 @@ def _digests(index: Index, inputs: Inputs) -> tuple:
 
 
 def _check(index: Index, model: nn.Module, chosen: Iterable[Named], ranks: int) -> None:
-    for named in chosen:
-        for codec in named.codecs(index):
-            check_index(index, model, codec, ranks)
+    codecs = [codec for named in chosen for codec in named.codecs(index)]
+    check_index(index, model, codecs, ranks)
 
 
 def _journal(

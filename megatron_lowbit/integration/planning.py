@@ -65,7 +65,7 @@ class Planner:
         )
         best = self.for_budget(most)
         nats = self.measure(best)
-        if nats > target:
+        if not nats <= target:
             raise LowbitError(
                 f"--target-loss {target:g}: even BF16 at every sync point is {nats:.4f} nats from "
                 "native communication here: ask for more"

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lowbit.calibration.index import Index
-from megatron_lowbit.calibration.plan import Option
+from megatron_lowbit.calibration.plan import Option, bits_per_value, candidates
 from megatron_lowbit.calibration.recipe import CodecChoice, Key
-from megatron_lowbit.codecs import CALIBRATED_CODEC, get_codec
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation import language_model as lm
 from megatron_lowbit.integration.choices import tables_for
 from megatron_lowbit.integration.forward import device_of, forward, logits
@@ -29,14 +29,6 @@ _SEED = 1234
 # Squared errors scatter far less than squared gradients do: fewer tokens do for them.
 _ERROR_SHARE = 4
 Track = Callable[[str, str], Callable]
-
-
-def candidates(hidden: int) -> list[CodecChoice]:
-    """What a sync point can get: bits by BF16 features, or all of it in BF16."""
-    bits = sorted(get_codec(CALIBRATED_CODEC).supported_bits)
-    features = sorted({0, hidden // 256, hidden // 128, hidden // 64, hidden // 32})
-    low = [CodecChoice(CALIBRATED_CODEC, b, k) for b in bits for k in features]
-    return [*low, CodecChoice("bf16", 16)]
 
 
 def measure_options(
@@ -75,7 +67,13 @@ def measure_options(
     costs = _mean_over(costs.to(device), few.numel(), dp_group)
     # All ranks go by the first one's figures: plans must be the same to the last bit.
     dist.broadcast(costs, src=0)
-    bits = [_bits_per_value(index, choice) for choice in choices]
+    if not costs.isfinite().all():
+        number = (~costs.isfinite()).any(dim=1).nonzero()[0].item()
+        raise LowbitError(
+            f"planning met values that are not finite at {summing.points[number]}: calibrate on "
+            "texts that the model can run"
+        )
+    bits = [bits_per_value(choice, index.hidden) for choice in choices]
     return {
         (point.layer, point.name): [Option(*o) for o in zip(choices, bits, row, strict=True)]
         for point, row in zip(summing.points, costs.tolist(), strict=True)
@@ -152,14 +150,6 @@ def _errors(
         for number in track(range(len(sequences))):
             logits(model, sequences[number][None])
     return costs
-
-
-def _bits_per_value(index: Index, choice: CodecChoice) -> float:
-    codec = choice.make()
-    (layer, records) = next(iter(index.layers.items()))
-    name = next(iter(records))
-    tables = index.tables(layer, name, codec, ranks=1, bf16_features=choice.bf16_features)
-    return 8 * codec.row_bytes(tables) / index.hidden
 
 
 def _mean_over(total: Tensor, tokens: int, dp_group: dist.ProcessGroup | None) -> Tensor:

@@ -209,7 +209,8 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
  * `dtype`, rows `stride` apart. */
 int decode_sum(const uint8_t *payloads, int64_t rank_stride, int64_t ranks, int64_t tokens,
                int64_t hidden, int64_t block, const float *center, const float *scale,
-               const int64_t *index, int64_t kept, const float *levels, int bits, int64_t body, uint8_t *out,
+               const int64_t *index, int64_t kept, const float *levels, int bits, int64_t body,
+               uint8_t *out,
                int dtype, int64_t stride) {
     int64_t padded;
     float *row = new_row(hidden, &padded);

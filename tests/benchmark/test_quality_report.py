@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_lowbit.benchmark import quality, quality_report
+from megatron_lowbit.errors import LowbitError
 
 KL = {"static-hybrid": 0.24, "recipe": 0.03, "recipe@two-shot": 0.06, "recipe-3.2": 0.1}
 BITS = {"static-hybrid": 4.19, "recipe": 4.2, "recipe@two-shot": 4.2, "recipe-3.2": 3.2}
@@ -80,6 +81,22 @@ def test_a_peer_that_is_ahead_is_named(results):
 def test_fewer_bits_than_any_of_ours_is_no_comparison(results):
     results["tp3-peers"]["variants"][2]["bits_per_value"] = 3.0  # mxfp4
     assert "behind mxfp4" in quality_report.targets(results)[-1][2]
+
+
+def test_no_recipe_that_matches_and_no_error_of_a_single_sequence(results):
+    for scores in results["tp3"]["texts"][0]["results"]:
+        scores["delta_nll_stderr"] = None
+        if scores["codec"].startswith("recipe"):
+            scores["delta_nll"] = 9.0
+    text = quality_report.text(results)
+    assert "| inf (TP 3 a.txt: inf, TP 8 a.txt: 3.200) | **no** |" in text
+    assert "| static-hybrid | one-shot | 4.19 | 0.1200 | 0.2400 ± 0.0010 |" in text
+
+
+def test_results_of_other_settings_are_not_taken(tmp_path):
+    (tmp_path / "settings.json").write_text('{"load": "other", "tokens": 512, "limit": 1}')
+    with pytest.raises(LowbitError, match="has results of .*other.*: name another directory"):
+        quality.run(tmp_path, tmp_path, tokens=512, limit=1)
 
 
 def test_every_variant_is_in_the_text(results):

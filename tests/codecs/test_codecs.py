@@ -227,6 +227,17 @@ def test_bits_per_value_of_the_defaults():
     assert bits["rotated-hybrid"] == pytest.approx(4.14, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["shaped-hybrid", "scaled-hybrid"])
+def test_statistics_of_another_shape_are_refused(name):
+    codec, ones = get_codec(name), torch.ones(2, 64)
+    with pytest.raises(LowbitError, match=r"variances have shape \(2, 64\), not \[ranks, hidden\]"):
+        codec.tables(96, statistics=Statistics(variance=ones))
+    with pytest.raises(LowbitError, match=r"means have shape \(2, 32\), not \[ranks, hidden\]"):
+        codec.tables(64, statistics=Statistics(variance=ones, mean=ones[:, :32]))
+    with pytest.raises(LowbitError, match="needs calibrated statistics: pass an index"):
+        codec.tables(64)
+
+
 def test_static_scale_is_absmax_over_seven_and_clips():
     codec = get_codec("static-hybrid")
     statistics = Statistics(ranges=torch.full((1, 4), 14.0))  # absmax 7, step 1

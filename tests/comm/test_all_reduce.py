@@ -42,6 +42,7 @@ def _more(rank: int) -> dict:
         "hidden": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(5), codec="bf16")),
         "codec": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(48))),
         "ranks": _error(lambda: all_reduce(x, tables=_five_ranks(), codec="static-hybrid")),
+        "centres": _error(lambda: all_reduce(x, tables=_five_centres(), codec="shaped-hybrid")),
         "scalar": _error(lambda: all_reduce(torch.tensor(1.0))),
     }
 
@@ -86,6 +87,11 @@ def _without_sum(ranks: int) -> dict:
 
 def _five_ranks():
     return get_codec("static-hybrid").tables(48, statistics=Statistics(ranges=torch.ones(5, 48)))
+
+
+def _five_centres():
+    statistics = Statistics.of(torch.arange(5 * 3 * 48.0).view(5, 3, 48))
+    return get_codec("shaped-hybrid").tables(48, statistics=statistics)
 
 
 def _fail_on_last(rank: int, ranks: int) -> None:
@@ -155,6 +161,7 @@ def test_errors_come_on_every_rank(results):
         assert "make_chooser" in more["auto"]
         if several:
             assert "divide" in more["uneven"]
+            assert more["centres"] == more["ranks"]
             assert "no calibrated statistics of the sum" in more["no_ranges"]
 
 

@@ -246,6 +246,8 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-recipe", "no.json"], "cannot read no.json"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (CALIBRATE, ["--codec", "bf16", "--budget", "4"], "a recipe chooses codec and BF16"),
+        (CALIBRATE, ["--simulate-tp", "2", "--budget", "2"], "--budget 2 is below what .* 2.33 or"),
+        (CALIBRATE, ["--simulate-tp", "1", "--target-loss", "1"], "a recipe needs ranks"),
         (EVALUATE, ["--codecs", "bf16,rotated-hybrid-9"], "has no 9-bit version"),
         (EVALUATE, ["--resume"], "--resume needs --output"),
         (EVALUATE, ["--data", str(TEXT), str(TEXT)], "a file is named twice"),
