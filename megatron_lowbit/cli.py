@@ -49,10 +49,15 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed since its peer ended: Gloo's and NCCL's own words."""
-    lost = r"connection (was )?(closed|reset|refused)|peer closed|broken pipe"
-    lost += r"|remote process exited|timed out"
-    return bool(re.search(lost, str(error), re.IGNORECASE))
+    """Whether a collective failed since its peer ended: Gloo's, NCCL's and the store's own words.
+
+    Gloo's errors name the file of its transport that met them, whatever it was that the peer's end
+    looked like there; torch's own are of classes such as DistNetworkError.
+    """
+    lost = r"gloo/(transport|rendezvous)|connection (was )?(closed|reset|refused)|peer closed"
+    lost += r"|broken pipe|remote process exited|timed out|got 0 bytes"
+    named = type(error).__name__ in ("DistNetworkError", "DistStoreError")
+    return named or bool(re.search(lost, str(error), re.IGNORECASE))
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+
+from megatron_lowbit import cli
 
 PROGRAM = """
 import sys, time
@@ -70,3 +73,17 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, number):
     assert process.returncode == 130
     assert errors == "tool.py: interrupted\n"
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("[../gloo/transport/tcp/buffer.cc:72] Check failed"), True),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_the_loss_of_another_rank_is_told_from_faults_of_ours(error, lost):
+    assert cli._is_lost_rank(error) is lost
