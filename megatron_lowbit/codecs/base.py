@@ -281,3 +281,9 @@ def other_features(bf16_index: Tensor, hidden: int) -> Tensor:
     is_body = torch.ones(hidden, dtype=torch.bool, device=bf16_index.device)
     is_body[bf16_index] = False
     return is_body.nonzero().flatten()
+
+
+def put_in_place(body: Tensor, kept: Tensor, tables: Tables) -> Tensor:
+    """Every feature to its place: fp32 ``[tokens, hidden]`` of the body's and the BF16 index's."""
+    place = torch.cat([tables.body_index, tables.bf16_index]).argsort()
+    return torch.cat([body, kept], dim=1).index_select(1, place)

@@ -20,6 +20,7 @@ from megatron_lowbit.codecs.base import (
     Tables,
     check_index,
     other_features,
+    put_in_place,
     rounded_into,
     sum_in_rank_order,
 )
@@ -96,10 +97,7 @@ class StaticHybrid(Codec):
             levels = values[wire.unpack(codes, self.bits, body.numel())]
             levels *= tables.scale[rank, body]
             total = levels if total is None else total.add_(levels)
-        # Body and BF16 features side by side, then every feature to its place.
-        place = torch.cat([body, tables.bf16_index]).argsort()
-        total = torch.cat([total, sum_in_rank_order(kept)], dim=1).index_select(1, place)
-        return rounded_into(out, total)
+        return rounded_into(out, put_in_place(total, sum_in_rank_order(kept), tables))
 
 
 def _values_of_codes(bits: int, device: torch.device) -> Tensor:
