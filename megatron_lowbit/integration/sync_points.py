@@ -1,27 +1,25 @@
 """Where a Megatron model sums partials over its tensor-parallel ranks, and how to step in.
 
-A sync point is a `RowParallelLinear` of megatron-core under a transformer layer: attention's
-`linear_proj` and the MLP's `linear_fc2`. Megatron itself can mute such a module's reduction
-(`explicit_expert_comm`, as its shared experts do): the module then returns its partial, and a
-forward hook bound to the sync point sums it, by an all-reduce or with sequence parallelism by a
-reduce-scatter. So only registered sync points change: `reduce_from_tensor_model_parallel_region`
-and `reduce_scatter_to_sequence_parallel_region` themselves are left alone, and with them everything
-else that Megatron sums through those names: embeddings, token counts, losses, gradients.
+A sync point is a row-parallel linear of megatron-core under a transformer layer: attention's
+`linear_proj` and the MLP's `linear_fc2`. How each kind of linear is made to hand over its partial
+is in `integration.routes`; a reducer bound to the sync point then sums it, by an all-reduce or with
+sequence parallelism by a reduce-scatter. So only registered sync points change:
+`reduce_from_tensor_model_parallel_region` and `reduce_scatter_to_sequence_parallel_region`
+themselves are left alone, and with them everything else that Megatron sums through those names:
+embeddings, token counts, losses, gradients.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_lowbit.errors import LowbitError
-
-# (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
-Reducer = Callable[[Tensor, bool], Tensor]
+from megatron_lowbit.integration.routes import Reducer, route_of
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -47,7 +45,7 @@ class SyncPoint:
     @property
     def group(self) -> dist.ProcessGroup:
         """The tensor-parallel group that it sums over."""
-        return self.module.tp_group
+        return route_of(self.module).group(self.module)
 
 
 def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.Module]:
@@ -124,28 +122,17 @@ class Attachment:
 
     def __init__(self, points: list[SyncPoint], reducers: list[Reducer]):
         self._modules = [point.module for point in points]
-        self._hooks = []
-        for point, reducer in zip(points, reducers, strict=True):
-            point.module.explicit_expert_comm = True
-            _attached.add(point.module)
-            self._hooks.append(point.module.register_forward_hook(_hook(reducer)))
+        self._undo = []
+        for module, reducer in zip(self._modules, reducers, strict=True):
+            self._undo.append(route_of(module).attach(module, reducer))
+            _attached.add(module)
 
     def remove(self) -> None:
         """Restore Megatron's own reduction. A second call does nothing."""
-        for module, hook in zip(self._modules, self._hooks, strict=True):
-            hook.remove()
-            module.explicit_expert_comm = False
+        for module, undo in zip(self._modules, self._undo, strict=True):
+            undo()
             _attached.discard(module)
-        self._modules, self._hooks = [], []
-
-
-def _hook(reducer: Reducer):
-    def reduce(module, inputs, output):
-        partial, bias = output
-        # Read at every call: engines switch it off for the steps of decoding.
-        return reducer(partial, module.sequence_parallel), bias
-
-    return reduce
+        self._modules, self._undo = [], []
 
 
 def _is_row_parallel(name: str, module: nn.Module) -> bool:
@@ -168,23 +155,21 @@ def _reason_for_native(point: SyncPoint) -> str | None:
     module = point.module
     if getattr(module, "is_expert", False) or "experts" in point.name.split("."):
         return "a routed expert's output, summed by the token dispatcher"
-    if getattr(module, "explicit_expert_comm", False) and module not in _attached:
+    route = route_of(module)
+    if route is not None and route.is_muted(module) and module not in _attached:
         return "already muted by Megatron, which sums it elsewhere"
     return None
 
 
 def _check_reachable(point: SyncPoint) -> None:
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
-
-    module = point.module
-    if not isinstance(module, RowParallelLinear):
+    module, route = point.module, route_of(point.module)
+    if route is None:
         raise LowbitError(
             f"{point} is a {type(module).__name__}, which reduces inside itself: low-bit "
             "communication needs the local spec (--transformer-impl local)"
         )
     if module in _attached:
         raise LowbitError(f"{point} is already attached: remove() the first handle before")
-    if not module.skip_bias_add:
-        raise LowbitError(
-            f"{point} adds its bias itself (skip_bias_add=False), so its reduction cannot be muted"
-        )
+    obstacle = route.obstacle(module)
+    if obstacle:
+        raise LowbitError(f"{point} {obstacle}")

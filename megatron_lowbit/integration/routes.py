@@ -1,0 +1,90 @@
+"""How each kind of row-parallel linear is made to hand over its partial instead of a sum.
+
+A route knows one family of modules: how to tell them, what stands in the way of taking one over,
+and how to put a reducer in the place of its own reduction. `integration.sync_points` asks `ROUTES`
+in order; the first that takes a module serves it. To support another kind of linear, write a route
+and add it there.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
+Reducer = Callable[[Tensor, bool], Tensor]
+
+
+class Route(Protocol):
+    """One family of row-parallel linears."""
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` is of this family."""
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why `module` cannot be taken over, to follow its name in an error; None if it can."""
+
+    def is_muted(self, module: nn.Module) -> bool:
+        """Whether its reduction is switched off, by Megatron or by `attach`."""
+
+    def group(self, module: nn.Module) -> dist.ProcessGroup:
+        """The tensor-parallel group that `module` sums over."""
+
+    def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
+        """Let `reduce` sum `module`'s partials from now on; gives what undoes that exactly."""
+
+
+class LocalRoute:
+    """megatron-core's own `RowParallelLinear`, of the local spec.
+
+    Megatron itself can mute its reduction (`explicit_expert_comm`, as its shared experts do): the
+    module then returns its partial, and a forward hook sums it. The names that it reduces by,
+    `reduce_from_tensor_model_parallel_region` and
+    `reduce_scatter_to_sequence_parallel_region`, are left alone.
+    """
+
+    def takes(self, module: nn.Module) -> bool:
+        from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+        return isinstance(module, RowParallelLinear)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        if not module.skip_bias_add:
+            return "adds its bias itself (skip_bias_add=False), so its reduction cannot be muted"
+        return None
+
+    def is_muted(self, module: nn.Module) -> bool:
+        return module.explicit_expert_comm
+
+    def group(self, module: nn.Module) -> dist.ProcessGroup:
+        return module.tp_group
+
+    def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
+        module.explicit_expert_comm = True
+        hook = module.register_forward_hook(summed_by(reduce))
+
+        def undo() -> None:
+            hook.remove()
+            module.explicit_expert_comm = False
+
+        return undo
+
+
+def summed_by(reduce: Reducer):
+    """A forward hook that sums the partial of a linear's ``(partial, bias)`` by `reduce`."""
+
+    def hook(module: nn.Module, inputs: tuple, output: tuple):
+        partial, bias = output
+        # Read at every call: engines switch it off for the steps of decoding.
+        return reduce(partial, module.sequence_parallel), bias
+
+    return hook
+
+
+ROUTES: tuple[Route, ...] = (LocalRoute(),)
+
+
+def route_of(module: nn.Module) -> Route | None:
+    """The route that takes `module`, or None."""
+    return next((route for route in ROUTES if route.takes(module)), None)
