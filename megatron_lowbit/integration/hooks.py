@@ -100,7 +100,7 @@ def handles() -> list[Handle]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise LowbitError for low-bit arguments that cannot be met by a `megatron.training` script."""
+    """Raise LowbitError for low-bit arguments that a script of `megatron.training` cannot meet."""
     if index_dir_from_args(args) is not None and getattr(args, "load", None) is None:
         raise LowbitError(f"{_FLAG} needs --load: an index is for the weights of a checkpoint")
 
