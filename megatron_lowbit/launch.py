@@ -21,8 +21,10 @@ The exit status is the script's; it is 1, with one line that says why, if low bi
 and could not be on, and 130 after Ctrl-C.
 """
 
+import importlib.util
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from megatron_lowbit import cli
@@ -32,6 +34,7 @@ from megatron_lowbit.errors import LowbitError
 def main() -> None:
     """Find the script, step into Megatron, run it, and see that low bits were on."""
     is_module, name, argv = _target(sys.argv[1:])
+    # Later than cli.run, so that an error of these imports is one line, too.
     from megatron_lowbit.integration.launcher import Launch, use_checkout
 
     path = None if is_module else Path(name)
@@ -41,8 +44,20 @@ def main() -> None:
     sys.argv = [name, *argv]
     # What Python itself puts first: the script's directory, or for a module the working directory.
     sys.path.insert(0, str(Path.cwd() if path is None else path.resolve().parent))
-    launch = Launch(name)
+    if is_module and not _exists(name):
+        raise LowbitError(f"-m {name}: no such module")
+    launch = Launch(name, argv)
     launch.install()
+    try:
+        _run(name, is_module=is_module)
+    except KeyboardInterrupt:
+        launch.interrupted()
+        raise
+    launch.ended()
+
+
+def _run(name: str, *, is_module: bool) -> None:
+    """Run the script as Python would; its own errors keep their traceback."""
     try:
         if is_module:
             runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -51,7 +66,16 @@ def main() -> None:
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
-    launch.check_end()
+    except (OSError, ImportError):  # cli.run would take them for the launcher's own
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that it would be in
+        return False
 
 
 def _target(argv: list[str]) -> tuple[bool, str, list[str]]:

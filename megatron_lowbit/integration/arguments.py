@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
-from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, Codec, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
@@ -147,8 +147,30 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
     calibrated = read_manifest(directory)["codec"]["name"]
-    get_codec(args.lowbit_codec or calibrated, bits=bits)
+    _refuse_ignored(args, get_codec(args.lowbit_codec or calibrated, bits=bits))
     return directory
+
+
+def _refuse_ignored(args: argparse.Namespace, codec: Codec) -> None:
+    """Raise LowbitError for an argument that the others leave without effect."""
+    mode = args.lowbit_collective or DEFAULT_MODE
+    if mode == "native":
+        for name in ("codec", "bits", "recipe"):
+            if getattr(args, f"lowbit_{name}") is not None:
+                raise LowbitError(f"--lowbit-{name} means nothing to native: leave one of them out")
+    if args.lowbit_bits is not None and len(codec.supported_bits) == 1:
+        raise LowbitError(
+            f"--lowbit-bits {args.lowbit_bits} means nothing to {codec.name}, which has one width: "
+            "leave it out"
+        )
+    if mode == "one-shot" and "," in (args.lowbit_bits or ""):
+        raise LowbitError(
+            f"--lowbit-bits {args.lowbit_bits}: one-shot sends no sums: give one number"
+        )
+    if args.lowbit_inside_node is not None and mode not in ("auto", "hierarchical"):
+        raise LowbitError(f"--lowbit-inside-node means nothing to {mode}: leave it out")
+    if args.lowbit_all_gather is not None and getattr(args, "sequence_parallel", None) is False:
+        raise LowbitError("--lowbit-all-gather means nothing without --sequence-parallel: add it")
 
 
 def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from datetime import timedelta
 from types import ModuleType
 
 import torch
 
-from megatron_lowbit.integration.rebinding import rebind
+from megatron_lowbit.integration.bindings import rebind
 
 
 def initialize_cpu_parallel(args: argparse.Namespace, store) -> None:
@@ -51,10 +52,13 @@ def enable_cpu_training() -> None:
     """Let `initialize_megatron` of any release start without CUDA, for the life of the process."""
     from megatron.training import initialize
 
-    rebind(
-        initialize.initialize_megatron,
-        functools.partial(initialize.initialize_megatron, allow_no_cuda=True),
-    )
+    original = initialize.initialize_megatron
+
+    @functools.wraps(original)
+    def initialize_megatron(*args, **kwargs):
+        return original(*args, **{**kwargs, "allow_no_cuda": True})
+
+    rebind(original, initialize_megatron)
     initialize._compile_dependencies = lambda: None
     initialize._initialize_distributed = _with_cpu_parallel(initialize)
 
@@ -67,6 +71,8 @@ def _with_cpu_parallel(initialize: ModuleType):
     def initialize_distributed(get_embedding_ranks, get_position_embedding_ranks, store, **kwargs):
         from megatron.training import get_args
 
+        if store is None and "MASTER_ADDR" not in os.environ:  # one process, without torchrun
+            store = torch.distributed.HashStore()
         initialize_cpu_parallel(get_args(), store)
         original(get_embedding_ranks, get_position_embedding_ranks, store, **kwargs)
 

@@ -12,12 +12,16 @@ is done, and says so where a user should know.
 """
 
 import argparse
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import nn
 
+from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.apply import Handle
 from megatron_lowbit.integration.arguments import (
@@ -25,11 +29,21 @@ from megatron_lowbit.integration.arguments import (
     apply_from_args,
     index_dir_from_args,
 )
+from megatron_lowbit.integration.stats import write_stats
 from megatron_lowbit.integration.sync_points import transformer_layers
 
-_FLAG = "--lowbit-tp-comm"
-_handles: list[Handle] = []
-_layers: WeakSet[nn.Module] = WeakSet()  # of the models that `_handles` serve
+FLAG = "--lowbit-tp-comm"
+
+
+class _On(NamedTuple):
+    """A model in low bits: its handle, and the file that --lowbit-stats names."""
+
+    handle: Handle
+    stats: str | None
+
+
+_on: list[_On] = []
+_layers: WeakSet[nn.Module] = WeakSet()  # of the models that are `_on`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -44,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Returns:
         `parser` itself.
     """
-    if _FLAG in parser._option_string_actions:
+    if FLAG in parser._option_string_actions:
         return parser
     add_lowbit_args(parser)
     parse = parser.parse_known_args
@@ -80,7 +94,7 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
     if getattr(args, "lowbit_tp_comm", None) is None:
         return None
     chunks = [model] if isinstance(model, nn.Module) else list(model)
-    layers = transformer_layers(chunks).values()
+    layers = on_every_rank(lambda: transformer_layers(chunks)).values()
     if all(layer in _layers for layer in layers):
         _say(
             "> low-bit communication is on already for this model, and was not switched on again: "
@@ -89,20 +103,27 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
         )
         return None
     handle = apply_from_args(chunks, args)
-    _handles.append(handle)
+    _on.append(_On(handle, args.lowbit_stats))
     _layers.update(layers)
     return handle
 
 
-def handles() -> list[Handle]:
-    """The handles that `checkpoint_loaded` made so far, in order."""
-    return list(_handles)
+def is_on() -> bool:
+    """Whether `checkpoint_loaded` has switched a model to low bits."""
+    return bool(_on)
+
+
+def write_stats_now() -> None:
+    """Write the file of `--lowbit-stats`: for an end that skips exit handlers, which do it else."""
+    for model in _on:
+        if model.stats is not None and os.environ.get("RANK", "0") == "0":
+            write_stats(model.handle.stats(), Path(model.stats))
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raise LowbitError for low-bit arguments that a script of `megatron.training` cannot meet."""
     if index_dir_from_args(args) is not None and getattr(args, "load", None) is None:
-        raise LowbitError(f"{_FLAG} needs --load: an index is for the weights of a checkpoint")
+        raise LowbitError(f"{FLAG} needs --load: an index is for the weights of a checkpoint")
 
 
 def _say(text: str) -> None:

@@ -20,25 +20,28 @@ from pathlib import Path
 
 import torch
 
+from megatron_lowbit.cli import say
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import hooks, megatron_args
+from megatron_lowbit.integration.bindings import rebind
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.cpu_training import enable_cpu_training
-from megatron_lowbit.integration.rebinding import rebind
 
 _CHECKOUT = "MEGATRON_LM"
 
 
 class Launch:
-    """What a script did of what low bits need, so that nothing is silently off.
+    """A script's run, and what it did of what low bits need, so that nothing is silently off."""
 
-    Attributes:
-        script: Its name, for messages.
-    """
-
-    def __init__(self, script: str):
-        self.script = script
-        self._built_parser = self._parsed = self._wanted = self._loaded = False
+    def __init__(self, script: str, argv: list[str]):
+        """
+        Args:
+            script: Its name, for messages.
+            argv: Its arguments.
+        """
+        self._script = script
+        self._wanted = any(word.split("=", 1)[0] == hooks.FLAG for word in argv)
+        self._built_parser = self._parsed = False
 
     def install(self) -> None:
         """Step into `megatron.training`; call it before the script is read.
@@ -49,15 +52,18 @@ class Launch:
         on_cpu = enable_cpu()
         if on_cpu:
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        megatron_args.require_megatron_training(remedy=f"set {_CHECKOUT}=DIR to a checkout")
+        megatron_args.require_megatron_training(
+            remedy=f"set {_CHECKOUT}=DIR to a checkout of Megatron-LM"
+        )
         from megatron.training import arguments, checkpointing
 
         if on_cpu:
             enable_cpu_training()
         arguments.add_megatron_arguments = self._with_group(arguments.add_megatron_arguments)
         rebind(checkpointing.load_checkpoint, self._with_low_bits(checkpointing.load_checkpoint))
+        self._see_early_exit()
 
-    def check_end(self) -> None:
+    def ended(self) -> None:
         """The script ended by itself: raise unless low bits were on, if they were asked for.
 
         Raises:
@@ -65,13 +71,29 @@ class Launch:
         """
         if not self._built_parser:
             raise LowbitError(
-                f"{self.script} ended without megatron.training's arguments: this launcher is for "
-                "scripts that use them"
+                f"{self._script} ended without megatron.training's arguments: the launcher is for "
+                "scripts that parse them"
             )
-        if self._parsed and self._wanted and not self._loaded:
+        if self._wanted and self._parsed and not hooks.is_on():
             raise LowbitError(
-                f"{self.script} ended without loading a checkpoint: low bits were never on"
+                f"{self._script} ended without loading a checkpoint: low bits were never on"
             )
+
+    def interrupted(self) -> None:
+        """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
+        hooks.write_stats_now()
+
+    def _see_early_exit(self) -> None:
+        """`os._exit`, by which Megatron's scripts end after CUDA graphs, is an end, too."""
+        leave, process = os._exit, os.getpid()
+
+        def exit_seen(status: int) -> None:
+            if status == 0 and os.getpid() == process:
+                hooks.write_stats_now()
+                self.ended()
+            leave(status)
+
+        os._exit = exit_seen
 
     def _with_group(self, original):
         @functools.wraps(original)
@@ -94,7 +116,7 @@ class Launch:
             if not torch.cuda.is_available():
                 words = sys.argv[1:] if argv is None else argv
                 _fit(parsed, megatron_args.given_names(parser, words))
-            self._parsed, self._wanted = True, parsed.lowbit_tp_comm is not None
+            self._parsed = True
             return parsed, rest
 
         parser.parse_known_args = parse_known_args
@@ -103,8 +125,10 @@ class Launch:
         @functools.wraps(original)
         def load_checkpoint(ddp_model, *args, **kwargs):
             result = original(ddp_model, *args, **kwargs)
-            self._loaded = True
-            hooks.checkpoint_loaded(ddp_model)
+            if self._wanted:
+                hooks.checkpoint_loaded(ddp_model)
+            else:
+                say(f"> native communication: no {hooks.FLAG}")
             return result
 
         return load_checkpoint
@@ -115,8 +139,8 @@ def _fit(args: argparse.Namespace, given: set[str]) -> None:
     before = dict(vars(args))
     megatron_args.fit_to_machine(args, given)
     changed = [f"{name}={value}" for name, value in vars(args).items() if before.get(name) != value]
-    if changed and os.environ.get("RANK", "0") == "0":
-        print(f"> no CUDA here, so: {', '.join(changed)}", flush=True)
+    if changed:
+        say(f"> no CUDA here, so: {', '.join(changed)}")
 
 
 def use_checkout(script: Path | None) -> None:

@@ -21,6 +21,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.quiet import quiet
 
+_KV_BUFFER = "inference_dynamic_batching_buffer_size_gb"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 # Change the model's outputs, and are left at their defaults by Megatron's own
@@ -158,7 +159,7 @@ def one_line_errors(parser: argparse.ArgumentParser) -> None:
 
 def escape_help(parser: argparse.ArgumentParser) -> None:
     """Repairs help texts with a bare percent sign, on which `--help` would raise."""
-    for action in parser._actions:
+    for action in [action for action in parser._actions if action.help]:
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
@@ -266,6 +267,8 @@ def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     if on_cpu:
         args.distributed_backend = "gloo"
         args.use_cpu_initialization = True
+        if hasattr(args, _KV_BUFFER) and _KV_BUFFER not in given:
+            setattr(args, _KV_BUFFER, 1.0)  # GB; Megatron's own default of 40 is a GPU's
 
 
 def _validate(args: argparse.Namespace) -> None:
