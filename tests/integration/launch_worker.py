@@ -21,7 +21,7 @@ from megatron_lowbit import cli, launch
 from megatron_lowbit.integration import launcher, megatron_args
 from megatron_lowbit.integration.cpu import enable_cpu
 
-LIMIT = 60  # seconds for one command line
+LIMIT = 120  # seconds for one command line
 
 
 def preload():
@@ -62,11 +62,16 @@ def run_rank(case: dict, rank: int, port: int, out: Path, err: Path) -> int:
             cli.run(launch.main)
     except SystemExit as end:
         status = end.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    leave(status)
+    finally:  # as the interpreter ends
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave(status)
 
 
 def run(case: dict, directory: Path) -> dict:
