@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
-from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, Codec, get_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError

@@ -14,7 +14,6 @@ from megatron_lowbit.integration.arguments import (
     settings_from_args,
 )
 
-
 ON = ["--lowbit-tp-comm", "x", "--lowbit-collective"]
 
 
@@ -62,7 +61,7 @@ def test_bits():
         ([*ON, "one-shot", "--lowbit-bits", "4,6"], "4,6: one-shot sends no sums: give one"),
         (
             [*ON, "one-shot", "--lowbit-inside-node", "bf16"],
-            "inside-node means nothing to one-shot",
+            "inside-node means nothing to one",
         ),
         ([*ON, "two-shot", "--lowbit-node-size", "2"], "nodes mean nothing to two-shot"),
         ([*ON, "auto", "--lowbit-codec", "mxfp4", "--lowbit-bits", "4"], "mxfp4, which has one"),
