@@ -23,7 +23,9 @@ from megatron_lowbit.comm import all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.choices import Chosen, choose
+from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
 from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
@@ -81,18 +83,21 @@ class Handle:
         chooser: Chooser,
         native: dict[str, str],
         gatherers: list[Gatherer],
+        folding: Folding | None,
     ):
         self.native = native
         self._points, self._origin = chosen.points, chosen.origin
+        tables = chosen.tables if folding is None else folding.tables
         self._reducers = [
-            Reducer(codec, tables, point.group, chooser)
-            for codec, tables, point in zip(
-                chosen.codecs, chosen.tables, chosen.points, strict=True
-            )
+            Reducer(codec, table, point.group, chooser)
+            for codec, table, point in zip(chosen.codecs, tables, chosen.points, strict=True)
         ]
         attached = Attachment(self._points, self._reducers)
         self._attachments = [attached, GatherAttachment(gatherers)]
-        self._gatherers = gatherers
+        if folding is not None:
+            folding.attach()
+            self._attachments.append(folding)
+        self._gatherers, self._is_folded = gatherers, folding is not None
 
     def status(self) -> list[SyncPointStatus]:
         """Each sync point of this rank that runs in low bits; `native` names the others."""
@@ -134,6 +139,8 @@ class Handle:
             text += " (one rank: nothing is sent)"
         elif chooser.mode == "auto":
             text += f" ({chooser.spans()})"
+        if self._is_folded:
+            text += ", rotations folded into the weights"
         if self._gatherers:
             text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
         return f"{text}; {len(self.native)} stay native" + _listed(self.native)
@@ -148,6 +155,7 @@ def apply(
     collective: str | Settings = DEFAULT_MODE,
     all_gather_bits: int | None = None,
     recipe: str | Path | None = None,
+    fold: bool = False,
 ) -> Handle:
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
@@ -163,6 +171,8 @@ def apply(
         all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
             each column-parallel linear; native BF16 if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
+        fold: Fold the rotations into the weights (`integration.folding`): cheaper to encode, a
+            little more error; for a fixed low-bit collective.
 
     Returns:
         A handle with `status()`, `stats()` and `remove()`.
@@ -178,19 +188,40 @@ def apply(
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
     chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))
+    if fold:
+        on_every_rank(lambda: _check_fold(model, chosen, settings))
     gatherers = []
     if all_gather_bits is not None:
         gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
     group = points[0].group
     codecs = sorted({repr(codec) for codec in chosen.codecs})
     dtype = str(points[0].module.weight.dtype)
-    agreed = (codecs, all_gather_bits, dtype, chosen.digest())
+    agreed = (codecs, all_gather_bits, dtype, fold, chosen.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     device = points[0].module.weight.device
     # One choice of collectives for all: a few bits more or less hardly move where each wins.
     first, tables = chosen.typical()
     chooser = make_chooser(settings, group=group, codec=first, tables=tables, device=device)
-    return Handle(chosen, chooser, native | chosen.native, gatherers)
+    folding = Folding(chosen.points, chosen.tables) if fold else None
+    return Handle(chosen, chooser, native | chosen.native, gatherers, folding)
+
+
+def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
+    if settings.mode not in ("one-shot", "two-shot"):
+        raise LowbitError(
+            f"--lowbit-fold cannot work with --lowbit-collective {settings.mode}, which may send "
+            "what is not rotated: choose one-shot or two-shot"
+        )
+    if dist.get_world_size(chosen.points[0].group) == 1:
+        raise LowbitError("--lowbit-fold with one rank: nothing is encoded, leave it out")
+    for codec, tables in zip(chosen.codecs, chosen.tables, strict=True):
+        if tables.encode_scale is None:
+            raise LowbitError(
+                f"--lowbit-fold: {codec.name} has no rotation to fold, use shaped-hybrid or "
+                "rotated-hybrid"
+            )
+    chunks = [model] if isinstance(model, nn.Module) else model
+    check_foldable([module for chunk in chunks for module in chunk.modules()], chosen.points)
 
 
 def _codecs(reducers: list[Reducer]) -> str:
