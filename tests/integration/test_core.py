@@ -235,7 +235,7 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
         ("sum_bits", "ranks differ in their codec.*4\\+6 bits"),
         ("tuning", "cannot read tuning file .*none.json"),
         ("rule", r"'9\.\*' matches no sync point .* layers 1 to 2"),
-        ("all_native", "leaves no sync point of these layers in low bits"),
+        ("all_native", "leaves no sync point in low bits"),
         ("rules_differ", r"ranks differ in their codec.*\(2 bits\)"),
         ("skip_bias_add", "layer 1 mlp.linear_fc2 adds its bias itself"),
         ("twice", "layer 1 self_attention.linear_proj is already attached"),
