@@ -8,6 +8,7 @@ naming what it lacks, before anything is changed.
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -142,10 +143,8 @@ def require(symbols: Iterable[Symbol]) -> None:
 
 
 def _version() -> str:
-    try:
-        return " " + importlib.import_module("megatron.core").__version__
-    except (ImportError, AttributeError):
-        return ""
+    version = getattr(sys.modules.get("megatron.core"), "__version__", None)
+    return f" {version}" if version else ""
 
 
 def _parameters(function: Callable) -> set[str]:

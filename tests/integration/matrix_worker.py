@@ -6,6 +6,7 @@ rank they write what they saw, or the error that ended a row, to OUT/rankN.pt.
 """
 
 import argparse
+import json
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from core_worker import (
 )
 
 import megatron_lowbit
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
 
 RANKS, LAYERS = 4, 4
@@ -100,10 +102,80 @@ def staged(out: Path, virtual: int | None) -> dict:
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["text"] = str(handle)
         handle.remove()
+    result["half"] = half_native(chunks, index, out)
+    result["refused"] = refused_on_one_stage(chunks, index)
     result["after"] = run_schedule(chunks)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(2)
     return result
+
+
+def half_native(chunks: list, index, out: Path) -> dict:
+    """Every layer of the last stage left native by a rule."""
+    from megatron.core import parallel_state
+
+    last = [layer for layer in range(1, LAYERS + 1) if layer not in layers_of(chunks)]
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        last = sorted(layers_of(chunks))
+    rules = out / f"rules{dist.get_rank()}.json"
+    rules.write_text(json.dumps([{"match": f"{n}.*", "codec": "native"} for n in last]))
+    handle = megatron_lowbit.apply(chunks, index, recipe=rules, collective="one-shot")
+    result = {"text": str(handle), "logits": run_schedule(chunks)}
+    result["stats"] = len(handle.stats()["sync_points"])
+    handle.remove()
+    result["removed"] = str(handle)
+    return result
+
+
+def layers_of(chunks: list) -> set[int]:
+    """Numbers of the layers that these chunks hold."""
+    return {layer.layer_number for chunk in chunks for layer in chunk.decoder.layers}
+
+
+def refused_on_one_stage(chunks: list, index) -> dict[str, str]:
+    """What every rank hears where only the last stage's ranks cannot agree, or have no layer."""
+    rank, none = dist.get_rank(), torch.nn.Identity()
+    some = none if rank > 1 else chunks
+    return {
+        "bits": refusal(lambda: megatron_lowbit.apply(chunks, index, bits=3 if rank == 3 else 4)),
+        "none": refusal(lambda: megatron_lowbit.apply(none, index)),
+        "empty stage": refusal(lambda: megatron_lowbit.apply(some, index).remove()),
+    }
+
+
+def refusal(step) -> str:
+    """The message of what must be refused."""
+    try:
+        step()
+    except LowbitError as error:
+        return str(error)
+    return "no error"
+
+
+def doctored(out: Path) -> dict:
+    """What is said where a release lacks what is relied on, and whether the model was touched."""
+    from megatron.core.tensor_parallel import layers, mappings
+    from megatron.core.transformer import transformer_layer
+
+    model = build(torch.bfloat16)
+    index, _ = make_index(model, out)
+    native, result = whole_logits(model), {}
+    linear, function = layers.RowParallelLinear, "reduce_from_tensor_model_parallel_region"
+    forward = linear.forward
+    for name, owner, attribute, value in (
+        ("forward", linear, "forward", lambda self, x: forward(self, x)),
+        ("class", transformer_layer, "BaseTransformerLayer", None),
+        ("function", mappings, function, lambda x: x),
+    ):
+        original = getattr(owner, attribute)
+        if value is None:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, value)
+        result["apply", name] = refusal(lambda: megatron_lowbit.apply(model, index).remove())
+        result["calibrate", name] = refusal(lambda: make_index(model, out))
+        setattr(owner, attribute, original)
+    return {**result, "untouched": torch.equal(whole_logits(model), native)}
 
 
 def build_chunks(count: int, whole) -> list:
@@ -169,6 +241,7 @@ ROWS = {
     "MoE": experts,
     "pipeline": pipeline,
     "interleaved pipeline": interleaved,
+    "doctored": doctored,
 }
 
 

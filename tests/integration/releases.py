@@ -45,6 +45,17 @@ def folder_of(release: str) -> Path:
     return folder
 
 
+def describe_main() -> str:
+    """Version and commit of the checkout that MEGATRON_LM names."""
+    folder = folder_of(MAIN)
+    text = (folder / "megatron" / "core" / "package_info.py").read_text()
+    version = ".".join(re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
+    git = ["git", "-C", str(folder), "log", "-1", "--format=%h of %cs"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    is_checkout = (folder / ".git").exists() and done.returncode == 0
+    return f"Megatron-LM {version}" + (f", commit {done.stdout.strip()}" if is_checkout else "")
+
+
 def torchrun(ranks: int, *command: str | Path, env: dict[str, str] | None = None, timeout=300):
     """Run a script under torchrun; stdout and stderr are captured as text."""
     runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]

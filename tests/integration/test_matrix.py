@@ -5,6 +5,7 @@ row is what its cell in the README's table means by "yes".
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import sqnr
 from matrix_worker import CODECS, RANKS
-from releases import MAIN, RELEASES, environment
+from releases import MAIN, RELEASES, describe_main, environment
 
 from megatron_lowbit.calibration.run import Progress
 
@@ -28,7 +29,7 @@ def release(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(release, tmp_path_factory):
+def ranks(release, tmp_path_factory, record_testsuite_property):
     """What each of 4 ranks saw, or the error that ended a row."""
     out = tmp_path_factory.mktemp("matrix")
     env = {**environment(release), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
@@ -42,7 +43,10 @@ def ranks(release, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    assert release == MAIN or results[0]["version"].startswith(release)
+    if release == MAIN:
+        record_testsuite_property(MAIN, describe_main())
+    else:
+        assert results[0]["version"].startswith(release)
     return results
 
 
@@ -145,3 +149,41 @@ def check_stages(results: list[dict], layers: dict[int, tuple[int, int]]) -> Non
                 assert torch.equal(result[case][1], results[2][case][1]), case
             assert torch.equal(result["after"][0], result["native"][0])
             assert not torch.equal(result["native"][0], result["native"][1])
+        check_half_native(result, here, is_last=rank > 1)
+
+
+def check_half_native(result: dict, here: tuple[int, int], *, is_last: bool) -> None:
+    """Low bits on the first stage only, and what goes wrong on one stage is said on both."""
+    half, where = result["half"], f"of layers {here[0]}, {here[1]} use"
+    assert half["removed"] == "low-bit communication: removed"
+    if is_last:
+        assert f"no sync point {where}s it; 4 stay native (4: left native by rules" in half["text"]
+        assert half["stats"] == 0
+        assert 8 < sqnr(result["native"][0], half["logits"][0]) < 40
+        assert not torch.equal(half["logits"][0], result["rotated-hybrid"][0])
+    else:
+        assert f"4 sync points {where} rotated-hybrid" in half["text"]
+        assert half["stats"] == 4
+    refused = result["refused"]
+    assert re.search(r"ranks differ in their codec.*\(4 bits\).*\(3 bits\)", refused["bits"])
+    assert "(found by rank 2)" in refused["bits"]
+    assert "Identity has no Megatron-core transformer layer" in refused["none"]
+    assert refused["empty stage"] == "no error"
+
+
+def test_doctored_release(ranks):
+    """Before anything is changed, with the symbol and what it is needed for."""
+    for result in row(ranks, "doctored"):
+        message = result["apply", "forward"]
+        assert message.startswith("this megatron-core ")
+        assert (
+            "megatron.core.tensor_parallel.layers.RowParallelLinear.forward does not use the "
+            "attribute explicit_expert_comm, sequence_parallel, skip_bias_add (needed to have its "
+            "partial instead of its sum)" in message
+        )
+        missing = "megatron.core.transformer.transformer_layer.BaseTransformerLayer is missing"
+        for step in ("apply", "calibrate"):
+            assert missing in result[step, "class"]
+        assert result["apply", "function"] == "no error", "only calibration needs it"
+        assert "takes no parameter group (needed to sum natively" in result["calibrate", "function"]
+        assert result["untouched"]
