@@ -29,7 +29,7 @@ def read_readme() -> str:
 
 TRITON = ["triton"]
 # megatron-core imports the others without declaring them.
-MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
+MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib", "pydantic"]

@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables
 from megatron_lowbit.comm import all_reduce, reduce_scatter
-from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.choices import Chosen, choose
 from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
+from megatron_lowbit.integration.stage import Stage, stage_of
 from megatron_lowbit.integration.stats import Counted, stats
-from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
+from megatron_lowbit.integration.sync_points import (
+    Attachment,
+    SyncPoint,
+    sync_points_here,
+    why_none,
+)
 
 
 @dataclass(frozen=True)
@@ -75,17 +81,24 @@ class Reducer:
 
 
 class Handle:
-    """The low-bit path of one model; see the module's docstring."""
+    """The low-bit path of one model; see the module's docstring.
+
+    Attributes:
+        native: The row-parallel linears of this rank that stay native, with the reason.
+        layers: The numbers of this rank's layers, which under pipeline parallelism are not all.
+    """
 
     def __init__(
         self,
         chosen: Chosen,
-        chooser: Chooser,
+        chooser: Chooser | None,
         native: dict[str, str],
         gatherers: list[Gatherer],
         folding: Folding | None,
+        stage: Stage,
     ):
         self.native = native
+        self.layers, self._where = stage.layers, stage.where()
         self._points, self._origin = chosen.points, chosen.origin
         tables = chosen.tables if folding is None else folding.tables
         self._reducers = [
@@ -98,6 +111,7 @@ class Handle:
             folding.attach()
             self._attachments.append(folding)
         self._gatherers, self._is_folded = gatherers, folding is not None
+        self._is_removed = False
 
     def status(self) -> list[SyncPointStatus]:
         """Each sync point of this rank that runs in low bits; `native` names the others."""
@@ -126,13 +140,17 @@ class Handle:
         for attachment in self._attachments:
             attachment.remove()
         self._points, self._reducers, self._gatherers = [], [], []
+        self._is_removed = True
 
     def __str__(self) -> str:
-        if not self._reducers:
+        if self._is_removed:
             return "low-bit communication: removed"
+        native = f"{len(self.native)} stay native" + _listed(self.native)
+        if not self._reducers:
+            return f"low-bit communication: no sync point{self._where} uses it; {native}"
         chooser, ranks = self._reducers[0].chooser, dist.get_world_size(self._points[0].group)
         text = (
-            f"low-bit communication: {len(self._reducers)} sync points use "
+            f"low-bit communication: {len(self._reducers)} sync points{self._where} use "
             f"{_codecs(self._reducers)} ({self._origin}), {chooser.mode} over {ranks} ranks"
         )
         if ranks == 1:
@@ -143,7 +161,7 @@ class Handle:
             text += ", rotations folded into the weights"
         if self._gatherers:
             text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
-        return f"{text}; {len(self.native)} stay native" + _listed(self.native)
+        return f"{text}; {native}"
 
 
 def apply(
@@ -160,8 +178,8 @@ def apply(
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
     Args:
-        model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
-            model chunks.
+        model: A GPTModel of the local spec with its weights loaded, wrapped or not: all of it, or
+            this rank's pipeline stage, or the list of its chunks where stages interleave.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.
@@ -183,27 +201,48 @@ def apply(
             degree; a bad recipe; an unknown codec or collective; a tuning file for another machine;
             a sync point that cannot be reached; ranks that disagree.
     """
-    settings = collective if isinstance(collective, Settings) else Settings(collective)
-    points, native = on_every_rank(lambda: find_sync_points(model))
+    settings = on_every_rank(
+        lambda: collective if isinstance(collective, Settings) else Settings(collective)
+    )
+    points, native = on_every_rank(lambda: sync_points_here(model))
+    require_some(points, why_none(model, native))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
     chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))
+    require_some(chosen.points, f"{recipe} leaves no sync point in low bits")
+    gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
+    require_some(
+        gatherers or all_gather_bits is None,
+        "--lowbit-all-gather has nothing to gather: it is for models with --sequence-parallel "
+        "and the local spec",
+    )
     if fold:
         on_every_rank(lambda: _check_fold(model, chosen, settings))
-    gatherers = []
-    if all_gather_bits is not None:
-        gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
-    group = points[0].group
-    codecs = sorted({repr(codec) for codec in chosen.codecs})
-    dtype = str(points[0].module.weight.dtype)
-    agreed = (codecs, all_gather_bits, dtype, fold, chosen.digest())
-    require_equal("codec, dtype or index", agreed, group=group)
-    device = points[0].module.weight.device
-    # One choice of collectives for all: a few bits more or less hardly move where each wins.
-    first, tables = chosen.typical()
-    chooser = make_chooser(settings, group=group, codec=first, tables=tables, device=device)
+    # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
+    wanted = (all_gather_bits, fold)
+    chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, wanted))
     folding = Folding(chosen.points, chosen.tables) if fold else None
-    return Handle(chosen, chooser, native | chosen.native, gatherers, folding)
+    native |= chosen.native
+    return Handle(chosen, chooser, native, gatherers, folding, stage_of(model))
+
+
+def _agreed_chooser(
+    points: list[SyncPoint], chosen: Chosen, settings: Settings, wanted: tuple
+) -> Chooser | None:
+    """One choice of collectives for all of a stage's sync points; None if none is in low bits.
+
+    A few bits more or less hardly move where each collective wins.
+    """
+    if not points:
+        return None
+    group, weight = points[0].group, points[0].module.weight
+    codecs = sorted({repr(codec) for codec in chosen.codecs})
+    agreed = (codecs, wanted, str(weight.dtype), chosen.digest())
+    require_equal("codec, dtype or index", agreed, group=group)
+    if not chosen.points:
+        return None
+    codec, tables = chosen.typical()
+    return make_chooser(settings, group=group, codec=codec, tables=tables, device=weight.device)
 
 
 def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
@@ -212,7 +251,7 @@ def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
             f"--lowbit-fold cannot work with --lowbit-collective {settings.mode}, which may send "
             "what is not rotated: choose one-shot or two-shot"
         )
-    if dist.get_world_size(chosen.points[0].group) == 1:
+    if chosen.points and dist.get_world_size(chosen.points[0].group) == 1:
         raise LowbitError("--lowbit-fold with one rank: nothing is encoded, leave it out")
     for codec, tables in zip(chosen.codecs, chosen.tables, strict=True):
         if tables.encode_scale is None:

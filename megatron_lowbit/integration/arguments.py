@@ -15,7 +15,7 @@ from torch import nn
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
@@ -179,8 +179,10 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         recipe=args.lowbit_recipe,
         fold=bool(args.lowbit_fold),
     )
+    lines = dict(reversed(gather_values((handle.layers, str(handle)))))
     if dist.get_rank() == 0:
-        print(f"> {handle}", flush=True)
+        for layers in sorted(lines):  # a line for each pipeline stage
+            print(f"> {lines[layers]}", flush=True)
         if args.lowbit_stats is not None:
             atexit.register(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
     return handle

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.compat import SYNC_POINTS, require
 from megatron_lowbit.integration.routes import Reducer, route_of
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
@@ -49,7 +50,10 @@ class SyncPoint:
 
 
 def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.Module]:
-    """The decoder's transformer layers of a model, or of a list of model chunks, by number."""
+    """The decoder's transformer layers of a model, or of a list of model chunks, by number.
+
+    There may be none: a pipeline stage can hold an embedding or a loss alone.
+    """
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
     layers = {}
@@ -62,18 +66,13 @@ def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.M
                     f"{path} is a second layer {module.layer_number}: low-bit communication needs "
                     "a model with one stack of layers"
                 )
-    if not layers:
-        raise LowbitError(
-            f"{type(model).__name__} has no Megatron-core transformer layer: low-bit communication "
-            "needs a megatron-core model such as GPTModel"
-        )
     return layers
 
 
 def find_sync_points(
     model: nn.Module | Iterable[nn.Module],
 ) -> tuple[list[SyncPoint], dict[str, str]]:
-    """Find the sync points of a model.
+    """Find the sync points of a model that is whole on this rank's tensor-parallel group.
 
     Returns:
         The sync points in order, and the row-parallel linears that stay native with the reason.
@@ -81,6 +80,17 @@ def find_sync_points(
     Raises:
         LowbitError: A row-parallel linear that cannot be reached, or there is no sync point.
     """
+    points, native = sync_points_here(model)
+    if not points:
+        raise LowbitError(why_none(model, native))
+    return points, native
+
+
+def sync_points_here(
+    model: nn.Module | Iterable[nn.Module],
+) -> tuple[list[SyncPoint], dict[str, str]]:
+    """As `find_sync_points`, of this pipeline stage: there may be none."""
+    require(SYNC_POINTS)
     points: list[SyncPoint] = []
     native = _prediction_heads(model)
     for number, layer in sorted(transformer_layers(model).items()):
@@ -94,11 +104,17 @@ def find_sync_points(
             else:
                 _check_reachable(point)
                 points.append(point)
-    if not points:
-        raise LowbitError(
-            f"the model has no sync point that could use low bits: {native or 'none'}"
-        )
     return points, native
+
+
+def why_none(model: nn.Module | Iterable[nn.Module], native: dict[str, str]) -> str:
+    """Why a model has no sync point, to be said if it has none on any pipeline stage."""
+    if transformer_layers(model):
+        return f"the model has no sync point that could use low bits: {native or 'none'}"
+    return (
+        f"{type(model).__name__} has no Megatron-core transformer layer: low-bit communication "
+        "needs a megatron-core model such as GPTModel"
+    )
 
 
 def fingerprint(layer: nn.Module) -> str:

@@ -39,3 +39,14 @@ def calibrated(checkpoint, tmp_path_factory) -> Path:
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Writes the cell of the support matrix that a test stands for into JUnit's report.
+
+    Where a mark names no release it is the parameter of that name.
+    """
+    for mark in item.iter_markers("support"):
+        capability, *release = mark.args
+        cell = f"{capability} @ {release[0] if release else item.callspec.params['release']}"
+        item.user_properties.append(("support", cell))

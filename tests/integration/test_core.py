@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import sqnr
 from core_worker import CODECS, COLLECTIVES, HIDDEN, LAYERS, LENGTH
-from releases import RELEASES, torchrun
+from releases import NEWEST, torchrun
 from releases import environment as environment_of
 
 from megatron_lowbit.calibration.run import Progress
@@ -29,7 +29,8 @@ def _run(release: str, ranks: int, out: Path) -> list[dict]:
     return results
 
 
-@pytest.fixture(scope="module", params=RELEASES)
+# All of it on two releases; test_matrix.py has the essence on each.
+@pytest.fixture(scope="module", params=["0.16.1", NEWEST])
 def ranks(request, tmp_path_factory):
     """What each of 3 ranks saw."""
     return _run(request.param, 3, tmp_path_factory.mktemp("core"))
@@ -234,7 +235,7 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
         ("sum_bits", "ranks differ in their codec.*4\\+6 bits"),
         ("tuning", "cannot read tuning file .*none.json"),
         ("rule", r"'9\.\*' matches no sync point .* layers 1 to 2"),
-        ("all_native", "leaves no sync point of these layers in low bits"),
+        ("all_native", "leaves no sync point in low bits"),
         ("rules_differ", r"ranks differ in their codec.*\(2 bits\)"),
         ("skip_bias_add", "layer 1 mlp.linear_fc2 adds its bias itself"),
         ("twice", "layer 1 self_attention.linear_proj is already attached"),
