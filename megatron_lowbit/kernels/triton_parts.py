@@ -205,10 +205,15 @@ def sum_kept(floats, rank_stride, ranks, kept, KEPT: tl.constexpr):
 
 @triton.jit
 def pack(codes, body, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr):
-    """Write codes, int32 [1 << LOG_TILE], zero behind the last one, to the bytes at `body`.
+    """`pack_bytes`, and a zero behind an odd number of them."""
+    pack_bytes(codes, body, BODY_BYTES, BITS, LOG_TILE)
+    if BODY_BYTES % 2:
+        tl.store(body + BODY_BYTES, tl.zeros([], tl.uint8))
 
-    An odd number of bytes is followed by a zero.
-    """
+
+@triton.jit
+def pack_bytes(codes, body, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr):
+    """Write codes, int32 [1 << LOG_TILE], zero behind the last one, to the bytes at `body`."""
     GROUP: tl.constexpr = 8 // (BITS & -BITS)  # codes that fill whole bytes
     words = tl.reshape(codes, [(1 << LOG_TILE) // GROUP, GROUP])
     if GROUP * BITS > 32:
@@ -216,8 +221,6 @@ def pack(codes, body, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl
     words = tl.sum(words << (BITS * tl.arange(0, GROUP))[None, :], axis=1)
     byte, place, mask = _places(BODY_BYTES, BITS, LOG_TILE)
     tl.store(body + place, ((words[:, None] >> (8 * byte)) & 255).to(tl.uint8), mask=mask)
-    if BODY_BYTES % 2:
-        tl.store(body + BODY_BYTES, tl.zeros([], tl.uint8))
 
 
 @triton.jit

@@ -27,6 +27,8 @@ from megatron_lowbit.kernels.triton_launch import (
     power_of_two,
 )
 
+_TRIAL = torch.tensor([-1.0, 0.0, 1.0])
+
 
 @triton.jit
 def _encode(
@@ -359,6 +361,27 @@ def reduce_encode(
 @reduce_encode.register_fake
 def _(payloads, hidden, kept, levels, bits, body_bytes, thresholds, sum_bits, sum_body_bytes):
     return _new_payload(payloads, payloads.shape[1], sum_body_bytes, kept)
+
+
+def try_out(device: str) -> None:
+    """Run the smallest encode and look at its result.
+
+    Raises:
+        Exception: Whatever Triton, its compilers or the driver raise; RuntimeError on other bytes
+            than a row of zeros must give.
+    """
+    payload = encode(
+        torch.zeros(1, 8, device=device),
+        center=None,
+        scale=torch.ones(8, device=device),
+        bf16_index=torch.empty(0, dtype=torch.int64, device=device),
+        block=8,
+        thresholds=_TRIAL.to(device),
+        bits=2,
+        body_bytes=2,
+    )
+    if payload.tolist() != [[0x55, 0x55, 0, 0]]:  # 0 is above one threshold: codes 1, scale 0
+        raise RuntimeError(f"a row of zeros became {payload.tolist()}")
 
 
 def _row_bytes(body_bytes: int, kept: int) -> int:
