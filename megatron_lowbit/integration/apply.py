@@ -24,6 +24,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.integration.choices import Chosen, choose
+from megatron_lowbit.integration.cuda_graphs import check_no_graphs
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
 from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
@@ -81,8 +82,9 @@ class Handle:
         chooser: Chooser,
         native: dict[str, str],
         gatherers: list[Gatherer],
+        model: nn.Module | list[nn.Module],
     ):
-        self.native = native
+        self.native, self._model = native, model
         self._points, self._origin = chosen.points, chosen.origin
         self._reducers = [
             Reducer(codec, tables, point.group, chooser)
@@ -117,7 +119,13 @@ class Handle:
         return stats(points, gathers)
 
     def remove(self) -> None:
-        """Give Megatron's own reduction back, exactly as it was. A second call does nothing."""
+        """Give Megatron's own reduction back, exactly as it was. A second call does nothing.
+
+        Raises:
+            LowbitError: CUDA graphs were captured, which would go on in low bits.
+        """
+        if self._reducers:
+            check_no_graphs(self._model, "remove()")
         for attachment in self._attachments:
             attachment.remove()
         self._points, self._reducers, self._gatherers = [], [], []
@@ -153,7 +161,7 @@ def apply(
 
     Args:
         model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
-            model chunks.
+            model chunks; without CUDA graphs so far.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.
@@ -171,9 +179,12 @@ def apply(
         LowbitError: On every rank: no or a damaged index, an index for
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
             degree; a bad recipe; an unknown codec or collective; a tuning file for another machine;
-            a sync point that cannot be reached; ranks that disagree.
+            a sync point that cannot be reached; CUDA graphs that are captured already; ranks that
+            disagree.
     """
     settings = collective if isinstance(collective, Settings) else Settings(collective)
+    model = model if isinstance(model, nn.Module) else list(model)
+    on_every_rank(lambda: check_no_graphs(model, "apply()"))
     points, native = on_every_rank(lambda: find_sync_points(model))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
@@ -190,7 +201,7 @@ def apply(
     # One choice of collectives for all: a few bits more or less hardly move where each wins.
     first, tables = chosen.typical()
     chooser = make_chooser(settings, group=group, codec=first, tables=tables, device=device)
-    return Handle(chosen, chooser, native | chosen.native, gatherers)
+    return Handle(chosen, chooser, native | chosen.native, gatherers, model)
 
 
 def _codecs(reducers: list[Reducer]) -> str:

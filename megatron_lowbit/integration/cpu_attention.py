@@ -16,9 +16,7 @@ from torch import Tensor
 from megatron_lowbit.integration.cpu import enable_cpu
 
 _CONTEXT = "megatron.core.inference.contexts.dynamic_context"
-_CONTROLLER = (
-    "megatron.core.inference.text_generation_controllers.text_generation_controller"
-)
+_CONTROLLER = "megatron.core.inference.text_generation_controllers.text_generation_controller"
 
 
 def enable_cpu_engines() -> bool:
@@ -36,7 +34,7 @@ def enable_cpu_engines() -> bool:
     attention.flash_attn_varlen_func = flash_attn_varlen_func
     attention.flash_attn_with_kvcache = flash_attn_with_kvcache
     attention.is_fa_min_version = lambda version, check_equality=True: True
-    # Without the kernel the context indexes its buffer by torch.
+    # Without the kernel (from 0.15 on) the context writes to its pages by torch.
     importlib.import_module(_CONTEXT).triton_append_key_value_cache = None
     _use_torch_verification(importlib.import_module(_CONTROLLER))
     return True
@@ -49,8 +47,12 @@ def _use_torch_verification(controller: ModuleType) -> None:
         in_torch = importlib.import_module(f"{package}.mtp_utils_pytorch")
     except ModuleNotFoundError:  # before 0.17: no speculative decoding
         return
-    for name in ("mamba_state_selective_copy", "prepare_next_forward_pass",
-                 "rewind_kv_cache", "verify_speculative_tokens"):
+    for name in (
+        "mamba_state_selective_copy",
+        "prepare_next_forward_pass",
+        "rewind_kv_cache",
+        "verify_speculative_tokens",
+    ):
         setattr(controller, name, getattr(in_torch, name))
 
 
@@ -63,8 +65,8 @@ def flash_attn_varlen_func(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    softmax_scale: float,
-    causal: bool,
+    softmax_scale: float | None = None,
+    causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     block_table: Tensor,
     return_attn_probs: bool = False,
@@ -79,7 +81,7 @@ def flash_attn_varlen_func(
         cu_seqlens_k: int ``[requests + 1]``: sums of the requests' numbers of keys.
         max_seqlen_q: Not needed.
         max_seqlen_k: Not needed.
-        softmax_scale: Multiplies the scores.
+        softmax_scale: Multiplies the scores; ``dim ** -0.5`` if left out.
         causal: Each token sees the keys up to its own; a request's last token sees all.
         window_size: How many keys to the left and right of its own a token sees; -1: all.
         block_table: int ``[requests, blocks of a request]``: where each request's keys are.
@@ -92,9 +94,7 @@ def flash_attn_varlen_func(
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     sums = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     starts, lengths = cu_seqlens_q.tolist(), cu_seqlens_k.diff().tolist()
-    for start, stop, length, blocks in zip(
-        starts, starts[1:], lengths, block_table, strict=False
-    ):
+    for start, stop, length, blocks in zip(starts, starts[1:], lengths, block_table, strict=False):
         if stop > start and length > 0:
             out[start:stop], sums[:, start:stop] = _attend(
                 q[start:stop],
@@ -112,8 +112,8 @@ def flash_attn_with_kvcache(
     v_cache: Tensor,
     *,
     cache_seqlens: Tensor,
-    softmax_scale: float,
-    causal: bool,
+    softmax_scale: float | None = None,
+    causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     block_table: Tensor,
     num_splits: int = 0,
@@ -171,7 +171,7 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: tuple[int, int]
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Attention of one request's last tokens: its output, and the logarithms of softmax's sums."""
     own = torch.arange(len(k) - len(q), len(k))[:, None]  # where each token's own key is
@@ -183,6 +183,7 @@ def _attend(
         hidden |= keys > own + right
     groups = q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
     scores.masked_fill_(hidden, -torch.inf)
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
