@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines_worker import LAYERS, NEW_TOKENS, PROMPTS
+from core_worker import LAYERS
+from engines_worker import NEW_TOKENS, PROMPTS
 from releases import RELEASES, environment, torchrun
 
 WORKER = Path(__file__).with_name("engines_worker.py")
