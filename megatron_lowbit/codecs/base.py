@@ -81,6 +81,8 @@ class Tables:
         center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
             (``static-hybrid`` and ``scaled-hybrid``).
+        folded_index: int64 ``[k]``, where a partial has its BF16 features if the weight that made
+            it has rotated its body (`codecs.folding`); None for partials as Megatron makes them.
     """
 
     codec: str
@@ -93,6 +95,12 @@ class Tables:
     center: Tensor | None = None
     center_sum: Tensor | None = None
     of_sum: "Tables | None" = None
+    folded_index: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a token's partial: the features, and with a folded weight k more behind."""
+        return self.hidden + (0 if self.folded_index is None else self.folded_index.numel())
 
     def to(self, device: torch.device | str) -> "Tables":
         """The same tables on `device`."""

@@ -65,12 +65,14 @@ class RotatedHybrid(Codec):
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
         if not self._has_kernel(partial, tables):
             return self._reference_encode(partial, tables, rank)
+        folded = tables.folded_index is not None
         return kernel.encode(
             partial,
+            width=tables.width,
             center=None if tables.center is None else tables.center[rank],
             scale=tables.encode_scale,
-            bf16_index=tables.bf16_index,
-            block=rotation.block_size(tables.hidden),
+            bf16_index=tables.folded_index if folded else tables.bf16_index,
+            block=1 if folded else rotation.block_size(tables.hidden),
             thresholds=codebook.thresholds(self.bits, partial.device),
             bits=self.bits,
             body_bytes=wire.packed_bytes(tables.hidden, self.bits),
@@ -110,10 +112,14 @@ class RotatedHybrid(Codec):
         return self.rotate and kernel.available(values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
-        kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
-        body = partial.float()
+        folded = tables.folded_index is not None
+        index = tables.folded_index if folded else tables.bf16_index
+        kept = wire.to_wire_bf16(partial[:, index])
+        body = partial[:, : tables.hidden].float()
         if tables.center is not None:
             body = body - tables.center[rank]
+        if folded:
+            return self._write(body, kept)
         body = body * tables.encode_scale
         body[:, tables.bf16_index] = 0
         return self._write(self._transform(body), kept)

@@ -62,7 +62,8 @@ def all_reduce(
         if choice.collective == "native" and x.is_contiguous():
             return _native(x, group, choice, traffic)
     call = _Call(x, group, codec, tables, collective, traffic)
-    call.in_place = in_place and x.is_contiguous() and not _records(x)
+    whole = call.tables.folded_index is None and x.is_contiguous()
+    call.in_place = in_place and whole and not _records(x)
     return x if call.ranks == 1 else _run(_AllReduce, x, call)
 
 
@@ -146,11 +147,26 @@ class _Call:
                 Settings(collective)  # an unknown one is named
                 raise LowbitError(f"{collective} needs comm.choice.make_chooser, once for a group")
             self.chooser = Chooser(collective)
+        if tables.folded_index is not None:
+            self._check_folded(x)
+
+    def _check_folded(self, x: Tensor) -> None:
+        if self.chooser.mode not in ("one-shot", "two-shot"):
+            raise LowbitError(
+                f"a folded weight's partials are rotated, which {self.chooser.mode} does not undo: "
+                "choose one-shot or two-shot"
+            )
+        if _records(x):
+            raise LowbitError("a folded weight serves inference only: its partial wants gradients")
+
+    def output(self, x: Tensor) -> Tensor:
+        """Where the sum goes: a partial whose weight has rotated it is wider than its sum."""
+        return x.new_empty(*x.shape[:-1], self.tables.hidden)
 
     def count(self, choice: Choice, x: Tensor, payload: int, sent: int, clock: Clock) -> None:
         if self.traffic is not None:
             tokens = x.numel() // x.shape[-1]
-            counters = Counters(1, tokens, x.numel(), payload, sent)
+            counters = Counters(1, tokens, tokens * self.tables.hidden, payload, sent)
             self.traffic.add(choice, counters, clock.stop())
 
     def payload_bytes(self, collective: str, tokens: int) -> int:
@@ -185,8 +201,8 @@ def _check_input(x: Tensor) -> None:
 def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None:
     if tables.codec != codec.name:
         raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
-    if tables.hidden != hidden:
-        raise LowbitError(f"tables are for hidden size {tables.hidden}, the tensor has {hidden}")
+    if tables.width != hidden:
+        raise LowbitError(f"tables are for hidden size {tables.width}, the tensor has {hidden}")
     for by_rank in (tables.scale, tables.center):
         if by_rank is not None and len(by_rank) != ranks:
             raise LowbitError(f"tables are for {len(by_rank)} ranks, the group has {ranks}")
@@ -202,9 +218,9 @@ class _AllReduce(torch.autograd.Function):
             out = x if call.in_place else x.clone(memory_format=torch.contiguous_format)
             return _native(out, call.group, choice, call.traffic)
         clock, partial = Clock(x.device), x.reshape(-1, x.shape[-1])
-        out = x if call.in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
         # In place too: a chunk's sum is written after its partial was encoded.
-        sent = _send(choice.collective, partial, call, out.view(partial.shape))
+        out = x if call.in_place else call.output(x)
+        sent = _send(choice.collective, partial, call, out.view(len(partial), call.tables.hidden))
         payload = call.payload_bytes(choice.collective, len(partial))
         call.count(choice, x, payload, sent, clock)
         return out
@@ -245,14 +261,14 @@ class _ReduceScatter(torch.autograd.Function):
         if ctx is not None:
             ctx.group = call.group
         clock, choice = Clock(x.device), call.chooser.reduce_scatter(x.numel())
-        out = x.new_empty(x.shape[0] // call.ranks, *x.shape[1:])
+        out = call.output(x[: x.shape[0] // call.ranks])
         if choice.collective == "native reduce-scatter":
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()
             call.count(choice, x, size, size * (call.ranks - 1) // call.ranks, clock)
             return out
         partial = x.reshape(-1, x.shape[-1])
-        rows = out.view(len(partial) // call.ranks, x.shape[-1])
+        rows = out.view(len(partial) // call.ranks, out.shape[-1])
         sent = sequence.reduce_scatter(
             partial, call.tables, codec=call.codec, group=call.group, out=rows
         )

@@ -23,7 +23,9 @@ from megatron_lowbit.comm import all_reduce, reduce_scatter
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.choices import Chosen, choose
+from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
 from megatron_lowbit.integration.stage import Stage, stage_of
 from megatron_lowbit.integration.stats import Counted, stats
@@ -93,19 +95,22 @@ class Handle:
         native: dict[str, str],
         gatherers: list[Gatherer],
         stage: Stage,
+        folding: Folding | None,
     ):
         self.native = native
         self.layers, self._where = stage.layers, stage.where()
         self._points, self._origin = chosen.points, chosen.origin
+        tables = chosen.tables if folding is None else folding.tables
         self._reducers = [
-            Reducer(codec, tables, point.group, chooser)
-            for codec, tables, point in zip(
-                chosen.codecs, chosen.tables, chosen.points, strict=True
-            )
+            Reducer(codec, table, point.group, chooser)
+            for codec, table, point in zip(chosen.codecs, tables, chosen.points, strict=True)
         ]
         attached = Attachment(self._points, self._reducers)
         self._attachments = [attached, GatherAttachment(gatherers)]
-        self._gatherers = gatherers
+        if folding is not None:
+            folding.attach()
+            self._attachments.append(folding)
+        self._gatherers, self._is_folded = gatherers, folding is not None
         self._is_removed = False
 
     def status(self) -> list[SyncPointStatus]:
@@ -152,6 +157,8 @@ class Handle:
             text += " (one rank: nothing is sent)"
         elif chooser.mode == "auto":
             text += f" ({chooser.spans()})"
+        if self._is_folded:
+            text += ", rotations folded into the weights"
         if self._gatherers:
             text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
         return f"{text}; {native}"
@@ -166,6 +173,7 @@ def apply(
     collective: str | Settings = DEFAULT_MODE,
     all_gather_bits: int | None = None,
     recipe: str | Path | None = None,
+    fold: bool = False,
 ) -> Handle:
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
@@ -181,6 +189,8 @@ def apply(
         all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
             each column-parallel linear; native BF16 if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
+        fold: Fold the rotations into the weights (`integration.folding`): cheaper to encode, a
+            little more error; for a fixed low-bit collective.
 
     Returns:
         A handle with `status()`, `stats()` and `remove()`.
@@ -200,6 +210,7 @@ def apply(
     wishes = {"codec": codec, "bits": bits, "rules": rules}
     chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))
     require_some(chosen.points, f"{recipe} leaves no sync point in low bits")
+    on_every_rank(lambda: _check_fold(model, chosen, settings) if fold else None)
     gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
     require_some(
         gatherers or all_gather_bits is None,
@@ -207,27 +218,48 @@ def apply(
         "and the local spec",
     )
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
-    chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, all_gather_bits))
-    return Handle(chosen, chooser, native | chosen.native, gatherers, stage_of(model))
+    same = (all_gather_bits, fold)
+    chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, same))
+    folding = Folding(chosen.points, chosen.tables) if fold else None
+    return Handle(chosen, chooser, native | chosen.native, gatherers, stage_of(model), folding)
 
 
 def _agreed_chooser(
-    points: list[SyncPoint], chosen: Chosen, settings: Settings, all_gather_bits: int | None
+    points: list[SyncPoint], chosen: Chosen, settings: Settings, same: tuple
 ) -> Chooser | None:
     """One choice of collectives for all of a stage's sync points; None if none is in low bits.
 
-    A few bits more or less hardly move where each collective wins.
+    A few bits more or less hardly move where each collective wins. `same` is what else must be the
+    same on all ranks of the group.
     """
     if not points:
         return None
     group, weight = points[0].group, points[0].module.weight
     codecs = sorted({repr(codec) for codec in chosen.codecs})
-    agreed = (codecs, all_gather_bits, str(weight.dtype), chosen.digest())
+    agreed = (codecs, *same, str(weight.dtype), chosen.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     if not chosen.points:
         return None
     codec, tables = chosen.typical()
     return make_chooser(settings, group=group, codec=codec, tables=tables, device=weight.device)
+
+
+def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
+    if settings.mode not in ("one-shot", "two-shot"):
+        raise LowbitError(
+            f"--lowbit-fold cannot work with --lowbit-collective {settings.mode}, which may send "
+            "what is not rotated: choose one-shot or two-shot"
+        )
+    if chosen.points and dist.get_world_size(chosen.points[0].group) == 1:
+        raise LowbitError("--lowbit-fold with one rank: nothing is encoded, leave it out")
+    for codec, tables in zip(chosen.codecs, chosen.tables, strict=True):
+        if tables.encode_scale is None:
+            raise LowbitError(
+                f"--lowbit-fold: {codec.name} has no rotation to fold, use shaped-hybrid or "
+                "rotated-hybrid"
+            )
+    chunks = [model] if isinstance(model, nn.Module) else model
+    check_foldable([module for chunk in chunks for module in chunk.modules()], chosen.points)
 
 
 def _codecs(reducers: list[Reducer]) -> str:

@@ -85,6 +85,13 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "many bits (default: native BF16)",
     )
     group.add_argument(
+        "--lowbit-fold",
+        action="store_true",
+        default=None,
+        help="fold the rotations into the weights, for one-shot and two-shot: cheaper to encode, a "
+        "little more error, the original weights kept in host memory",
+    )
+    group.add_argument(
         "--lowbit-stats",
         metavar="FILE",
         help="write calls, bytes, time and choices of rank 0 as JSON when the script ends",
@@ -170,6 +177,7 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         collective=settings_from_args(args),
         all_gather_bits=_all_gather_bits(args),
         recipe=args.lowbit_recipe,
+        fold=bool(args.lowbit_fold),
     )
     lines = dict(reversed(gather_values((handle.layers, str(handle)))))
     if dist.get_rank() == 0:

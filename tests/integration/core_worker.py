@@ -477,6 +477,61 @@ def with_rules(model, index, out: Path) -> dict:
     return result
 
 
+def folding(model, index) -> dict:
+    """Rotations folded into the weights: logits, what is saved, what is left, what is refused."""
+    from megatron.core import parallel_state
+
+    import megatron_lowbit
+
+    def message(step) -> str:
+        try:
+            step()
+        except LowbitError as error:
+            return str(error)
+        return "no error"
+
+    def fold(**wishes):
+        return megatron_lowbit.apply(
+            model, index, **{"collective": "one-shot", **wishes}, fold=True
+        )
+
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    layer = model.decoder.layers[0].mlp
+    linear, weight = layer.linear_fc2, layer.linear_fc2.weight
+    before, native = weight.detach().clone(), whole_logits(model)
+    result = {
+        "one_rank" if dist.get_world_size() == 1 else "auto": message(
+            lambda: fold(collective="auto") if dist.get_world_size() > 1 else fold()
+        )
+    }
+    if dist.get_world_size() == 1:
+        return result
+    for mode in ("one-shot", "two-shot"):
+        handle = fold(collective=mode)
+        result[mode] = whole_logits(model)
+        result["text"], result["stats"] = str(handle), handle.stats()
+        result["rows"], result["same_parameter"] = len(weight), linear.weight is weight
+        saved = model.state_dict()["decoder.layers.0.mlp.linear_fc2.weight"]
+        sharded = linear.sharded_state_dict(prefix="x.", metadata=groups)["x.weight"].data
+        result["saved"] = torch.equal(saved, before) and torch.equal(sharded, before)
+        result["load"] = message(lambda: model.load_state_dict(model.state_dict()))
+        handle.remove()
+        handle.remove()
+        result["restored"] = torch.equal(weight, before) and torch.equal(
+            whole_logits(model), native
+        )
+        result["loads"] = str(model.load_state_dict(model.state_dict()))
+    result["static"] = message(lambda: fold(codec="static-hybrid"))
+    layer.other = torch.nn.Linear(1, 1)
+    layer.other.weight = weight
+    result["shared"] = message(fold)
+    del layer.other
+    weight.data = before.to(torch.float8_e4m3fn)
+    result["quantized"] = message(fold)
+    weight.data = before
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -502,6 +557,7 @@ def main() -> None:
         "progress": progress,
         "codecs": run_codecs(model, out),
         "rules": with_rules(model, index, out),
+        "folding": folding(model, index),
         "planning": planning(out / "planning"),
         "collectives": run_collectives(model, out),
         "sequence_parallel": sequence_parallel(out / "sp"),

@@ -281,6 +281,46 @@ def test_a_target_is_met_with_the_fewest_bits(ranks):
         assert rank["planning"]["target"] == (target, recipe, nats), "agreed to the last bit"
 
 
+def test_folded_weights_give_the_same_within_the_codecs_noise(ranks):
+    exact = ranks[0]["fp32_accumulation"]
+    codec = sqnr(exact, ranks[0]["codecs"]["rotated-hybrid", None]["logits"])
+    for rank in ranks:
+        result = rank["folding"]
+        assert torch.equal(result["one-shot"], ranks[0]["folding"]["one-shot"])
+        # A random model's logits scatter by a decibel or two from codec to codec.
+        assert sqnr(exact, result["one-shot"]) > codec - 3
+        assert sqnr(exact, result["two-shot"]) > codec - 6
+        assert "two-shot over 3 ranks, rotations folded into the weights" in result["text"]
+        for point in result["stats"]["sync_points"]:
+            assert point["choices"][0]["values"] == LENGTH * HIDDEN
+
+
+def test_a_folded_weight_is_saved_and_given_back_as_it_was(ranks):
+    for rank in ranks:
+        result = rank["folding"]
+        assert result["rows"] == HIDDEN + 2
+        assert result["same_parameter"]
+        assert result["saved"]
+        assert result["restored"]
+        assert result["load"].startswith("the weight of layer 1 ")
+        assert result["load"].endswith("is folded: remove() the low-bit handle before loading")
+        assert result["loads"] == "<All keys matched successfully>"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("auto", "--lowbit-fold cannot work with --lowbit-collective auto"),
+        ("static", "--lowbit-fold: static-hybrid has no rotation to fold"),
+        ("shared", "weight of layer 1 mlp.linear_fc2 is shared with another module"),
+        ("quantized", "weight of layer 1 mlp.linear_fc2 is quantized"),
+    ],
+)
+def test_weights_that_cannot_be_folded_are_refused(ranks, case, message):
+    for rank in ranks:
+        assert message in rank["folding"][case]
+
+
 def test_a_module_that_megatron_muted_stays_native(ranks):
     assert ranks[0]["errors"]["muted"] == "no error"
     reasons = ranks[0]["errors"]["muted_list"]
@@ -362,3 +402,4 @@ def test_one_rank_sends_nothing_and_loses_nothing(tmp_path):
         assert torch.equal(result["codecs"][codec]["logits"], native)
         assert "one rank: nothing is sent" in result["codecs"][codec]["text"]
         assert all(traffic.sent_bytes == 0 for traffic in result["codecs"][codec]["traffic"])
+    assert result["folding"]["one_rank"].startswith("--lowbit-fold with one rank")

@@ -141,10 +141,10 @@ def check_stages(results: list[dict], layers: dict[int, tuple[int, int]]) -> Non
         assert sorted(result["points"]) == sorted((n, name) for n in here for name in DENSE)
         text = f"4 sync points of layers {here[0]}, {here[1]} use rotated-hybrid"
         assert text in result["text"]
-        for case in ("native", "after", *CODECS):
+        for case in ("native", "after", "folded", *CODECS):
             assert len(result[case]) == (2 if rank // 2 else 0), "two micro-batches, last stage"
         if rank // 2:
-            for case in ("native", *CODECS):
+            for case in ("native", "folded", *CODECS):
                 assert torch.equal(result[case][0], result["whole"][case]), case
                 assert torch.equal(result[case][1], results[2][case][1]), case
             assert torch.equal(result["after"][0], result["native"][0])
