@@ -12,10 +12,12 @@ Special cases: an empty BF16 index quantizes every feature; `rotate=False` leave
 transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
 (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
 
-The plain torch in the methods that begin with ``_reference`` is the specification. On CPUs
-`kernels.rotated_hybrid` gives the same bits about 30 times faster (512 x 4096 on one thread of an
-AMD EPYC).
+The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
+same bits: on CPUs `kernels.rotated_hybrid`, about 30 times faster (512 x 4096 on one thread of an
+AMD EPYC), on GPUs `kernels.triton_rotated`.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from megatron_lowbit.codecs.base import (
     rounded_into,
     sum_in_rank_order,
 )
-from megatron_lowbit.kernels import rotated_hybrid as kernel
+from megatron_lowbit.kernels import select
 
 
 class RotatedHybrid(Codec):
@@ -50,11 +52,12 @@ class RotatedHybrid(Codec):
         device = device or (bf16_index.device if bf16_index is not None else "cpu")
         signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
         block = rotation.block_size(hidden) if self.rotate else 1
+        index = check_index(bf16_index, hidden, device)
         return Tables(
             codec=self.name,
             hidden=hidden,
-            bf16_index=check_index(bf16_index, hidden, device),
-            encode_scale=signs.to(device),
+            bf16_index=index,
+            encode_scale=signs.to(device).index_fill(0, index, 0),
             decode_scale=(signs / block).to(device),
         )
 
@@ -63,10 +66,11 @@ class RotatedHybrid(Codec):
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        if not self._has_kernel(partial, tables):
+        kernels = self._kernels(partial, tables)
+        if kernels is None:
             return self._reference_encode(partial, tables, rank)
         folded = tables.folded_index is not None
-        return kernel.encode(
+        return kernels.encode(
             partial,
             width=tables.width,
             center=None if tables.center is None else tables.center[rank],
@@ -79,9 +83,10 @@ class RotatedHybrid(Codec):
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        if not self._has_kernel(payloads, tables):
+        kernels = self._kernels(payloads, tables)
+        if kernels is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return kernel.decode_sum(
+        return kernels.decode_sum(
             payloads,
             center=tables.center_sum,
             scale=tables.decode_scale,
@@ -94,9 +99,10 @@ class RotatedHybrid(Codec):
         )
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
-        if not self._has_kernel(payloads, tables):
+        kernels = self._kernels(payloads, tables)
+        if kernels is None:
             return self._reference_reduce_encode(payloads, tables)
-        return kernel.reduce_encode(
+        return kernels.reduce_encode(
             payloads,
             hidden=tables.hidden,
             kept=tables.bf16_index.numel(),
@@ -108,8 +114,10 @@ class RotatedHybrid(Codec):
             sum_body_bytes=wire.packed_bytes(tables.hidden, self.sum_bits),
         )
 
-    def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
-        return self.rotate and kernel.available(values, tables.encode_scale)
+    def _kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        if not self.rotate:
+            return None
+        return select.kernels_for(select.ROTATED, values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         folded = tables.folded_index is not None
@@ -159,7 +167,7 @@ class RotatedHybrid(Codec):
     def _pack(self, values: Tensor) -> Tensor:
         """The packed codes of a body divided by its scale, ``[tokens, hidden]``.
 
-        A codec that changes this and `_unpack` must say in `_has_kernel` that no kernel knows it.
+        A codec that changes this and `_unpack` must say in `_kernels` that none knows it.
         """
         return wire.pack(codebook.quantize(values, self.bits), self.bits)
 
@@ -178,6 +186,8 @@ def token_scale(body: Tensor, kept: Tensor) -> Tensor:
         body: fp32 ``[tokens, n]``.
         kept: BF16 features of the same tokens, ``[tokens, k]``.
     """
-    scale = (rotation.sum_of_squares(body) / max(body.shape[1], 1)).sqrt()
+    # A tensor on the device: torch multiplies by a number's reciprocal on GPUs, one rounding more.
+    count = torch.full((), float(max(body.shape[1], 1)), device=body.device)
+    scale = (rotation.sum_of_squares(body) / count).sqrt()
     finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
     return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

@@ -19,7 +19,8 @@ from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
-from megatron_lowbit.integration.apply import Handle, apply
+from megatron_lowbit.integration.apply import apply
+from megatron_lowbit.integration.handle import Handle
 from megatron_lowbit.integration.stats import write_stats
 
 _BESIDE_CHECKPOINT = ""

@@ -36,11 +36,6 @@ _ARGUMENTS = {
 }
 
 
-def available(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these tensors; builds them at the first call."""
-    return all(tensor.is_cpu for tensor in tensors) and library() is not None
-
-
 def encode(
     partial: Tensor,
     *,

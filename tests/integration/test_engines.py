@@ -1,0 +1,161 @@
+"""Megatron's inference engines in low bits, on each supported release, at TP 2 over Gloo.
+
+The model is small and random, in fp32, where static and dynamic engine give the same greedy tokens.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from core_worker import LAYERS
+from engines_worker import NEW_TOKENS, PROMPTS
+from releases import RELEASES, environment, torchrun
+
+WORKER = Path(__file__).with_name("engines_worker.py")
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def ranks(request, tmp_path_factory):
+    """What each of 2 ranks saw."""
+    out = tmp_path_factory.mktemp("engines")
+    done = torchrun(2, WORKER, out, env=environment(request.param))
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    assert results[0]["version"].startswith(request.param)
+    return results
+
+
+def _needs(ranks, feature: str) -> None:
+    if feature not in ranks[0]["features"]:
+        pytest.skip(f"{ranks[0]['version']} has no {feature}")
+
+
+def test_releases_have_what_is_tested(ranks):
+    """So that no feature is skipped by mistake."""
+    minor = int(ranks[0]["version"].split(".")[1])
+    expected = [(15, "chunked prefill"), (17, "prefix caching"), (17, "speculative decoding")]
+    assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
+
+
+def test_the_dynamic_engine_on_a_cpu_gives_the_static_engines_tokens(ranks):
+    for rank in ranks:
+        assert rank["native"]["dynamic"] == rank["native"]["static"]
+        assert [len(tokens) for tokens in rank["native"]["static"]] == [NEW_TOKENS] * len(PROMPTS)
+
+
+def test_low_bits_are_seen_in_the_tokens(ranks):
+    assert ranks[0]["low"]["dynamic"] != ranks[0]["native"]["dynamic"]
+
+
+@pytest.mark.parametrize("engine", ["dynamic", "static, dynamic inside"])
+def test_engines_agree_in_low_bits(ranks, engine):
+    for rank in ranks:
+        assert rank["low"][engine] == ranks[0]["low"]["static"]
+        assert rank["low"]["has_dynamic_inside"], "Megatron falls back with a warning only"
+
+
+def test_tokens_do_not_depend_on_the_batch(ranks):
+    """Nor on the padding to the longest prompt, or to a multiple of 64 tokens."""
+    for rank in ranks:
+        low = rank["low"]
+        assert low["static alone"] == low["static"][: len(low["static alone"])]
+        assert low["dynamic alone"] == low["dynamic"]
+        assert rank["bf16"]["alone"] == rank["bf16"]["dynamic"] == ranks[0]["bf16"]["dynamic"]
+
+
+def test_chunked_prefill(ranks):
+    """Steps of 64 tokens, in which prompts are cut and mixed with others' decoding."""
+    _needs(ranks, "chunked prefill")
+    for rank in ranks:
+        assert rank["low"]["chunked"] == ranks[0]["low"]["dynamic"]
+        assert rank["bf16"]["chunked"] == ranks[0]["bf16"]["dynamic"]
+        assert rank["low"]["chunked sums"] == ranks[0]["low"]["chunked sums"]
+        sizes = [tokens for tokens, _ in rank["low"]["chunked sums"]]
+        assert max(sizes) == 64
+        assert min(sizes) < 64
+        assert sizes.count(64) >= 3 * 2 * LAYERS, "more prompt tokens than two steps take"
+
+
+def test_prefix_caching(ranks):
+    """Blocks that another request has filled are not computed again; the tokens stay."""
+    _needs(ranks, "prefix caching")
+    for rank in ranks:
+        assert rank["low"]["prefix"] == ranks[0]["low"]["dynamic"]
+        assert rank["low"]["prefix skipped"] == 24
+
+
+def test_speculative_decoding(ranks):
+    """Guesses cost sums of more tokens a step, and change no token; the heads stay native."""
+    _needs(ranks, "speculative decoding")
+    for rank in ranks:
+        result = rank["speculative"]
+        assert result["guessing"] == result["alone"] == ranks[0]["speculative"]["plain"]
+        assert result["plain"] != result["native"], "low bits are seen"
+        assert 0 < result["accepted"] < result["proposed"]
+        assert result["forwards"] < NEW_TOKENS
+        assert len(result["heads"]) == 2
+
+
+def test_every_sum_of_every_step_is_counted(ranks):
+    for rank in ranks:
+        for kind in ("low", "bf16"):
+            stats = rank[kind]["stats"]
+            assert len(stats["sync_points"]) == 2 * LAYERS
+            for point in stats["sync_points"]:
+                (choice,) = point["choices"]
+                assert choice["collective"] == "one-shot"
+                assert choice["calls"] == rank[kind]["forwards"] > NEW_TOKENS
+
+
+def test_auto_chooses_alike_on_all_ranks_at_every_step(ranks):
+    """By size: steps of prefill in low bits, steps of decoding natively, by this tuning file."""
+    first = ranks[0]["tuned"]
+    chosen = {entry for entry in first["seen"] if entry != "forward"}
+    assert {collective for _, collective in chosen} == {"native", "one-shot"}
+    assert len({tokens for tokens, _ in chosen}) == len(chosen), "one choice for each size"
+    for rank in ranks:
+        assert rank["tuned"]["seen"] == first["seen"]
+        assert rank["tuned"]["tokens"] == first["tokens"]
+        counted = {c["collective"]: c["calls"] for c in rank["tuned"]["stats"]["total"]}
+        for collective in ("native", "one-shot"):
+            sums = [e for e in first["seen"] if e != "forward" and e[1] == collective]
+            assert counted[collective] == len(sums)
+
+
+def test_sequence_parallelism(ranks):
+    """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
+    for rank in ranks:
+        result = rank["sequence_parallel"]
+        assert result["native"] == rank["native"]["dynamic"]
+        assert result[None] == ranks[0]["low"]["dynamic"]
+        assert result[6] == ranks[0]["sequence_parallel"][6]
+        for gather, collectives in ((None, ["reduce-scatter"]), (6, None)):
+            total = result[gather, "stats"]["total"]
+            expected = collectives or ["reduce-scatter", "all-gather"]
+            assert [choice["collective"] for choice in total] == expected
+            assert len({choice["calls"] for choice in total}) == 1
+            alone = result[gather, "alone"]
+            assert alone == result[gather][: len(alone)]
+
+
+def test_remove_gives_the_native_tokens_back(ranks):
+    for rank in ranks:
+        assert rank["after"] == rank["native"]["dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("not captured", "no error"),
+        ("captured before", r"apply\(\) would not reach the CUDA graphs that decoder\.layers\.0"),
+        ("captured after", r"remove\(\) would not reach .* delete_cuda_graphs\(\)"),
+    ],
+)
+def test_cuda_graphs_that_would_hide_a_change_are_refused(ranks, case, message):
+    for rank in ranks:
+        assert re.search(message, rank["graphs"][case]), rank["graphs"][case]
+        assert "4 sync points" in rank["graphs"]["still there"], (
+            "a refused remove() changes nothing"
+        )
+        assert rank["graphs"]["attributes"], "Megatron's own names"
