@@ -14,19 +14,19 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = """
 import pytest
 
-@pytest.mark.parametrize("release", ["main", "0.9.2", "0.16.1"])
+@pytest.mark.parametrize("release", ["main", "0.14.0", "0.16.1"])
 @pytest.mark.support("local spec")
 def test_local(release):
     if release == "main":
         pytest.skip("no checkout")
 
-@pytest.mark.parametrize("release", ["0.16.1"])
+@pytest.mark.parametrize("any_name", ["0.16.1"])
 @pytest.mark.support("engine")
 class TestEngine:
-    def test_one(self, release):
+    def test_one(self, any_name):
         pass
 
-    def test_two(self, release):
+    def test_two(self, any_name):
         pytest.xfail("needs 0.19")
 
 @pytest.mark.support("launcher", "main")
@@ -35,7 +35,7 @@ def test_launcher(record_testsuite_property):
     {broken}
 """
 TABLE = """\
-| | 0.9.2 | 0.16.1 | main |
+| | 0.14.0 | 0.16.1 | main |
 | --- | --- | --- | --- |
 | local spec | yes | yes | not run (1) |
 | engine | not run | no (2) | not run |

@@ -85,8 +85,7 @@ def apply(
         "--lowbit-all-gather has nothing to gather: it is for models with --sequence-parallel "
         "and the local spec",
     )
-    if fold:
-        on_every_rank(lambda: _check_fold(model, chosen, settings))
+    on_every_rank(lambda: _check_fold(model, chosen, settings) if fold else None)
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
     wanted = (all_gather_bits, fold)
     chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, wanted))

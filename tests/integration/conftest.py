@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from releases import ROOT, torchrun
+from releases import RELEASES, ROOT, torchrun
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +44,9 @@ def calibrated(checkpoint, tmp_path_factory) -> Path:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Writes the cell of the support matrix that a test stands for into JUnit's report.
 
-    Where a mark names no release it is the parameter of that name.
+    Where a mark names no release it is the one among the test's parameters.
     """
     for mark in item.iter_markers("support"):
-        capability, *release = mark.args
-        cell = f"{capability} @ {release[0] if release else item.callspec.params['release']}"
-        item.user_properties.append(("support", cell))
+        capability, *named = mark.args
+        (release,) = named or [p for p in item.callspec.params.values() if p in RELEASES]
+        item.user_properties.append(("support", f"{capability} @ {release}"))

@@ -92,6 +92,9 @@ def staged(out: Path, virtual: int | None) -> dict:
     whole = build(torch.bfloat16, num_layers=LAYERS)
     index, _ = make_index(whole, out)
     result = {"whole": with_codecs(whole, index)}
+    handle = megatron_lowbit.apply(whole, index, collective="one-shot", fold=True)
+    result["whole"]["folded"] = whole_logits(whole)
+    handle.remove()
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(2, 2, virtual_pipeline_model_parallel_size=virtual)
     chunks = build_chunks(virtual or 1, whole)
@@ -102,6 +105,9 @@ def staged(out: Path, virtual: int | None) -> dict:
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["text"] = str(handle)
         handle.remove()
+    handle = megatron_lowbit.apply(chunks, index, collective="one-shot", fold=True)
+    result["folded"] = run_schedule(chunks)
+    handle.remove()
     result["half"] = half_native(chunks, index, out)
     result["refused"] = refused_on_one_stage(chunks, index)
     result["after"] = run_schedule(chunks)
@@ -119,7 +125,7 @@ def half_native(chunks: list, index, out: Path) -> dict:
         last = sorted(layers_of(chunks))
     rules = out / f"rules{dist.get_rank()}.json"
     rules.write_text(json.dumps([{"match": f"{n}.*", "codec": "native"} for n in last]))
-    handle = megatron_lowbit.apply(chunks, index, recipe=rules, collective="one-shot")
+    handle = megatron_lowbit.apply(chunks, index, recipe=rules, collective="one-shot", fold=True)
     result = {"text": str(handle), "logits": run_schedule(chunks)}
     result["stats"] = len(handle.stats()["sync_points"])
     handle.remove()

@@ -45,6 +45,11 @@ def folder_of(release: str) -> Path:
     return folder
 
 
+def is_release(version: str, release: str) -> bool:
+    """Whether `megatron.core.__version__`, which may name a commit, is that of `release`."""
+    return release == MAIN or version.startswith(release)
+
+
 def describe_main() -> str:
     """Version and commit of the checkout that MEGATRON_LM names."""
     folder = folder_of(MAIN)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from core_worker import LAYERS
 from engines_worker import NEW_TOKENS, PROMPTS
-from releases import RELEASES, environment, torchrun
+from releases import RELEASES, environment, is_release, torchrun
 
 WORKER = Path(__file__).with_name("engines_worker.py")
 
@@ -22,13 +22,13 @@ def ranks(request, tmp_path_factory):
     done = torchrun(2, WORKER, out, env=environment(request.param))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    assert results[0]["version"].startswith(request.param)
+    assert is_release(results[0]["version"], request.param)
     return results
 
 
 def _needs(ranks, feature: str) -> None:
     if feature not in ranks[0]["features"]:
-        pytest.skip(f"{ranks[0]['version']} has no {feature}")
+        pytest.skip(f"this release has no {feature}")
 
 
 def test_releases_have_what_is_tested(ranks):
@@ -38,6 +38,7 @@ def test_releases_have_what_is_tested(ranks):
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
 
+@pytest.mark.support("dynamic inference engine")
 def test_the_dynamic_engine_on_a_cpu_gives_the_static_engines_tokens(ranks):
     for rank in ranks:
         assert rank["native"]["dynamic"] == rank["native"]["static"]
@@ -48,6 +49,8 @@ def test_low_bits_are_seen_in_the_tokens(ranks):
     assert ranks[0]["low"]["dynamic"] != ranks[0]["native"]["dynamic"]
 
 
+@pytest.mark.support("static inference engine")
+@pytest.mark.support("dynamic inference engine")
 @pytest.mark.parametrize("engine", ["dynamic", "static, dynamic inside"])
 def test_engines_agree_in_low_bits(ranks, engine):
     for rank in ranks:
@@ -55,6 +58,8 @@ def test_engines_agree_in_low_bits(ranks, engine):
         assert rank["low"]["has_dynamic_inside"], "Megatron falls back with a warning only"
 
 
+@pytest.mark.support("static inference engine")
+@pytest.mark.support("dynamic inference engine")
 def test_tokens_do_not_depend_on_the_batch(ranks):
     """Nor on the padding to the longest prompt, or to a multiple of 64 tokens."""
     for rank in ranks:
@@ -64,6 +69,7 @@ def test_tokens_do_not_depend_on_the_batch(ranks):
         assert rank["bf16"]["alone"] == rank["bf16"]["dynamic"] == ranks[0]["bf16"]["dynamic"]
 
 
+@pytest.mark.support("dynamic engine: chunked prefill")
 def test_chunked_prefill(ranks):
     """Steps of 64 tokens, in which prompts are cut and mixed with others' decoding."""
     _needs(ranks, "chunked prefill")
@@ -77,6 +83,7 @@ def test_chunked_prefill(ranks):
         assert sizes.count(64) >= 3 * 2 * LAYERS, "more prompt tokens than two steps take"
 
 
+@pytest.mark.support("dynamic engine: prefix caching")
 def test_prefix_caching(ranks):
     """Blocks that another request has filled are not computed again; the tokens stay."""
     _needs(ranks, "prefix caching")
@@ -85,6 +92,7 @@ def test_prefix_caching(ranks):
         assert rank["low"]["prefix skipped"] == 24
 
 
+@pytest.mark.support("dynamic engine: speculative decoding")
 def test_speculative_decoding(ranks):
     """Guesses cost sums of more tokens a step, and change no token; the heads stay native."""
     _needs(ranks, "speculative decoding")
@@ -123,6 +131,7 @@ def test_auto_chooses_alike_on_all_ranks_at_every_step(ranks):
             assert counted[collective] == len(sums)
 
 
+@pytest.mark.support("dynamic engine: sequence parallel")
 def test_sequence_parallelism(ranks):
     """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
     for rank in ranks:
@@ -139,6 +148,7 @@ def test_sequence_parallelism(ranks):
             assert alone == result[gather][: len(alone)]
 
 
+@pytest.mark.support("dynamic inference engine")
 def test_remove_gives_the_native_tokens_back(ranks):
     for rank in ranks:
         assert rank["after"] == rank["native"]["dynamic"]
