@@ -76,7 +76,8 @@ class Tables:
             (``static-hybrid``) or its size beside other features (``scaled-hybrid``).
         encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated, 0
             for the features of the BF16 index (``rotated-hybrid`` and its kin).
-        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back.
+        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back, 0 for the
+            features of the BF16 index.
         center: fp32 ``[ranks, hidden]``, what is subtracted from a rank's partial.
         center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
