@@ -23,6 +23,7 @@ import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -211,6 +212,10 @@ class Codec(abc.ABC):
         Returns:
             `out`: the same bits wherever the same payloads are decoded.
         """
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        """The module of kernels that serves these tensors; None where plain torch does."""
+        return None
 
     def for_sum(self) -> "Codec":
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""

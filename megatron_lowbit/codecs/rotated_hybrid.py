@@ -66,10 +66,10 @@ class RotatedHybrid(Codec):
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        kernels = self._kernels(partial, tables)
-        if kernels is None:
+        module = self.kernels(partial, tables)
+        if module is None:
             return self._reference_encode(partial, tables, rank)
-        return kernels.encode(
+        return module.encode(
             partial,
             center=None if tables.center is None else tables.center[rank],
             scale=tables.encode_scale,
@@ -81,10 +81,10 @@ class RotatedHybrid(Codec):
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        kernels = self._kernels(payloads, tables)
-        if kernels is None:
+        module = self.kernels(payloads, tables)
+        if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return kernels.decode_sum(
+        return module.decode_sum(
             payloads,
             center=tables.center_sum,
             scale=tables.decode_scale,
@@ -97,10 +97,10 @@ class RotatedHybrid(Codec):
         )
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
-        kernels = self._kernels(payloads, tables)
-        if kernels is None:
+        module = self.kernels(payloads, tables)
+        if module is None:
             return self._reference_reduce_encode(payloads, tables)
-        return kernels.reduce_encode(
+        return module.reduce_encode(
             payloads,
             hidden=tables.hidden,
             kept=tables.bf16_index.numel(),
@@ -139,11 +139,11 @@ class RotatedHybrid(Codec):
             What is normalized and what it was before, both ``[tokens, hidden]`` in the type of
             `weight`.
         """
-        kernels = self._kernels(payloads, tables, family=select.NORM)
-        if kernels is None:
+        module = self.kernels(payloads, tables, family=select.NORM)
+        if module is None:
             total = self._reference_decode_sum(payloads, tables)
             return _norm(total, tables.bf16_index, weight, epsilon, residual, bias)
-        return kernels.decode_sum_norm(
+        return module.decode_sum_norm(
             payloads,
             weight,
             epsilon,
@@ -158,7 +158,7 @@ class RotatedHybrid(Codec):
             body_bytes=wire.packed_bytes(tables.hidden, self.bits),
         )
 
-    def _kernels(
+    def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
     ) -> ModuleType | None:
         if not self.rotate:
@@ -209,7 +209,7 @@ class RotatedHybrid(Codec):
     def _pack(self, values: Tensor) -> Tensor:
         """The packed codes of a body divided by its scale, ``[tokens, hidden]``.
 
-        A codec that changes this and `_unpack` must say in `_kernels` that none knows it.
+        A codec that changes this and `_unpack` must say in `kernels` that none knows it.
         """
         return wire.pack(codebook.quantize(values, self.bits), self.bits)
 
