@@ -23,6 +23,7 @@ import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -76,7 +77,8 @@ class Tables:
             (``static-hybrid``) or its size beside other features (``scaled-hybrid``).
         encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated, 0
             for the features of the BF16 index (``rotated-hybrid`` and its kin).
-        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back.
+        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back, 0 for the
+            features of the BF16 index.
         center: fp32 ``[ranks, hidden]``, what is subtracted from a rank's partial.
         center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
@@ -218,6 +220,10 @@ class Codec(abc.ABC):
         Returns:
             `out`: the same bits wherever the same payloads are decoded.
         """
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        """The module of kernels that serves these tensors; None where plain torch does."""
+        return None
 
     def for_sum(self) -> "Codec":
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""

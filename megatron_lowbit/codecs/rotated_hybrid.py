@@ -58,7 +58,7 @@ class RotatedHybrid(Codec):
             hidden=hidden,
             bf16_index=index,
             encode_scale=signs.to(device).index_fill(0, index, 0),
-            decode_scale=(signs / block).to(device),
+            decode_scale=(signs / block).to(device).index_fill(0, index, 0),
         )
 
     def row_bytes(self, tables: Tables) -> int:
@@ -66,11 +66,11 @@ class RotatedHybrid(Codec):
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        kernels = self._kernels(partial, tables)
-        if kernels is None:
+        module = self.kernels(partial, tables)
+        if module is None:
             return self._reference_encode(partial, tables, rank)
         folded = tables.folded_index is not None
-        return kernels.encode(
+        return module.encode(
             partial,
             width=tables.width,
             center=None if tables.center is None else tables.center[rank],
@@ -83,10 +83,10 @@ class RotatedHybrid(Codec):
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        kernels = self._kernels(payloads, tables)
-        if kernels is None:
+        module = self.kernels(payloads, tables)
+        if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return kernels.decode_sum(
+        return module.decode_sum(
             payloads,
             center=tables.center_sum,
             scale=tables.decode_scale,
@@ -99,10 +99,10 @@ class RotatedHybrid(Codec):
         )
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
-        kernels = self._kernels(payloads, tables)
-        if kernels is None:
+        module = self.kernels(payloads, tables)
+        if module is None:
             return self._reference_reduce_encode(payloads, tables)
-        return kernels.reduce_encode(
+        return module.reduce_encode(
             payloads,
             hidden=tables.hidden,
             kept=tables.bf16_index.numel(),
@@ -114,10 +114,58 @@ class RotatedHybrid(Codec):
             sum_body_bytes=wire.packed_bytes(tables.hidden, self.sum_bits),
         )
 
-    def _kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+    def decode_sum_norm(
+        self,
+        payloads: Tensor,
+        tables: Tables,
+        *,
+        weight: Tensor,
+        epsilon: float,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_sum`, then bias and residual, then RMSNorm; on a GPU in one pass.
+
+        Everything is fp32 up to the end. The squares of the body are summed by the pairwise tree of
+        `rotation.sum_of_squares`, those of the BF16 features by one of their own, added last.
+
+        Args:
+            payloads: ``uint8 [ranks, tokens, row_bytes]``.
+            tables: Of this sync point.
+            weight: Floating point ``[hidden]``: RMSNorm's.
+            epsilon: RMSNorm's.
+            residual: Floating point ``[tokens, hidden]``.
+            bias: Floating point ``[hidden]``.
+
+        Returns:
+            What is normalized and what it was before, both ``[tokens, hidden]`` in the type of
+            `weight`.
+        """
+        module = self.kernels(payloads, tables, family=select.NORM)
+        if module is None:
+            total = self._reference_decode_sum(payloads, tables)
+            return _norm(total, tables.bf16_index, weight, epsilon, residual, bias)
+        return module.decode_sum_norm(
+            payloads,
+            weight,
+            epsilon,
+            residual,
+            bias,
+            center=tables.center_sum,
+            scale=tables.decode_scale,
+            bf16_index=tables.bf16_index,
+            block=rotation.block_size(tables.hidden),
+            levels=codebook.levels(self.bits, payloads.device),
+            bits=self.bits,
+            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+        )
+
+    def kernels(
+        self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
+    ) -> ModuleType | None:
         if not self.rotate:
             return None
-        return select.kernels_for(select.ROTATED, values, tables.encode_scale)
+        return select.kernels_for(family, values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         folded = tables.folded_index is not None
@@ -167,7 +215,7 @@ class RotatedHybrid(Codec):
     def _pack(self, values: Tensor) -> Tensor:
         """The packed codes of a body divided by its scale, ``[tokens, hidden]``.
 
-        A codec that changes this and `_unpack` must say in `_kernels` that none knows it.
+        A codec that changes this and `_unpack` must say in `kernels` that none knows it.
         """
         return wire.pack(codebook.quantize(values, self.bits), self.bits)
 
@@ -179,6 +227,24 @@ class RotatedHybrid(Codec):
         return rotation.hadamard(body) if self.rotate else body
 
 
+def _norm(
+    total: Tensor,
+    apart: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    residual: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `RotatedHybrid.decode_sum_norm`; `apart` are the features of the BF16 index."""
+    for other in (bias, residual):
+        if other is not None:
+            total = total + other.float()
+    squares = rotation.sum_of_squares(total.index_fill(1, apart, 0))
+    squares = squares + rotation.sum_of_squares(total[:, apart])
+    inverse = 1 / rotation.root_mean(squares, total.shape[1], plus=epsilon)
+    return (total * inverse * weight.float()).to(weight.dtype), total.to(weight.dtype)
+
+
 def token_scale(body: Tensor, kept: Tensor) -> Tensor:
     """BF16 ``[tokens, 1]``: the body's root mean square, or NaN for a row that is not all finite.
 
@@ -186,8 +252,6 @@ def token_scale(body: Tensor, kept: Tensor) -> Tensor:
         body: fp32 ``[tokens, n]``.
         kept: BF16 features of the same tokens, ``[tokens, k]``.
     """
-    # A tensor on the device: torch multiplies by a number's reciprocal on GPUs, one rounding more.
-    count = torch.full((), float(max(body.shape[1], 1)), device=body.device)
-    scale = (rotation.sum_of_squares(body) / count).sqrt()
+    scale = rotation.root_mean(rotation.sum_of_squares(body), max(body.shape[1], 1))
     finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
     return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

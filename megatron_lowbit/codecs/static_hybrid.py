@@ -13,6 +13,8 @@ The plain torch in the methods that begin with ``_reference`` is the specificati
 `kernels.triton_static` gives the same bits.
 """
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -81,17 +83,20 @@ class StaticHybrid(Codec):
         return wire.row_bytes(wire.packed_bytes(tables.hidden - kept, self.bits), kept)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        kernels = select.kernels_for(select.STATIC, partial, tables.scale)
-        if kernels is None:
+        module = self.kernels(partial, tables)
+        if module is None:
             return self._reference_encode(partial, tables, rank)
-        return kernels.encode(partial, scale=tables.scale[rank], **self._layout(tables))
+        return module.encode(partial, scale=tables.scale[rank], **self._layout(tables))
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        kernels = select.kernels_for(select.STATIC, payloads, tables.scale)
-        if kernels is None:
+        module = self.kernels(payloads, tables)
+        if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
         layout = self._layout(tables)
-        return kernels.decode_sum(payloads, out=out, scale=tables.scale, **layout)
+        return module.decode_sum(payloads, out=out, scale=tables.scale, **layout)
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        return select.kernels_for(select.STATIC, values, tables.scale)
 
     def _layout(self, tables: Tables) -> dict:
         """What kernels must know of the rows of a payload."""

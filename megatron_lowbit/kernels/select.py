@@ -1,6 +1,6 @@
 """Which kernels serve which tensors: C on CPUs, Triton on GPUs, or none.
 
-The only place that knows. A family of kernels is one codec's or several's; its modules for CPUs and
+The only place that knows. A family of kernels serves one codec or several; its modules for CPUs and
 GPUs have the same functions. Triton is imported when the first GPU tensor comes, and tried out on
 that device: what is missing or broken is said once, and plain torch does the work, with the same
 bits. The trial waits for the device, so make one call before a CUDA graph captures others, as
@@ -19,10 +19,11 @@ from torch import Tensor
 from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
-ROTATED, STATIC = "rotated", "static"
+ROTATED, STATIC, NORM = "rotated", "static", "norm"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
+    NORM: "megatron_lowbit.kernels.triton_norm",
 }
 _lock = threading.Lock()
 
@@ -31,7 +32,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED` or `STATIC`.
+        family: `ROTATED`, `STATIC` or `NORM`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)

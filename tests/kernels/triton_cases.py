@@ -190,6 +190,45 @@ def test_ranks(ranks):
         _check(codec, partials, _tables(codec, 64, 2, ranks))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [33, 96])
+def test_norm(hidden, dtype):
+    """Bias and residual or not, BF16 features or not, a token that is not finite."""
+    codec = get_codec("shaped-hybrid")
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(2, hidden, generator=generator) + 1).to(dtype)
+    residual = torch.randn(hidden, 3, generator=generator).to(dtype).T
+    for kept, more in ((5, {"bias": bias, "residual": residual}), (0, {"residual": residual})):
+        tables = _tables(codec, hidden, kept)
+        partials = [sample("normal", (3, hidden), seed) for seed in range(2)]
+        partials[0][1, 7] = torch.nan
+        payloads = torch.stack([codec.encode(x.to(DEVICE), tables) for x in partials])
+        more |= {"weight": weight, "epsilon": 1e-5}
+        with kernels.disabled():
+            expected = codec.decode_sum_norm(payloads.cpu(), tables.to("cpu"), **more)
+        more = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in more.items()}
+        for got, right in zip(
+            codec.decode_sum_norm(payloads, tables, **more), expected, strict=True
+        ):
+            _same(got.cpu(), right, f"hidden {hidden}, {dtype}, {kept} features in BF16")
+        assert right.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_norm_is_rms_norm():
+    """Close to torch's own, by the same sum."""
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 64, 2)
+    payloads = codec.encode(sample("normal", (3, 64), 0).to(DEVICE), tables)[None]
+    weight = sample("normal", (64,), 1).to(DEVICE)
+    normed, total = codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
+    assert torch.equal(total, codec.decode_sum(payloads, tables))
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (64,), weight, 1e-5))
+    with pytest.raises(LowbitError, match=r"a residual is \[3, 64\], got \[64, 3\]"):
+        codec.decode_sum_norm(
+            payloads, tables, weight=weight, epsilon=1e-5, residual=torch.zeros(64, 3)
+        )
+
+
 def test_offsets_above_two_to_the_31():
     codec = get_codec("rotated-hybrid")
     tables = _tables(codec, 64, 1)
@@ -230,21 +269,25 @@ def test_what_is_not_supported_is_named():
         codec.encode(torch.zeros(1, (1 << 15) + 1, device=DEVICE), long)
 
 
-def _ops() -> dict:
-    """Arguments of every op, by its name."""
-    rotated, static = get_codec("rotated-hybrid"), get_codec("static-hybrid")
-    calls = {}
-    for codec, family in ((rotated, "rotated"), (static, "static")):
-        tables = _tables(codec, 32, 2)
-        recorded = _Recorder(select.kernels_for(family, tables.bf16_index))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(select, "kernels_for", lambda *_, kernels=recorded: kernels)
-            payload = codec.encode(sample("normal", (2, 32), 0).to(DEVICE), tables)
-            codec.decode_sum(payload[None], tables)
-            if family == "rotated":
-                codec.reduce_encode(payload[None], tables)
-        calls |= {f"{family}_{name}": call for name, call in recorded.calls.items()}
-    return calls
+def _calls(family: str) -> dict:
+    """Arguments and result of a call of every function of a family, by its op's name."""
+    codec = get_codec("static-hybrid" if family == "static" else "rotated-hybrid")
+    tables = _tables(codec, 32, 2)
+    partial = sample("normal", (2, 32), 0).to(DEVICE)
+    payloads = codec.encode(partial, tables)[None]
+    recorder = _Recorder(select.kernels_for(family, partial))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "kernels_for", lambda *_: recorder)
+        if family == "norm":
+            weight = torch.ones(32, device=DEVICE)
+            codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
+        else:
+            codec.encode(partial, tables)
+            codec.decode_sum(payloads, tables)
+        if family == "rotated":
+            codec.reduce_encode(payloads, tables)
+    prefix = "static" if family == "static" else "rotated"
+    return {f"{prefix}_{name}": call for name, call in recorder.calls.items()}
 
 
 class _Recorder:
@@ -256,24 +299,21 @@ class _Recorder:
     def __getattr__(self, name):
         function = getattr(self._kernels, name)
 
-        def call(first, **others):
-            result = function(first, **others)
-            self.calls[name] = (first, others, result)
+        def call(*arguments, **others):
+            result = function(*arguments, **others)
+            self.calls[name] = (arguments, others, result)
             return result
 
         return call
 
 
-def test_ops_are_what_torch_expects():
+@pytest.mark.parametrize("family", ["rotated", "static", "norm"])
+def test_ops_are_what_torch_expects(family):
     """Schemas, fake implementations, aliasing; and torch.compile takes them without a break."""
-    ops = torch.ops.megatron_lowbit
-    for name, (first, others, result) in _ops().items():
-        if name.endswith("decode_sum"):
-            others.pop("out")
-            arguments = (torch.empty_like(result), first)
-        else:
-            arguments = (first,)
-        op = getattr(ops, name).default
+    for name, (arguments, others, result) in _calls(family).items():
+        if others.pop("out", 0) is None:  # the op writes into its first argument
+            arguments = (torch.empty_like(result), *arguments)
+        op = getattr(torch.ops.megatron_lowbit, name).default
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(op, arguments, others, test_utils=checks)
 
@@ -281,9 +321,9 @@ def test_ops_are_what_torch_expects():
             given = op(*arguments, **others)
             return arguments[0] if given is None else given
 
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        got = compiled(*(argument.clone() for argument in arguments))
-        assert torch.equal(got, result), name
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
+        pairs = zip(got, result, strict=True) if isinstance(got, tuple) else [(got, result)]
+        assert all(torch.equal(a, b) for a, b in pairs), name
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
