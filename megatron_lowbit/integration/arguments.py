@@ -147,16 +147,39 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         if Path(args.lowbit_stats).is_dir():
             raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
         check_writable(Path(args.lowbit_stats).absolute().parent)
+    _refuse_ignored(args)
     if args.lowbit_codec is not None:
-        get_codec(args.lowbit_codec, bits=bits)
+        _check_codec(args.lowbit_codec, bits)
     if args.lowbit_recipe is not None:
         read_rules(Path(args.lowbit_recipe))
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
     calibrated = read_manifest(directory)["codec"]["name"]
-    get_codec(args.lowbit_codec or calibrated, bits=bits)
+    _check_codec(args.lowbit_codec or calibrated, bits)
     return directory
+
+
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """Raise LowbitError for an argument that the others leave without effect."""
+    mode = args.lowbit_collective or DEFAULT_MODE
+    if mode == "native":
+        for name in ("codec", "bits", "recipe"):
+            if getattr(args, f"lowbit_{name}") is not None:
+                raise LowbitError(f"--lowbit-{name} means nothing to native: leave one of them out")
+    if mode == "one-shot" and "," in (args.lowbit_bits or ""):
+        raise LowbitError(f"--lowbit-bits {args.lowbit_bits}: one-shot sends no sums: give one")
+    if args.lowbit_inside_node is not None and mode not in ("auto", "hierarchical"):
+        raise LowbitError(f"--lowbit-inside-node means nothing to {mode}: leave it out")
+    if args.lowbit_all_gather is not None and getattr(args, "sequence_parallel", None) is False:
+        raise LowbitError("--lowbit-all-gather means nothing without --sequence-parallel: add it")
+
+
+def _check_codec(name: str, bits: int | tuple[int, int] | None) -> None:
+    """Raise LowbitError unless there is such a codec and the bits mean something to it."""
+    codec = get_codec(name, bits=bits)
+    if bits is not None and len(codec.supported_bits) == 1:
+        raise LowbitError(f"--lowbit-bits means nothing to {name}, which has one width: drop it")
 
 
 def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None:

@@ -21,6 +21,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.quiet import quiet
 
+_KV_BUFFER = "inference_dynamic_batching_buffer_size_gb"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 # Change the model's outputs, and are left at their defaults by Megatron's own
@@ -78,14 +79,19 @@ def parse_megatron_args(
         _take_from_checkpoint(args, given)
     if args.fp32:
         args.bf16 = args.fp16 = False
-    _fit_to_machine(args, given)
+    fit_to_machine(args, given)
     check_parallel_sizes(args)
     _validate(args)
     return args
 
 
-def require_megatron_training() -> None:
+def require_megatron_training(
+    remedy: str = "put a Megatron-LM checkout on PYTHONPATH",
+) -> None:
     """Imports `megatron.training`, or says how to get it.
+
+    Args:
+        remedy: What else there is to do than to install a release that has it.
 
     Raises:
         LowbitError: It is not installed (megatron-core before 0.19 does not carry it).
@@ -98,14 +104,12 @@ def require_megatron_training() -> None:
     try:
         with quiet():
             import megatron.training.arguments
-            import megatron.training.checkpointing
-            import megatron.training.models  # noqa: F401
+            import megatron.training.checkpointing  # noqa: F401
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("megatron"):
             raise
         raise LowbitError(
-            f"{error.name} is missing: install megatron-core >= 0.19, or put a Megatron-LM "
-            "checkout on PYTHONPATH"
+            f"{error.name} is missing: install megatron-core >= 0.19, or {remedy}"
         ) from error
 
 
@@ -122,8 +126,8 @@ def _parse(argv: list[str], extra_args_provider: Callable | None):
             action="store_true",
             help="Run in float32 whatever the checkpoint was saved in.",
         )
-        parser.error = lambda message: _usage_error(parser, message)
-        _escape_help(parser)
+        one_line_errors(parser)
+        escape_help(parser)
         parsers.append(parser)
         return parser
 
@@ -132,21 +136,30 @@ def _parse(argv: list[str], extra_args_provider: Callable | None):
         args = parse_args(provide)
     finally:
         sys.argv = program
-    names = {text: a.dest for a in parsers[0]._actions for text in a.option_strings}
+    return args, given_names(parsers[0], argv)
+
+
+def given_names(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """The names of the arguments that `argv` itself gives, defaults left out."""
+    names = {text: a.dest for a in parser._actions for text in a.option_strings}
     words = (word.split("=", 1)[0] for word in argv)
-    return args, {names[word] for word in words if word in names}
+    return {names[word] for word in words if word in names}
 
 
-def _usage_error(parser: argparse.ArgumentParser, message: str) -> typing.NoReturn:
+def one_line_errors(parser: argparse.ArgumentParser) -> None:
     """One line instead of argparse's, which begins with a thousand lines of Megatron's usage."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+
+    def error(message: str) -> typing.NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = error
 
 
-def _escape_help(parser: argparse.ArgumentParser) -> None:
+def escape_help(parser: argparse.ArgumentParser) -> None:
     """Repairs help texts with a bare percent sign, on which `--help` would raise."""
-    for action in parser._actions:
+    for action in [action for action in parser._actions if action.help]:
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
@@ -236,7 +249,7 @@ def check_parallel_sizes(args: argparse.Namespace) -> None:
             raise LowbitError(f"tensor parallel size {ranks} does not divide {count} {what}")
 
 
-def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
+def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     """Chooses local layers unless asked otherwise, and switches off what they or a CPU lack.
 
     Transformer Engine's row-parallel layers reduce inside themselves, out of our reach.
@@ -254,6 +267,8 @@ def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     if on_cpu:
         args.distributed_backend = "gloo"
         args.use_cpu_initialization = True
+        if hasattr(args, _KV_BUFFER) and _KV_BUFFER not in given:
+            setattr(args, _KV_BUFFER, 1.0)  # GB; Megatron's own default of 40 is a GPU's
 
 
 def _validate(args: argparse.Namespace) -> None:

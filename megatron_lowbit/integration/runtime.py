@@ -26,6 +26,7 @@ from torch import nn
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.integration.cpu_training import initialize_cpu_parallel
 from megatron_lowbit.integration.forward import logits
 from megatron_lowbit.integration.megatron_args import reading_checkpoint
 from megatron_lowbit.integration.quiet import quiet
@@ -50,7 +51,7 @@ def initialize(args: argparse.Namespace) -> None:
             store = None if torch.distributed.is_initialized() else _fresh_store(args)
             # Without a device Megatron leaves these to us, and wants them before it seeds.
             if not torch.cuda.is_available():
-                _initialize_cpu_parallel(args, store)
+                initialize_cpu_parallel(args, store)
             training.initialize_megatron(allow_no_cuda=True, store=store)
     finally:
         training._compile_dependencies = compile_dependencies
@@ -70,29 +71,6 @@ def _fresh_store(args: argparse.Namespace) -> torch.distributed.Store:
             _rendezvous["store"] = torch.distributed.HashStore()
     _rendezvous["count"] = _rendezvous.get("count", 0) + 1
     return torch.distributed.PrefixStore(f"megatron{_rendezvous['count']}", _rendezvous["store"])
-
-
-def _initialize_cpu_parallel(args: argparse.Namespace, store) -> None:
-    """Process group, model-parallel groups and the RNG tracker."""
-    from megatron.core import parallel_state, tensor_parallel
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            args.distributed_backend,
-            store=store,
-            rank=args.rank,
-            world_size=args.world_size,
-            timeout=timedelta(minutes=args.distributed_timeout_minutes),
-        )
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-    )
-    # The inference tracker keeps no CUDA generator states.
-    tensor_parallel.model_parallel_cuda_manual_seed(args.seed, inference_rng_tracker=True)
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
