@@ -41,6 +41,33 @@ def write_atomic(target: Path, data: bytes) -> None:
         staging.unlink(missing_ok=True)
 
 
+def replace_together(contents: dict[Path, bytes]) -> None:
+    """Replace files that exist: all of them, or on any error none. Their modes are kept.
+
+    Each is renamed into place, so a file that is hard-linked into a package manager's cache is
+    replaced here and not changed there.
+    """
+    before = {path: path.read_bytes() for path in contents}
+    staged: dict[Path, Path] = {}
+    done: list[Path] = []
+    try:
+        for path, data in contents.items():
+            staged[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+            write(staged[path], data)
+            shutil.copymode(path, staged[path])
+            flush(staged[path])
+        for path, staging in staged.items():
+            done.append(path)
+            os.replace(staging, path)
+    except BaseException:
+        for path in done:
+            write_atomic(path, before[path])
+        raise
+    finally:
+        for staging in staged.values():
+            staging.unlink(missing_ok=True)
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file; an error, such as a full disk, names it (the system's own does not)."""
     try:
