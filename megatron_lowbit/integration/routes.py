@@ -90,7 +90,7 @@ class PatchedRoute(LocalRoute):
         return super().is_muted(module) or getattr(module, "lowbit_reduce", None) is not None
 
     def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
-        # A function, as a forward hook is: copy.deepcopy leaves it whole, with its process group.
+        # A function, as a forward hook is: a reducer of class nn.Module would become a submodule.
         module.lowbit_reduce = lambda partial, scatter: reduce(partial, scatter)
         return lambda: delattr(module, "lowbit_reduce")
 
