@@ -30,7 +30,7 @@ def read_readme() -> str:
 TRITON = ["triton"]
 PATCH = ["unidiff"]  # tools/patchctl.py
 # megatron-core imports the others without declaring them.
-MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
+MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
 MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
