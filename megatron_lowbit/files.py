@@ -48,24 +48,29 @@ def replace_together(contents: dict[Path, bytes]) -> None:
     replaced here and not changed there.
     """
     before = {path: path.read_bytes() for path in contents}
-    staged: dict[Path, Path] = {}
+    staged = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
     done: list[Path] = []
     try:
         for path, data in contents.items():
-            staged[path] = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-            write(staged[path], data)
-            shutil.copymode(path, staged[path])
-            flush(staged[path])
-        for path, staging in staged.items():
+            _stage(staged[path], data, path)
+        for path in contents:
             done.append(path)
-            os.replace(staging, path)
+            os.replace(staged[path], path)
     except BaseException:
         for path in done:
-            write_atomic(path, before[path])
+            _stage(staged[path], before[path], path)
+            os.replace(staged[path], path)
         raise
     finally:
         for staging in staged.values():
             staging.unlink(missing_ok=True)
+
+
+def _stage(staging: Path, data: bytes, target: Path) -> None:
+    """Write what shall take `target`'s place, with its mode."""
+    write(staging, data)
+    shutil.copymode(target, staging)
+    flush(staging)
 
 
 def write(path: Path, data: bytes) -> None:
