@@ -12,6 +12,11 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lowbit.integration.transformer_engine import (
+    InferenceOptimizedRoute,
+    TransformerEngineRoute,
+)
+
 # (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
 Reducer = Callable[[Tensor, bool], Tensor]
 
@@ -82,7 +87,8 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-ROUTES: tuple[Route, ...] = (LocalRoute(),)
+# An inference-optimized linear is a Transformer Engine linear, too, so it comes first.
+ROUTES: tuple[Route, ...] = (LocalRoute(), InferenceOptimizedRoute(), TransformerEngineRoute())
 
 
 def route_of(module: nn.Module) -> Route | None:

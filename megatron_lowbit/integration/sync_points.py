@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.routes import Reducer, route_of
+from megatron_lowbit.integration.transformer_engine import bypassed_by
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -92,7 +93,7 @@ def find_sync_points(
             if reason:
                 native[str(point)] = reason
             else:
-                _check_reachable(point)
+                _check_reachable(point, layer.get_submodule(name.rpartition(".")[0]))
                 points.append(point)
     if not points:
         raise LowbitError(
@@ -161,15 +162,15 @@ def _reason_for_native(point: SyncPoint) -> str | None:
     return None
 
 
-def _check_reachable(point: SyncPoint) -> None:
+def _check_reachable(point: SyncPoint, parent: nn.Module) -> None:
     module, route = point.module, route_of(point.module)
     if route is None:
         raise LowbitError(
             f"{point} is a {type(module).__name__}, which reduces inside itself: low-bit "
-            "communication needs the local spec (--transformer-impl local)"
+            "communication needs the local or Transformer Engine's spec (--transformer-impl local)"
         )
     if module in _attached:
         raise LowbitError(f"{point} is already attached: remove() the first handle before")
-    obstacle = route.obstacle(module)
+    obstacle = bypassed_by(parent) or route.obstacle(module)
     if obstacle:
         raise LowbitError(f"{point} {obstacle}")
