@@ -152,8 +152,8 @@ def apply(
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
     Args:
-        model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
-            model chunks.
+        model: A GPTModel of the local or Transformer Engine's spec with its weights loaded,
+            wrapped or not, or a list of model chunks.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.

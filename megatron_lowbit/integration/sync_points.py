@@ -33,7 +33,7 @@ class SyncPoint:
     Attributes:
         layer: Megatron's layer number: from 1, over all pipeline stages.
         name: Its path under the layer, such as ``mlp.linear_fc2``.
-        module: The RowParallelLinear.
+        module: The row-parallel linear.
     """
 
     layer: int

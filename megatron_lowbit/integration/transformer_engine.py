@@ -10,8 +10,8 @@ the partial, and adds the bias where TE would have done so, after the sum.
 forward pass for inference: a reduce-scatter over NVLink, whatever ``parallel_mode`` says, unless
 ``tp_size`` is 1.
 
-Nothing here imports `transformer_engine`: its sources are only looked at. TE 1.0 to 2.18 read what is
-set, all of it, in `Linear.forward`.
+Nothing here imports `transformer_engine`; its sources are only looked at. All that is set is read
+in `Linear.forward` of every release of TE from 1.0 to 2.18.
 """
 
 import ast
@@ -92,6 +92,8 @@ class TransformerEngineRoute:
         missing = [name for name in (*self.muted, *USED) if not hasattr(module, name)]
         if missing:
             return f"has no {', '.join(missing)}, which low-bit communication needs: {_REMEDY}"
+        if module.tp_group is None:
+            return "has no tensor-parallel group (its tp_group is None): set it before"
         readers = self._readers()
         if type(module).forward is not next(iter(readers)).forward:
             return f"has a forward pass of its own, that of {type(module).__name__}: {_REMEDY}"

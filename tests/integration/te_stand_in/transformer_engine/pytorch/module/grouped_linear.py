@@ -1,4 +1,5 @@
 import torch
+
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 

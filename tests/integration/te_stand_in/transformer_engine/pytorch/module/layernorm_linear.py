@@ -1,5 +1,6 @@
 import torch
 import torch.nn.functional as F
+
 from transformer_engine.pytorch.module.linear import Linear
 
 

@@ -1,4 +1,5 @@
 import torch
+
 from transformer_engine.pytorch.distributed import (
     allreduce,
     gather_along_first_dim,
