@@ -239,8 +239,7 @@ def check_parallel_sizes(args: argparse.Namespace) -> None:
 def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     """Chooses local layers unless asked otherwise, and switches off what they or a CPU lack.
 
-    Transformer Engine's layers work too (`integration.transformer_engine`), where they are asked for:
-    they need CUDA.
+    Transformer Engine's layers, which need CUDA, work too where they are asked for.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu and "transformer_impl" in given and args.transformer_impl != "local":
