@@ -380,6 +380,8 @@ def main() -> None:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(dist.get_world_size())
+    if hasattr(parallel_state, "_set_global_symmetric_memory_buffer"):  # until 0.16
+        parallel_state._set_global_symmetric_memory_buffer()
     results = {
         "version": megatron.core.__version__,
         False: specs(out / "plain", sequence_parallel=False),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from releases import environment, torchrun
+from releases import RELEASES, environment, torchrun
 
 from megatron_lowbit.integration.transformer_engine import MUTED_TE, attributes_read
 
@@ -21,16 +21,18 @@ RANKS = 2
 TE_RELEASE = "2.1.0"
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=RELEASES)
+def ranks(request, tmp_path_factory):
     """What each of two ranks saw."""
     out = tmp_path_factory.mktemp("te")
-    env = environment("0.19.2")
+    env = environment(request.param)
     paths = [env["PYTHONPATH"], str(HERE.parent), str(HERE / "te_stand_in")]
     env["PYTHONPATH"] = os.pathsep.join(paths)
     done = torchrun(RANKS, HERE / "te_worker.py", out, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    assert results[0]["version"].startswith(request.param)
+    return results
 
 
 def cases(ranks):

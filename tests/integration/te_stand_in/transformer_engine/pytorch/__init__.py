@@ -1,4 +1,4 @@
-from transformer_engine.pytorch import constants, cpp_extensions, distributed, fp8
+from transformer_engine.pytorch import constants, cpp_extensions, distributed, fp8, ops
 from transformer_engine.pytorch.module.grouped_linear import GroupedLinear
 from transformer_engine.pytorch.module.layernorm_linear import LayerNormLinear
 from transformer_engine.pytorch.module.linear import Linear
@@ -20,4 +20,5 @@ __all__ = [
     "cpp_extensions",
     "distributed",
     "fp8",
+    "ops",
 ]

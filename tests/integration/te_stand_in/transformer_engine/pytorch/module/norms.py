@@ -4,15 +4,17 @@ import torch
 class _Norm:
     def __init__(
         self,
-        normalized_shape,
-        eps,
-        sequence_parallel,
-        params_dtype,
+        normalized_shape=None,
+        eps=1e-5,
+        sequence_parallel=None,
+        params_dtype=None,
+        hidden_size=None,  # the older name of normalized_shape
         zero_centered_gamma=False,
         device="cpu",
     ):
         assert not zero_centered_gamma
-        super().__init__(normalized_shape, eps=eps, dtype=params_dtype, device=device)
+        shape = hidden_size if normalized_shape is None else normalized_shape
+        super().__init__(shape, eps=eps, dtype=params_dtype, device=device)
 
 
 class RMSNorm(_Norm, torch.nn.RMSNorm):
