@@ -43,9 +43,9 @@ def apply(
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
     Args:
-        model: A GPTModel of the local spec with its weights loaded, wrapped or not: all of it, or
-            this rank's pipeline stage, or the list of its chunks where stages interleave; without
-            CUDA graphs so far.
+        model: A GPTModel or HybridModel of the local or Transformer Engine's spec with its weights
+            loaded, wrapped or not: all of it, or this rank's pipeline stage, or the list of its
+            chunks where stages interleave; without CUDA graphs so far.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.

@@ -252,7 +252,7 @@ def check_parallel_sizes(args: argparse.Namespace) -> None:
 def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     """Chooses local layers unless asked otherwise, and switches off what they or a CPU lack.
 
-    Transformer Engine's row-parallel layers reduce inside themselves, out of our reach.
+    Transformer Engine's layers, which need CUDA, work too where they are asked for.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu and "transformer_impl" in given and args.transformer_impl != "local":

@@ -13,6 +13,11 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lowbit.integration.transformer_engine import (
+    InferenceOptimizedRoute,
+    TransformerEngineRoute,
+)
+
 # (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
 Reducer = Callable[[Tensor, bool], Tensor]
 
@@ -111,7 +116,14 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-ROUTES: tuple[Route, ...] = (PatchedRoute(), LocalRoute())
+# The first that takes a module serves it: a patched linear is a local one, too, and an
+# inference-optimized linear is a Transformer Engine linear.
+ROUTES: tuple[Route, ...] = (
+    PatchedRoute(),
+    LocalRoute(),
+    InferenceOptimizedRoute(),
+    TransformerEngineRoute(),
+)
 
 
 def route_of(module: nn.Module) -> Route | None:

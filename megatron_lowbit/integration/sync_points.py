@@ -21,6 +21,7 @@ from torch import nn
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.compat import SYNC_POINTS, require
 from megatron_lowbit.integration.routes import Reducer, route_of
+from megatron_lowbit.integration.transformer_engine import bypassed_by
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -33,7 +34,7 @@ class SyncPoint:
     Attributes:
         layer: Megatron's layer number: from 1, over all pipeline stages.
         name: Its path under the layer, such as ``mlp.linear_fc2``.
-        module: The RowParallelLinear.
+        module: The row-parallel linear.
     """
 
     layer: int
@@ -102,7 +103,7 @@ def sync_points_here(
             if reason:
                 native[str(point)] = reason
             else:
-                _check_reachable(point)
+                _check_reachable(point, layer.get_submodule(name.rpartition(".")[0]))
                 points.append(point)
     return points, native
 
@@ -177,15 +178,15 @@ def _reason_for_native(point: SyncPoint) -> str | None:
     return None
 
 
-def _check_reachable(point: SyncPoint) -> None:
+def _check_reachable(point: SyncPoint, parent: nn.Module) -> None:
     module, route = point.module, route_of(point.module)
     if route is None:
         raise LowbitError(
             f"{point} is a {type(module).__name__}, which reduces inside itself: low-bit "
-            "communication needs the local spec (--transformer-impl local)"
+            "communication needs the local or Transformer Engine's spec (--transformer-impl local)"
         )
     if module in _attached:
         raise LowbitError(f"{point} is already attached: remove() the first handle before")
-    obstacle = route.obstacle(module)
+    obstacle = bypassed_by(parent) or route.obstacle(module)
     if obstacle:
         raise LowbitError(f"{point} {obstacle}")
