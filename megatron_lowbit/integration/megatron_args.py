@@ -19,6 +19,7 @@ import torch
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.families import ACTIVATIONS
 from megatron_lowbit.integration.quiet import quiet
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -34,7 +35,8 @@ _RESTORED = (
     "rope_type rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int "
     "moe_shared_expert_gate moe_router_num_groups moe_router_group_topk moe_apply_probs_on_input "
-    "use_mup mup_embedding_mult mup_output_mult mup_width_mult mup_attn_scale_power "
+    "use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult "
+    "mup_attn_scale_power mup_base_head_dim gated_linear_unit activation_func "
     "experimental_attention_variant make_vocab_size_divisible_by vocab_size"
 ).split()
 # The name an argument had in checkpoints of older releases.
@@ -170,6 +172,9 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
         value = getattr(saved, name, getattr(saved, _OLD_NAMES.get(name, name), None))
         if value is not None and name not in given:
             setattr(args, name, value)
+    if isinstance(getattr(args, "activation_func", None), str):
+        # Megatron's parser has no argument for it, but its model builder takes the function.
+        args.activation_func = ACTIVATIONS[args.activation_func]
     if not given & {"bf16", "fp16"}:
         args.bf16, args.fp16 = getattr(saved, "bf16", False), getattr(saved, "fp16", False)
     if "tensor_model_parallel_size" not in given:

@@ -33,7 +33,8 @@ NEW_TOKENS = 6
 
 def convert_all(directory: Path) -> None:
     """Converts at every size, the last over an existing checkpoint, and tries wrong arguments."""
-    from megatron_lowbit.integration.convert import convert, load_flags
+    from megatron_lowbit.integration.convert import convert
+    from megatron_lowbit.integration.translate import load_flags
 
     results = {}
     for save, (name, size) in CHECKPOINTS.items():

@@ -26,7 +26,7 @@ from convert_worker import LOADS, NEW_TOKENS, PROMPTS  # noqa: E402
 from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration import llama_source  # noqa: E402
+from megatron_lowbit.integration import hf_source  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("convert_worker.py")
@@ -174,7 +174,7 @@ def test_wrong_arguments_get_one_line(converted, case, words):
 def test_unsupported_settings_are_refused(tmp_path, settings, words):
     transformers.LlamaConfig(**{**SHAPE, **settings}).save_pretrained(tmp_path)
     with pytest.raises(LowbitError, match="not supported") as caught:
-        llama_source.read_config(tmp_path)
+        hf_source.read_config(tmp_path)
     assert words in str(caught.value)
 
 
@@ -183,16 +183,16 @@ def test_other_architectures_and_windows_are_refused(tmp_path):
     transformers.MistralConfig(**SHAPE, sliding_window=64).save_pretrained(tmp_path / "window")
     transformers.MistralConfig(**SHAPE, sliding_window=None).save_pretrained(tmp_path / "full")
     with pytest.raises(LowbitError, match="gpt2 is not supported"):
-        llama_source.read_config(tmp_path / "gpt2")
+        hf_source.read_config(tmp_path / "gpt2")
     with pytest.raises(LowbitError, match=r"sliding window attention \(64\)"):
-        llama_source.read_config(tmp_path / "window")
-    assert llama_source.read_config(tmp_path / "full").kv_heads == 3
+        hf_source.read_config(tmp_path / "window")
+    assert hf_source.read_config(tmp_path / "full").kv_heads == 3
 
 
 def test_tensor_parallel_sizes_that_do_not_divide_are_refused(tmp_path):
     transformers.LlamaConfig(**SHAPE).save_pretrained(tmp_path)
     with pytest.raises(LowbitError, match="size 2 does not divide 6 heads, 3 KV.*allowed: 1, 3"):
-        llama_source.read_config(tmp_path).check_tensor_parallel(2)
+        hf_source.read_config(tmp_path).check_tensor_parallel(2)
 
 
 def test_extra_parameters_are_refused(tmp_path):
@@ -201,7 +201,7 @@ def test_extra_parameters_are_refused(tmp_path):
     save_file(
         {"model.norm.weight": torch.ones(1), "adapter": torch.ones(1)}, tmp_path / "a.safetensors"
     )
-    with llama_source.open_weights(tmp_path, None) as weights:
+    with hf_source.open_weights(tmp_path, None) as weights:
         weights("model.norm.weight")
         with pytest.raises(LowbitError, match="the weights lack lm_head.weight"):
             weights("lm_head.weight")
@@ -220,8 +220,8 @@ def test_gguf_gives_the_same_weights(models, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    arch = llama_source.read_config(directory / "untied")
-    with llama_source.open_weights(path, arch) as weights:
+    arch = hf_source.read_config(directory / "untied")
+    with hf_source.open_weights(path, arch) as weights:
         for name, weight in hugging_face["untied"].state_dict().items():
             assert torch.equal(weights(name), weight), name
         weights.check_all_used()
