@@ -17,15 +17,26 @@ from pathlib import Path
 
 import torch
 
+# The models of tiny_models.py, which is not imported here: it imports transformers.
+FAMILIES = ("mistral", "qwen2", "qwen2-tied", "qwen3", "gemma", "gemma-untied")
 # Checkpoint directory: its model, and the tensor-parallel size it is made for.
-CHECKPOINTS = {"tied-tp1": ("tied", 1), "tied-tp3": ("tied", 3), "untied-tp3": ("untied", 3)}
+CHECKPOINTS = {
+    "tied-tp1": ("tied", 1),
+    "tied-tp3": ("tied", 3),
+    "untied-tp3": ("untied", 3),
+    **{f"{name}-ckpt": (name, 1) for name in FAMILIES},
+}
+# These replace what another conversion wrote: a stale file would give other logits.
+REPLACED = "replaced"
+BF16 = "gemma-bf16"
 # Checkpoint, and the tensor-parallel size it is loaded at.
 LOADS = (
     ("tied-tp1", 3),
     ("tied-tp3", 3),
     ("untied-tp3", 1),
     ("untied-tp3", 3),
-    ("replaced", 1),
+    (REPLACED, 1),
+    *((f"{name}-ckpt", size) for name in FAMILIES for size in (1, 3)),
 )
 PROMPTS = ["the quick brown fox", "a model of the world is"]
 NEW_TOKENS = 6
@@ -40,10 +51,9 @@ def convert_all(directory: Path) -> None:
     for save, (name, size) in CHECKPOINTS.items():
         args = convert(directory / name, save=directory / save, tensor_parallel=size, dtype="fp32")
         results[save] = load_flags(args, directory / save)
-    # Replaces what bf16 wrote: a stale file would give other logits.
-    save = directory / "replaced"
     for dtype in ("bf16", "fp32"):
-        convert(directory / "tied", save=save, dtype=dtype)
+        convert(directory / "tied", save=directory / REPLACED, dtype=dtype)
+    convert(directory / "gemma", save=directory / BF16, dtype="bf16")
     results["siblings"] = sorted(path.name for path in directory.iterdir())
     results["errors"] = parser_errors(directory)
     results["lowbit"] = lowbit_arguments(directory)
@@ -97,7 +107,8 @@ def _message(parse, argv: list[str]) -> str:
 
 def load_all(directory: Path) -> None:
     """Loads every case; rank 0 writes logits, tokens and arguments."""
-    results = {f"{save}@{size}": run_case(directory, save, size) for save, size in LOADS}
+    cases = (*LOADS, (BF16, 1))
+    results = {f"{save}@{size}": run_case(directory, save, size) for save, size in cases}
     if os.environ["RANK"] == "0":
         torch.save(results, directory / "loaded.pt")
 
