@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.families import ACTIVATIONS
 from megatron_lowbit.integration.quiet import quiet
@@ -160,6 +162,10 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     check_checkpoint_dir(args.load)
+    files = legacy.rank_files(args)
+    legacy.check_files(files)
+    if args.ckpt_format in ("torch", "torch_dist"):  # what is there, not what a default says
+        args.ckpt_format = "torch" if files else "torch_dist"
     args.use_checkpoint_args = True
     if "tokenizer_model" in given:
         args.use_tokenizer_model_from_checkpoint_args = False
@@ -179,6 +185,8 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
         args.bf16, args.fp16 = getattr(saved, "bf16", False), getattr(saved, "fp16", False)
     if "tensor_model_parallel_size" not in given:
         args.tensor_model_parallel_size = getattr(saved, "tensor_model_parallel_size", 1)
+    if files:
+        legacy.check_sizes(files, args, saved)
     _fit_vocabulary(args)
     beside = Path(args.load) / "tokenizer"
     if args.tokenizer_model and not Path(args.tokenizer_model).exists() and beside.is_dir():
@@ -269,4 +277,6 @@ def _validate(args: argparse.Namespace) -> None:
         with quiet():
             validate_args(args, {})
     except AssertionError as error:
-        raise LowbitError(f"Megatron refuses these arguments: {error}") from error
+        # Many of its assertions say nothing: then their code does.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise LowbitError(f"Megatron refuses these arguments: {reason}") from error

@@ -150,6 +150,31 @@ def test_arguments_come_from_the_checkpoint(models, loaded):
     assert loaded["replaced@1"]["args"]["padded_vocab_size"] == 1024
 
 
+@pytest.mark.parametrize("save", ["legacy", "fused"])
+def test_a_legacy_checkpoint_loads_at_its_own_size(loaded, save):
+    got, expected = loaded[f"{save}@3"], loaded["untied-tp3@3"]
+    assert torch.equal(got["logits"], expected["logits"])
+    assert got["tokens"] == expected["tokens"]
+    for name in ("layernorm_epsilon", "rope_scaling_factor", "tokenizer_model", "vocab_size"):
+        assert got["args"][name] == expected["args"][name]
+
+
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        ("legacy", ["tensor parallel size 3", "at 1", "--ckpt-convert-format torch_dist"]),
+        ("foreign", ["mp_rank_00", "__main__.Foreign", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"]),
+        ("lacking", ["decoder.final_layernorm.weight", "other layers or another model"]),
+        ("damaged", ["mp_rank_01", "missing or damaged"]),
+        ("fewer", ["not a whole checkpoint: 2 of 3 ranks' files"]),
+    ],
+)
+def test_a_legacy_checkpoint_that_cannot_be_loaded_gets_one_line(loaded, save, words):
+    message = loaded["errors"][save]
+    assert message.startswith("ValueError") and all(word in message for word in words), message
+    assert len(message.strip().splitlines()) == 1, message
+
+
 def test_nothing_is_left_beside_the_checkpoints(converted):
     assert not [name for name in converted["siblings"] if name.startswith(".")]
 
