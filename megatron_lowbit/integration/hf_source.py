@@ -81,10 +81,21 @@ def location(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of the model at `path`."""
-    with one_line_errors(path):
-        from transformers import AutoTokenizer
+    """The transformers tokenizer of the model at `path`.
 
+    Raises:
+        LowbitError: It has none, or one that cannot be read here.
+    """
+    with one_line_errors(path):
+        from transformers import AutoTokenizer, utils
+
+        # transformers would ask for tiktoken, which cannot read it.
+        old = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+        if old and not utils.is_protobuf_available():
+            raise LowbitError(
+                f"{path}: its tokenizer is there only as tokenizer.model: install protobuf to "
+                "read it, or add its tokenizer.json"
+            )
         where, options = location(path)
         return AutoTokenizer.from_pretrained(where, **options)
 

@@ -39,6 +39,8 @@ LOADS = (
     (REPLACED, 1),
     *((f"{name}-ckpt", size) for name in FAMILIES for size in (1, 3)),
 )
+# What tokenizers treat differently: runs of spaces, lines, other scripts, special tokens in a text.
+TEXTS = ["two  spaces\n\nand lines\t", "naïve café 中文 🙂", "a <bos> <|im_end|> b", "f(x):\n    x"]
 PROMPTS = ["the quick brown fox", "a model of the world is"]
 NEW_TOKENS = 6
 
@@ -204,6 +206,7 @@ def run_case(directory: Path, save: str, size: int) -> dict:
             "logits": logits,
             "tokens": same_on_all_ranks([one.tokens for one in made]),
             "text": [one.text for one in made],
+            "tokenized": [list(tokenizer.tokenize(text)) for text in TEXTS],
             "args": {name: value for name, value in vars(args).items() if _plain(value)},
         }
     finally:

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 if not HAVE_MEGATRON:
     pytest.skip("megatron.training is not installed", allow_module_level=True)
 
-from convert_worker import BF16, CHECKPOINTS, LOADS, NEW_TOKENS, PROMPTS, REPLACED  # noqa: E402
+from convert_worker import BF16, CHECKPOINTS, LOADS, NEW_TOKENS, PROMPTS, REPLACED, TEXTS  # noqa: E402
 from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noqa: E402
 from tiny_models import hugging_face_models  # noqa: E402
 
@@ -99,6 +99,15 @@ def test_greedy_generation_equals_hugging_face(models, loaded, save, size):
         expected = greedy(hugging_face[name], words.encode(prompt), stop=words.eos_token_id)
         assert tokens == expected
         assert text == words.decode(expected)
+
+
+@pytest.mark.parametrize("name", ["tied", "gemma", "qwen2"])
+def test_megatron_s_tokenizer_is_hugging_face_s(models, loaded, name):
+    directory, _ = models
+    words = transformers.AutoTokenizer.from_pretrained(directory / name)
+    save = "tied-tp1@3" if name == "tied" else f"{name}-ckpt@3"
+    assert loaded[save]["tokenized"] == [words.encode(text) for text in TEXTS]
+    assert (loaded[save]["tokenized"][0][0] == words.bos_token_id) == (name == "gemma")
 
 
 @torch.no_grad()
@@ -281,6 +290,14 @@ def test_tensor_parallel_sizes_that_do_not_divide_are_refused(tmp_path):
     )
     with pytest.raises(LowbitError, match="size 3 does not .*allowed: 1, 2$"):
         hf_source.read_config(tmp_path).check_tensor_parallel(3)
+
+
+def test_a_tokenizer_that_needs_another_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.utils, "is_protobuf_available", lambda: False)
+    transformers.GemmaConfig(**SHAPE).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(LowbitError, match="only as tokenizer.model: .*install protobuf"):
+        hf_source.load_tokenizer(tmp_path)
 
 
 def test_extra_parameters_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import tiny_tokenizers
 import transformers
 from tiny_llama import SHAPE, save_random
 
@@ -21,9 +22,14 @@ MODELS = {
 }
 
 
+_TOKENIZERS = {"gemma": tiny_tokenizers.gemma, "qwen2": tiny_tokenizers.qwen}
+
+
 def hugging_face_models(directory: Path) -> dict[str, transformers.PreTrainedModel]:
     """Saves one of each under its name in `directory` and returns them."""
-    return {
-        name: save_random(config(**{**SHAPE, **special}), directory / name)
-        for name, (config, special) in MODELS.items()
-    }
+    models = {}
+    for name, (config, special) in MODELS.items():
+        models[name] = save_random(config(**{**SHAPE, **special}), directory / name)
+        if name in _TOKENIZERS:
+            tiny_tokenizers.save(_TOKENIZERS[name], directory / name)
+    return models
