@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import nn
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu_training import initialize_cpu_parallel
 from megatron_lowbit.integration.forward import logits
 from megatron_lowbit.integration.megatron_args import reading_checkpoint
@@ -94,12 +96,21 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     with quiet():
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunks = _builder(args).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
+        if len(chunks) != 1:
+            raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
         if args.load is not None:
-            with reading_checkpoint(args.load):
+            with reading_checkpoint(args.load), _taking_weights(args, chunks[0]):
                 load_checkpoint(chunks, None, None)
-    if len(chunks) != 1:
-        raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
     return chunks[0].eval()
+
+
+def _taking_weights(args: argparse.Namespace, chunk: nn.Module) -> AbstractContextManager:
+    """What makes sure that `chunk` gets all its weights, where Megatron does not."""
+    from megatron.core.utils import unwrap_model
+
+    if not legacy.rank_files(args):
+        return nullcontext()
+    return legacy.whole(unwrap_model(chunk), args.load)
 
 
 def _builder(args: argparse.Namespace):
