@@ -24,6 +24,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.integration.choices import Chosen, choose
+from megatron_lowbit.integration.experts import ExpertAttachment, ExpertSum, find_expert_sums
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
 from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
@@ -81,8 +82,9 @@ class Handle:
         chooser: Chooser,
         native: dict[str, str],
         gatherers: list[Gatherer],
+        experts: list[ExpertSum],
     ):
-        self.native = native
+        self.native = {key: why for key, why in native.items() if key not in map(str, experts)}
         self._points, self._origin = chosen.points, chosen.origin
         self._reducers = [
             Reducer(codec, tables, point.group, chooser)
@@ -91,8 +93,8 @@ class Handle:
             )
         ]
         attached = Attachment(self._points, self._reducers)
-        self._attachments = [attached, GatherAttachment(gatherers)]
-        self._gatherers = gatherers
+        self._attachments = [attached, GatherAttachment(gatherers), ExpertAttachment(experts)]
+        self._gatherers, self._experts = gatherers, experts
 
     def status(self) -> list[SyncPointStatus]:
         """Each sync point of this rank that runs in low bits; `native` names the others."""
@@ -114,13 +116,14 @@ class Handle:
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
         gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._gatherers]
-        return stats(points, gathers)
+        experts = [Counted(e.layer, e.name, e.codec, e.traffic) for e in self._experts]
+        return stats(points, gathers, experts)
 
     def remove(self) -> None:
         """Give Megatron's own reduction back, exactly as it was. A second call does nothing."""
         for attachment in self._attachments:
             attachment.remove()
-        self._points, self._reducers, self._gatherers = [], [], []
+        self._points, self._reducers, self._gatherers, self._experts = [], [], [], []
 
     def __str__(self) -> str:
         if not self._reducers:
@@ -136,6 +139,8 @@ class Handle:
             text += f" ({chooser.spans()})"
         if self._gatherers:
             text += f"; {len(self._gatherers)} all-gathers in {self._gatherers[0].codec}"
+        if self._experts:
+            text += f"; {len(self._experts)} token dispatchers in {self._experts[0].codec}"
         return f"{text}; {len(self.native)} stay native" + _listed(self.native)
 
 
@@ -147,13 +152,14 @@ def apply(
     bits: int | tuple[int, int] | None = None,
     collective: str | Settings = DEFAULT_MODE,
     all_gather_bits: int | None = None,
+    experts_bits: int | None = None,
     recipe: str | Path | None = None,
 ) -> Handle:
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
     Args:
-        model: A GPTModel of the local spec with its weights loaded, wrapped or not, or a list of
-            model chunks.
+        model: A GPTModel or HybridModel of the local spec with its weights loaded, wrapped or not,
+            or a list of model chunks.
         index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.
@@ -162,6 +168,8 @@ def apply(
         collective: A mode of `comm.choice.MODES`, or `Settings` with a tuning file or nodes.
         all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
             each column-parallel linear; native BF16 if left out.
+        experts_bits: Bits of a value in the token dispatchers' sums of routed experts' outputs;
+            native if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
 
     Returns:
@@ -181,16 +189,19 @@ def apply(
     gatherers = []
     if all_gather_bits is not None:
         gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
+    experts = []
+    if experts_bits is not None:
+        experts = on_every_rank(lambda: find_expert_sums(model, experts_bits))
     group = points[0].group
     codecs = sorted({repr(codec) for codec in chosen.codecs})
     dtype = str(points[0].module.weight.dtype)
-    agreed = (codecs, all_gather_bits, dtype, chosen.digest())
+    agreed = (codecs, all_gather_bits, experts_bits, dtype, chosen.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     device = points[0].module.weight.device
     # One choice of collectives for all: a few bits more or less hardly move where each wins.
     first, tables = chosen.typical()
     chooser = make_chooser(settings, group=group, codec=first, tables=tables, device=device)
-    return Handle(chosen, chooser, native | chosen.native, gatherers)
+    return Handle(chosen, chooser, native | chosen.native, gatherers, experts)
 
 
 def _codecs(reducers: list[Reducer]) -> str:

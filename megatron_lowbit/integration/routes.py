@@ -12,6 +12,8 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lowbit.integration.shared_experts import OverlapRoute
+
 # (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
 Reducer = Callable[[Tensor, bool], Tensor]
 
@@ -82,7 +84,7 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-ROUTES: tuple[Route, ...] = (LocalRoute(),)
+ROUTES: tuple[Route, ...] = (OverlapRoute(), LocalRoute())
 
 
 def route_of(module: nn.Module) -> Route | None:
