@@ -25,7 +25,7 @@ from megatron_lowbit.integration.routes import Reducer, route_of
 from megatron_lowbit.integration.shared_experts import fused_linears, note_overlapped
 
 # Why some stay native.
-ROUTED_EXPERTS = "routed experts' outputs, summed by the token dispatcher (see --lowbit-experts)"
+ROUTED_EXPERTS = "routed experts, summed by the token dispatcher: --lowbit-experts is for them"
 PREDICTION_HEAD = "a multi-token-prediction head, which drafts a token or a few at a time"
 
 # Modules that an Attachment has muted, to tell them from those that Megatron has.
