@@ -7,6 +7,8 @@ Megatron's function in the same place (`megatron/core/tensor_parallel/mappings.p
 for the all-reduce, an all-gather for the reduce-scatter, a reduce-scatter for the all-gather.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -75,29 +77,39 @@ def reduce_scatter(
     tables: Tables | None = None,
     collective: str | Chooser = "one-shot",
     traffic: Traffic | None = None,
+    counts: list[int] | None = None,
 ) -> Tensor:
     """Sum `x` over the ranks of `group`; each rank gets its share of the first axis.
 
     Args:
         x: bf16, fp16 or fp32 ``[sequence, ..., hidden]``, of the same shape on every rank; the
-            number of ranks divides `sequence`.
+            number of ranks divides `sequence`, if `counts` is left out.
         group: As for `all_reduce`.
         codec: As for `all_reduce`.
         tables: As for `all_reduce`.
         collective: ``native``: the backend's own. Any other: in low bits, quantized once.
         traffic: Counters to add this call to.
+        counts: How much of the first axis each rank gets, the same on every rank; equal shares if
+            left out. Only in low bits.
 
     Returns:
-        ``[sequence / ranks, ..., hidden]`` of `x`'s dtype: this rank's block of the sum.
+        ``[sequence / ranks, ..., hidden]`` (or ``[counts[rank], ...]``) of `x`'s dtype: this rank's
+        block of the sum.
 
     Raises:
-        LowbitError: As `all_reduce`, or the ranks do not divide `sequence`.
+        LowbitError: As `all_reduce`, or the ranks do not divide `sequence`, or `counts` is not one
+            count a rank that together make `sequence`.
     """
     call = _Call(x, group, codec, tables, collective, traffic)
-    if x.ndim < 2 or x.shape[0] % call.ranks:
+    if x.ndim < 2 or (counts is None and x.shape[0] % call.ranks):
         raise LowbitError(
             f"reduce_scatter needs [sequence, ..., hidden] with a sequence that {call.ranks} ranks "
             f"divide, got {tuple(x.shape)}"
+        )
+    call.counts = [x.shape[0] // call.ranks] * call.ranks if counts is None else counts
+    if len(call.counts) != call.ranks or sum(call.counts) != x.shape[0]:
+        raise LowbitError(
+            f"counts {call.counts} do not split {x.shape[0]} tokens over {call.ranks} ranks"
         )
     return x if call.ranks == 1 else _run(_ReduceScatter, x, call)
 
@@ -259,27 +271,38 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, call):
         if ctx is not None:
-            ctx.group = call.group
+            ctx.group, ctx.counts = call.group, call.counts
         clock, choice = Clock(x.device), call.chooser.reduce_scatter(x.numel())
-        out = call.output(x[: x.shape[0] // call.ranks])
+        out = call.output(x[: call.counts[dist.get_rank(call.group)]])
         if choice.collective == "native reduce-scatter":
+            if len(set(call.counts)) > 1:
+                raise LowbitError(f"native reduce-scatter cannot split by {call.counts}")
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()
             call.count(choice, x, size, size * (call.ranks - 1) // call.ranks, clock)
             return out
+        rows = math.prod(x.shape[1:-1])  # of codecs, for one step along the first axis
         partial = x.reshape(-1, x.shape[-1])
-        rows = out.view(len(partial) // call.ranks, out.shape[-1])
         sent = sequence.reduce_scatter(
-            partial, call.tables, codec=call.codec, group=call.group, out=rows
+            partial,
+            call.tables,
+            codec=call.codec,
+            group=call.group,
+            counts=[count * rows for count in call.counts],
+            out=out.view(-1, out.shape[-1]),
         )
         call.count(choice, x, call.payload_bytes(choice.collective, len(partial)), sent, clock)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        ranks = dist.get_world_size(ctx.group)
-        full = grad.new_empty(ranks * grad.shape[0], *grad.shape[1:])
-        transport.native_all_gather(full, grad.contiguous(), group=ctx.group)
+        most = max(ctx.counts)
+        mine = torch.nn.functional.pad(grad, [0, 0] * (grad.ndim - 1) + [0, most - len(grad)])
+        full = grad.new_empty(len(ctx.counts) * most, *grad.shape[1:])
+        transport.native_all_gather(full, mine.contiguous(), group=ctx.group)
+        if any(count < most for count in ctx.counts):
+            blocks = zip(full.split(most), ctx.counts, strict=True)
+            full = torch.cat([block[:count] for block, count in blocks])
         return full, None
 
 

@@ -22,6 +22,7 @@ from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_ch
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.choices import Chosen, choose
 from megatron_lowbit.integration.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.experts import find_expert_sums
 from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import find_gathers
 from megatron_lowbit.integration.handle import Extras, Handle
@@ -37,6 +38,7 @@ def apply(
     bits: int | tuple[int, int] | None = None,
     collective: str | Settings = DEFAULT_MODE,
     all_gather_bits: int | None = None,
+    experts_bits: int | None = None,
     recipe: str | Path | None = None,
     fold: bool = False,
 ) -> Handle:
@@ -54,6 +56,8 @@ def apply(
         collective: A mode of `comm.choice.MODES`, or `Settings` with a tuning file or nodes.
         all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
             each column-parallel linear; native BF16 if left out.
+        experts_bits: Bits of a value in the token dispatchers' sums of routed experts' outputs;
+            native if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
         fold: Fold the rotations into the weights (`integration.folding`): cheaper to encode, a
             little more error; for a fixed low-bit collective.
@@ -85,11 +89,18 @@ def apply(
         "--lowbit-all-gather has nothing to gather: it is for models with --sequence-parallel "
         "and the local spec",
     )
+    experts = on_every_rank(lambda: find_expert_sums(model, experts_bits))
+    require_some(
+        experts or experts_bits is None,
+        "--lowbit-experts has nothing to sum: it is for MoE models whose experts' outputs are "
+        "summed over ranks (--moe-token-dispatcher-type allgather, or expert tensor parallelism)",
+    )
     on_every_rank(lambda: _check_fold(model, chosen, settings) if fold else None)
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
-    wanted = (all_gather_bits, fold)
+    wanted = (all_gather_bits, experts_bits, fold)
     chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, wanted))
-    extras = Extras(gatherers, Folding(chosen.points, chosen.tables) if fold else None)
+    folding = Folding(chosen.points, chosen.tables) if fold else None
+    extras = Extras(gatherers, experts, folding)
     return Handle(model, chosen, chooser, native | chosen.native, extras, stage_of(model))
 
 

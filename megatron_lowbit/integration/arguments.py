@@ -93,6 +93,12 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "little more error, the original weights kept in host memory",
     )
     group.add_argument(
+        "--lowbit-experts",
+        metavar="BITS",
+        help="also sum routed experts' outputs in so many bits, where the token dispatcher sums "
+        "them (default: native)",
+    )
+    group.add_argument(
         "--lowbit-stats",
         metavar="FILE",
         help="write calls, bytes, time and choices of rank 0 as JSON when the script ends",
@@ -142,7 +148,8 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         return None
     settings_from_args(args)
     bits = parse_bits(args.lowbit_bits)
-    _all_gather_bits(args)
+    _bits_of("--lowbit-all-gather", args.lowbit_all_gather)
+    _bits_of("--lowbit-experts", args.lowbit_experts)
     if args.lowbit_stats is not None:
         if Path(args.lowbit_stats).is_dir():
             raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
@@ -199,7 +206,8 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         codec=args.lowbit_codec,
         bits=parse_bits(args.lowbit_bits),
         collective=settings_from_args(args),
-        all_gather_bits=_all_gather_bits(args),
+        all_gather_bits=_bits_of("--lowbit-all-gather", args.lowbit_all_gather),
+        experts_bits=_bits_of("--lowbit-experts", args.lowbit_experts),
         recipe=args.lowbit_recipe,
         fold=bool(args.lowbit_fold),
     )
@@ -212,8 +220,9 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
     return handle
 
 
-def _all_gather_bits(args: argparse.Namespace) -> int | None:
-    bits = _number("--lowbit-all-gather", args.lowbit_all_gather)
+def _bits_of(flag: str, text: str | None) -> int | None:
+    """Bits of an option that goes by the default codec without calibration."""
+    bits = _number(flag, text)
     if bits is not None:
         get_codec(bits=bits)
     return bits

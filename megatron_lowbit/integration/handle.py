@@ -12,6 +12,7 @@ from megatron_lowbit.comm.choice import Chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.integration.choices import Chosen
 from megatron_lowbit.integration.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.experts import ExpertAttachment, ExpertSum
 from megatron_lowbit.integration.folding import Folding
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer
 from megatron_lowbit.integration.stage import Stage
@@ -68,15 +69,17 @@ class Extras:
 
     Attributes:
         gatherers: All-gathers of sequence parallelism that go in low bits.
+        experts: Token dispatchers that sum routed experts' outputs in low bits.
         folding: Rotations in the weights.
     """
 
     gatherers: Sequence[Gatherer] = ()
+    experts: Sequence[ExpertSum] = ()
     folding: Folding | None = None
 
     def attach(self) -> list:
         """Switch it on; gives what has a `remove`."""
-        attached: list = [GatherAttachment(self.gatherers)]
+        attached: list = [GatherAttachment(self.gatherers), ExpertAttachment(self.experts)]
         if self.folding is not None:
             self.folding.attach()
             attached.append(self.folding)
@@ -86,6 +89,8 @@ class Extras:
         text = ", rotations folded into the weights" if self.folding is not None else ""
         if self.gatherers:
             text += f"; {len(self.gatherers)} all-gathers in {self.gatherers[0].codec}"
+        if self.experts:
+            text += f"; {len(self.experts)} token dispatchers in {self.experts[0].codec}"
         return text
 
 
@@ -106,7 +111,8 @@ class Handle:
         extras: Extras,
         stage: Stage,
     ):
-        self._model, self.native = model, native
+        self._model, taken = model, set(map(str, extras.experts))
+        self.native = {name: why for name, why in native.items() if name not in taken}
         self.layers, self._where = stage.layers, stage.where()
         self._points, self._origin = chosen.points, chosen.origin
         self._extras, folding = extras, extras.folding
@@ -138,7 +144,8 @@ class Handle:
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
         gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._extras.gatherers]
-        return stats(points, gathers)
+        experts = [Counted(e.layer, e.name, e.codec, e.traffic) for e in self._extras.experts]
+        return stats(points, gathers, experts)
 
     def remove(self) -> None:
         """Give Megatron's own reduction back, exactly as it was. A second call does nothing.

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_lowbit.integration.shared_experts import OverlapRoute
 from megatron_lowbit.integration.transformer_engine import (
     InferenceOptimizedRoute,
     TransformerEngineRoute,
@@ -116,9 +117,10 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-# The first that takes a module serves it: a patched linear is a local one, too, and an
-# inference-optimized linear is a Transformer Engine linear.
+# The first that takes a module serves it. A linear of overlapped shared experts is one of the others,
+# a patched linear is a local one, and an inference-optimized linear is Transformer Engine's.
 ROUTES: tuple[Route, ...] = (
+    OverlapRoute(),
     PatchedRoute(),
     LocalRoute(),
     InferenceOptimizedRoute(),

@@ -30,6 +30,7 @@ from megatron_lowbit.evaluation.measure import LanguageModel
 from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu_training import initialize_cpu_parallel
 from megatron_lowbit.integration.forward import logits
+from megatron_lowbit.integration.hybrid import local_final_norm, local_stack_spec
 from megatron_lowbit.integration.megatron_args import reading_checkpoint
 from megatron_lowbit.integration.quiet import quiet
 
@@ -87,13 +88,13 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     Returns:
         This rank's part of the model in eval mode, in `args.params_dtype`, on the GPU or CPU. As
         Megatron's own tools do it: wrapped in `Float16Module` for bf16 and fp16 (it turns logits
-        into fp32), a bare `GPTModel` for fp32; `megatron.core.utils.unwrap_model` takes the wrapper
-        off. Random weights where `args.load` is None.
+        into fp32), a bare `GPTModel` or `HybridModel` for fp32; `megatron.core.utils.unwrap_model`
+        takes the wrapper off. Random weights where `args.load` is None.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
 
-    with quiet():
+    with quiet(), local_final_norm():
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunks = _builder(args).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
         if len(chunks) != 1:
@@ -118,7 +119,12 @@ def _builder(args: argparse.Namespace):
     from megatron.training import argument_utils, models
 
     if getattr(args, "hybrid_layer_pattern", None):
-        raise LowbitError("hybrid models are not supported yet: their layers need CUDA kernels")
+        config = argument_utils.hybrid_config_from_args(args)
+        if args.transformer_impl == "local" and config.hybrid_stack_spec is None:
+            config.hybrid_stack_spec = local_stack_spec(
+                config.transformer, args.hybrid_layer_pattern
+            )
+        return models.HybridModelBuilder(config)
     config = argument_utils.gpt_config_from_args(args)
     # gpt_config_from_args (0.19.2) forgets it and leaves 8, which is wrong for Llama 3.2 (32).
     config.rope_scaling_factor = args.rope_scaling_factor

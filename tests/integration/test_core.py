@@ -175,9 +175,8 @@ def test_routed_experts_stay_native_and_are_listed(ranks):
     result = ranks[0]["moe"]
     names = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
     assert sorted(result["points"]) == sorted((n, name) for n in (1, 2) for name in names)
-    assert len(result["native"]) == 2 * 4
-    assert all("local_experts" in name for name in result["native"])
-    assert "8 stay native (8: a routed expert's output" in result["text"]
+    assert sorted(result["native"]) == [f"layer {n} mlp.token_dispatcher" for n in (1, 2)]
+    assert "2 stay native (2: routed experts, summed by the token dispatcher" in result["text"]
 
 
 def test_status_and_traffic(ranks):
