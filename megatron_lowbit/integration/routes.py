@@ -117,8 +117,8 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-# The first that takes a module serves it. A linear of overlapped shared experts is one of the others,
-# a patched linear is a local one, and an inference-optimized linear is Transformer Engine's.
+# The first that takes a module serves it. A linear of overlapped shared experts is of another kind,
+# too, a patched linear is a local one, and an inference-optimized linear is Transformer Engine's.
 ROUTES: tuple[Route, ...] = (
     OverlapRoute(),
     PatchedRoute(),
