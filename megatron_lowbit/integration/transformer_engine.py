@@ -132,6 +132,9 @@ class InferenceOptimizedRoute(TransformerEngineRoute):
     muted = MUTED_INFERENCE
 
     def takes(self, module: nn.Module) -> bool:
+        if not super().takes(module):
+            return False
+        # Releases before 0.16 have no such layers.
         layers = sys.modules.get("megatron.core.tensor_parallel.inference_layers")
         return layers is not None and isinstance(module, layers.InferenceRowParallelLinear)
 
