@@ -50,8 +50,8 @@ def main() -> None:
     launch.install()
     try:
         _run(name, is_module=is_module)
-    except KeyboardInterrupt:
-        launch.interrupted()
+    except (KeyboardInterrupt, RuntimeError):  # the latter where another rank stopped first
+        launch.stopped()
         raise
     launch.ended()
 

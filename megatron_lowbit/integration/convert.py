@@ -110,18 +110,15 @@ def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None
 
         model = _build(arch, args)
         _fill(model, arch, get, progress=progress)
-        state = {
-            "args": args,
-            "checkpoint_version": 3.0,
-            "iteration": 0,
-            "model": model.sharded_state_dict(),
-        }
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
         _check_space(model, directory)
         try:
-            dist_checkpointing.save(state, str(release))
+            dist_checkpointing.save({**common, "model": model.sharded_state_dict()}, str(release))
         except (CheckpointException, RuntimeError) as error:
             # Megatron writes in a process of its own, whose reason (a full disk) it does not pass.
             raise LowbitError(f"{directory.parent}: writing the checkpoint failed") from error
+        # Where releases before 0.19 have what is not sharded, and newer ones look first.
+        torch.save(common, release / "common.pt")
     (directory / TRACKER).write_text("release")
 
 

@@ -204,14 +204,24 @@ def _stand_ins() -> dict[str, Any]:
     }
 
 
+def _switch_compiler_off() -> None:
+    from torch._dynamo import config
+
+    config.disable = True
+
+
 def _enter_in_threads() -> None:
-    """Lets every thread that is started from now on run in the mode: servers call models there."""
+    """Lets every thread that is started from now on run like this one: servers call models there.
+
+    torch's modes and settings are a thread's own.
+    """
     start = threading.Thread.start
 
     def start_in_mode(thread: threading.Thread) -> None:
         run = thread.run
 
         def run_in_mode() -> None:
+            _switch_compiler_off()
             with CudaAsCpu():
                 run()
 
@@ -243,9 +253,7 @@ def enable_cpu() -> bool:
         return False
     if _state["mode"] is not None:
         return True
-    from torch._dynamo import config as dynamo_config
-
-    dynamo_config.disable = True
+    _switch_compiler_off()
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
     # megatron.core calls the random functions through their own module.

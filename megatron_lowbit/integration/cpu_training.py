@@ -9,7 +9,9 @@ compiler for training's helpers). The tools take `initialize_cpu_parallel`; scri
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib
 import os
 from datetime import timedelta
 from types import ModuleType
@@ -17,6 +19,12 @@ from types import ModuleType
 import torch
 
 from megatron_lowbit.integration.bindings import rebind
+
+# Modules whose `_is_cuda` asserts that a tensor is on CUDA.
+_BROADCASTS = (
+    "megatron.core.inference.communication_utils",
+    "megatron.inference.text_generation.communication",
+)
 
 
 def initialize_cpu_parallel(args: argparse.Namespace, store) -> None:
@@ -60,6 +68,7 @@ def enable_cpu_training() -> None:
 
     rebind(original, initialize_megatron)
     initialize._compile_dependencies = lambda: None
+    _allow_cpu_broadcasts()
     initialize._initialize_distributed = _with_cpu_parallel(initialize)
 
 
@@ -77,3 +86,10 @@ def _with_cpu_parallel(initialize: ModuleType):
         original(get_embedding_ranks, get_position_embedding_ranks, store, **kwargs)
 
     return initialize_distributed
+
+
+def _allow_cpu_broadcasts() -> None:
+    """Let the text-generation servers broadcast their requests, which they want to be on CUDA."""
+    for name in _BROADCASTS:
+        with contextlib.suppress(ModuleNotFoundError):  # not in every release
+            importlib.import_module(name)._is_cuda = lambda tensor: None

@@ -79,7 +79,7 @@ class Launch:
                 f"{self._script} ended without loading a checkpoint: low bits were never on"
             )
 
-    def interrupted(self) -> None:
+    def stopped(self) -> None:
         """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
         hooks.write_stats_now()
 
