@@ -24,7 +24,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.integration.choices import Chosen, choose
-from megatron_lowbit.integration.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.cuda_graphs import check_cuda_graphs, check_no_graphs
 from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer, find_gathers
 from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
@@ -179,13 +179,13 @@ def apply(
         LowbitError: On every rank: no or a damaged index, an index for
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
             degree; a bad recipe; an unknown codec or collective; a tuning file for another machine;
-            a sync point that cannot be reached; CUDA graphs that are captured already; ranks that
-            disagree.
+            a sync point that cannot be reached; CUDA graphs that are captured already, or settings
+            of theirs that our work cannot be captured with; ranks that disagree.
     """
     settings = collective if isinstance(collective, Settings) else Settings(collective)
     model = model if isinstance(model, nn.Module) else list(model)
-    on_every_rank(lambda: check_no_graphs(model, "apply()"))
     points, native = on_every_rank(lambda: find_sync_points(model))
+    on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
     chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))
