@@ -21,7 +21,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require
 from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.choices import Chosen, choose
-from megatron_lowbit.integration.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.cuda_graphs import check_cuda_graphs
 from megatron_lowbit.integration.experts import find_expert_sums
 from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import find_gathers
@@ -69,16 +69,16 @@ def apply(
         LowbitError: On every rank: no or a damaged index, an index for
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
             degree; a bad recipe; an unknown codec or collective; a tuning file for another machine;
-            a sync point that cannot be reached; CUDA graphs that are captured already; ranks that
-            disagree.
+            a sync point that cannot be reached; CUDA graphs that are captured already, or settings
+            of theirs that our work cannot be captured with; ranks that disagree.
     """
     settings = on_every_rank(
         lambda: collective if isinstance(collective, Settings) else Settings(collective)
     )
     model = model if isinstance(model, nn.Module) else list(model)
-    on_every_rank(lambda: check_no_graphs(model, "apply()"))
     points, native = on_every_rank(lambda: sync_points_here(model))
     require_some(points, why_none(model, native))
+    on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
     chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))

@@ -11,7 +11,8 @@
 
 Numbers are this rank's. Sent bytes are what the payloads really took; for native, which does not
 tell, those of a ring. Seconds are wall time on a CPU, waiting for other ranks included, and time on
-the stream on a GPU (none for calls inside a CUDA graph).
+the stream on a GPU. A call inside a CUDA graph counts once, when it is captured, without seconds,
+and its "why" says so.
 """
 
 import json

@@ -31,6 +31,7 @@ SHARED = [(7 * i) % 118 for i in range(3 * BLOCK)]
 LONG = [(11 * i + 5) % 118 for i in range(80)]
 PROMPTS = [[3, 5, 7], [*SHARED, 11, 12, 13, 14], [*SHARED, 40, 41], LONG, [100, 2, 9, 4, 7]]
 END = VOCAB - 1
+ALONE = 2
 REQUESTS = 8  # the ranks must divide it
 
 
@@ -162,8 +163,8 @@ def greedy(engine, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
 
 
 def alone(engine) -> list[list[int]]:
-    """New tokens of each prompt, one after the other."""
-    return [greedy(engine, [prompt])[0] for prompt in PROMPTS]
+    """New tokens of the first prompts, one after the other."""
+    return [greedy(engine, [prompt])[0] for prompt in PROMPTS[:ALONE]]
 
 
 def leave_engine_mode() -> None:
@@ -222,7 +223,7 @@ def engines(model) -> dict:
     inner = static_engine(model, legacy=False)
     result["has_dynamic_inside"] = hasattr(inner, "dynamic_engine")
     result["static, dynamic inside"] = greedy(inner)
-    result["static alone"] = alone(static_engine(model))[:2]
+    result["static alone"] = alone(static_engine(model))
     result["dynamic alone"] = alone(dynamic_engine(model))
     if "chunked prefill" in features():
         with counted(model) as seen:
@@ -339,10 +340,27 @@ def sequence_parallel(index) -> dict:
     for gather in (None, 6):
         handle = megatron_lowbit.apply(model, index, collective="one-shot", all_gather_bits=gather)
         result[gather] = greedy(dynamic_engine(model))
-        result[gather, "alone"] = alone(dynamic_engine(model))[:2]
+        result[gather, "alone"] = alone(dynamic_engine(model))
         result[gather, "stats"] = handle.stats()
         handle.remove()
     return result
+
+
+def refused_graphs(model, index, message) -> dict[str, str]:
+    """What is said of settings of Megatron's graphs; the model says that it is to have some."""
+    layer, found = model.decoder.layers[0], {}
+    name = "cuda_graph_impl" if hasattr(layer.config, "cuda_graph_impl") else "enable_cuda_graph"
+    before, steps = getattr(layer.config, name), layer.config.cuda_graph_warmup_steps
+    setattr(layer.config, name, "local" if name == "cuda_graph_impl" else True)
+    found["graphed"] = message(lambda: megatron_lowbit.apply(model, index).remove())
+    layer.train()
+    found["gathers"] = message(lambda: megatron_lowbit.apply(model, index, all_gather_bits=6))
+    layer.eval()
+    layer.config.cuda_graph_warmup_steps = 0
+    found["warm-up"] = message(lambda: megatron_lowbit.apply(model, index))
+    layer.config.cuda_graph_warmup_steps = steps
+    setattr(layer.config, name, before)
+    return found
 
 
 def graphs(model, index) -> dict[str, str]:
@@ -377,6 +395,7 @@ def graphs(model, index) -> dict[str, str]:
     found["still there"] = str(handle)
     del layer.cudagraph_manager
     handle.remove()
+    found |= refused_graphs(model, index, message)
     runner = inspect.getsource(cuda_graphs._CudaGraphRunner)
     found["attributes"] = "self.fwd_graph = " in runner and "self.cudagraph_runners" in (
         inspect.getsource(cuda_graphs.CudaGraphManager)
@@ -387,7 +406,9 @@ def graphs(model, index) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--brief", action="store_true", help="the engines only")
+    args = parser.parse_args()
+    out = args.out
     enable_cpu_engines()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -397,20 +418,24 @@ def main() -> None:
     parallel_state.initialize_model_parallel(dist.get_world_size())
     model = build(torch.float32)
     index, _ = make_index(model, out)
-    rounded = build(torch.bfloat16)
-    rounded_index, _ = make_index(rounded, out / "bf16")
     results = {
         "version": megatron.core.__version__,
         "features": features(),
         "native": plain(model),
         "low": low_bits(model, index, engines),
-        "bf16": low_bits(rounded, rounded_index, in_bf16),
-        "tuned": tuned(model, index, out),
         "after": greedy(dynamic_engine(model)),
-        "speculative": speculative(out / "mtp"),
-        "sequence_parallel": sequence_parallel(index),
-        "graphs": graphs(model, index),
     }
+    if not args.brief:
+        leave_engine_mode()
+        rounded = build(torch.bfloat16)
+        rounded_index, _ = make_index(rounded, out / "bf16")
+        results |= {
+            "bf16": low_bits(rounded, rounded_index, in_bf16),
+            "tuned": tuned(model, index, out),
+            "speculative": speculative(out / "mtp"),
+            "sequence_parallel": sequence_parallel(index),
+            "graphs": graphs(model, index),
+        }
     torch.save(results, out / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
