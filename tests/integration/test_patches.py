@@ -329,6 +329,18 @@ def test_make_says_which_anchor_is_gone(tree, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_make_refuses_to_mix_descriptions(tree, tmp_path):
+    patches = tmp_path / "patches"
+    shutil.copytree(PATCHES, patches)
+    listed = json.loads((patches / "manifest.json").read_text())
+    listed["patches"][1]["files"][NEWEST]["after"] = "0"
+    (patches / "manifest.json").write_text(json.dumps(listed))
+    before = contents(patches)
+    message = "arguments is described otherwise than when arguments.patch was made: make all"
+    patchctl("make", tree, "--patches", patches, fails=message)
+    assert contents(patches) == before
+
+
 def test_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
