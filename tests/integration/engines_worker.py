@@ -287,7 +287,11 @@ def with_prediction_head():
     """
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import multi_token_prediction
 
+    # After 0.19 it compares with classes that are none where Transformer Engine is missing.
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
     config = build(torch.float32).config
     config.mtp_num_layers = 1
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
