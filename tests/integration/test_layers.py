@@ -46,10 +46,9 @@ def results(tmp_path_factory) -> dict[int, list[dict]]:
     out = tmp_path_factory.mktemp("layers")
     env = {**environment("0.19.2"), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(WORKER), str(out)]
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with (out / "log").open("w+") as log:  # no pipe, which a process left behind would keep open
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=300, check=False)
+    assert done.returncode == 0, (out / "log").read_text()[-4000:]
     return {
         ranks: [torch.load(out / f"{ranks}_rank{n}.pt", weights_only=False) for n in range(ranks)]
         for ranks in (1, 2, 4)
