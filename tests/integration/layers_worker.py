@@ -5,6 +5,7 @@ four. Each writes what it saw to OUT/<ranks>_rank<n>.pt; the assertions are in t
 """
 
 import faulthandler
+import multiprocessing
 import os
 import runpy
 import sys
@@ -725,6 +726,8 @@ def fork(ranks: int, work: Callable[[Path], dict], out: Path) -> None:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
+                for process in multiprocessing.active_children():  # of Megatron's checkpointing
+                    process.kill()
                 os._exit(status)
         children.append(child)
     failed = [child for child in children if os.waitpid(child, 0)[1]]

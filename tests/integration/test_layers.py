@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from cases import sqnr
 from layers_worker import LENGTH
 from releases import environment
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.checks import refuse_pipeline
 
 WORKER = Path(__file__).with_name("layers_worker.py")
 ATTENTION, MLP = "self_attention.linear_proj", "mlp.linear_fc2"
@@ -46,10 +50,9 @@ def results(tmp_path_factory) -> dict[int, list[dict]]:
     out = tmp_path_factory.mktemp("layers")
     env = {**environment("0.19.2"), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(WORKER), str(out)]
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with (out / "log").open("w+") as log:  # no pipe, which a process left behind would keep open
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=300, check=False)
+    assert done.returncode == 0, (out / "log").read_text()[-4000:]
     return {
         ranks: [torch.load(out / f"{ranks}_rank{n}.pt", weights_only=False) for n in range(ranks)]
         for ranks in (1, 2, 4)
@@ -176,6 +179,22 @@ def test_experts_that_split_their_tokens_unevenly(results):
 def test_what_cannot_be_done_is_refused_on_every_rank(results, case, text):
     for rank in results[2]:
         assert text in rank["refusals"][case]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert_tensor", "experts", "most"),
+    [(2, None, 1, None), (2, 1, 2, None), (2, None, 2, 1), (4, 2, 4, 2)],
+)
+def test_tools_refuse_experts_over_data_parallel_ranks(tensor, expert_tensor, experts, most):
+    """Those run texts of their own, and would wait for each other for ever."""
+    args = Namespace(pipeline_model_parallel_size=1, context_parallel_size=1)
+    args.tensor_model_parallel_size, args.expert_tensor_parallel_size = tensor, expert_tensor
+    args.expert_model_parallel_size = experts
+    if most is None:
+        refuse_pipeline(args)
+        return
+    with pytest.raises(LowbitError, match=f"expert-model-parallel-size {experts} .*pass {most}$"):
+        refuse_pipeline(args)
 
 
 def test_fused_shared_experts_are_listed(results):
