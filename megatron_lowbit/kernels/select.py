@@ -26,6 +26,7 @@ _TRITON = {
     NORM: "megatron_lowbit.kernels.triton_norm",
 }
 _lock = threading.Lock()
+_tried: list[str] = []  # what the trial said, once there was one
 
 
 def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
@@ -65,13 +66,16 @@ def _kind(*tensors: Tensor) -> str | None:
 
 def _trouble() -> str:
     """Why Triton does not serve here, said aloud once; empty if it does."""
+    if _tried:
+        return _tried[0]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return ""  # no trial inside a graph
     with _lock:
-        return _try_out()
+        if not _tried:
+            _tried.append(_try_out())
+    return _tried[0]
 
 
-@lru_cache
 def _try_out() -> str:
     try:
         _module(ROTATED).try_out("cuda")
@@ -89,5 +93,6 @@ def _try_out() -> str:
     return ""
 
 
+@lru_cache
 def _module(family: str) -> ModuleType:
     return importlib.import_module(_TRITON[family])
