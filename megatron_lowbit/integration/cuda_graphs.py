@@ -24,8 +24,8 @@ def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) 
         gathers: Whether inputs of column-parallel linears are to be gathered in low bits.
     """
     check_no_graphs(model, "apply()")
-    layer = next(iter(transformer_layers(model).values()))
-    if not _is_graphed(layer):
+    layer = next(iter(transformer_layers(model).values()), None)  # a stage may have none
+    if layer is None or not _is_graphed(layer):
         return
     if getattr(layer.config, "cuda_graph_warmup_steps", None) == 0:
         raise LowbitError(
