@@ -35,6 +35,8 @@ MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib", "pydantic"]
+# megatron-core's text-generation server imports them without declaring them.
+SERVE = ["flask", "flask-restful"]
 DEV = ["hypothesis", "pytest", "ruff", *PATCH]
 
 setup(
@@ -61,6 +63,7 @@ setup(
         "patch": PATCH,
         "bench": BENCH,
         "report": REPORT,
+        "serve": SERVE,
         "dev": DEV,
     },
 )

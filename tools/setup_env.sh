@@ -11,7 +11,7 @@
 #
 # The pinned torch is whatever build the package index gives for this platform. On a GPU machine
 # install the torch, Megatron-core and Transformer Engine that you run with, then this package
-# (pip install -e ".[calibrate,dev,bench,report]"), and name that environment by LOWBIT_PYTHON.
+# (pip install -e ".[calibrate,dev,bench,report,serve]"), and name that environment by LOWBIT_PYTHON.
 #
 # Meant to be sourced by bash: sets ENV_PYTHON and changes no shell option.
 
@@ -108,8 +108,8 @@ _env_install() {
     # Alone and pinned first: left to a resolver, it can become another build of torch.
     _env_pip "$torch and $setuptools" -c "$_env_pins" "$torch" "$setuptools"
     # einops, psutil, triton and typing_extensions are what megatron-core needs undeclared.
-    _env_pip "megatron_lowbit[calibrate,dev,bench,report] and what Megatron-core needs" -c "$_env_pins" \
-        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench,report]" \
+    _env_pip "megatron_lowbit[calibrate,dev,bench,report,serve] and what Megatron-core needs" -c "$_env_pins" \
+        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench,report,serve]" \
         einops psutil triton typing_extensions
     # It asks for Python 3.12, and runs on 3.11, for which there is a wheel.
     _env_pip "$megatron" --no-deps --ignore-requires-python "$megatron"
