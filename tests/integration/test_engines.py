@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from core_worker import LAYERS
-from engines_worker import ALONE, NEW_TOKENS, PROMPTS
+from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
 from releases import RELEASES, environment, torchrun
 
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -47,7 +47,12 @@ def _needs(ranks, feature: str) -> None:
 def test_releases_have_what_is_tested(ranks):
     """So that no feature is skipped by mistake."""
     minor = int(ranks[0]["version"].split(".")[1])
-    expected = [(15, "chunked prefill"), (17, "prefix caching"), (17, "speculative decoding")]
+    expected = [
+        (15, "chunked prefill"),
+        (17, "prefix caching"),
+        (17, "speculative decoding"),
+        (16, DYNAMIC_INSIDE),
+    ]
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
 
@@ -61,11 +66,16 @@ def test_low_bits_are_seen_in_the_tokens(ranks):
     assert ranks[0]["low"]["dynamic"] != ranks[0]["native"]["dynamic"]
 
 
-@pytest.mark.parametrize("engine", ["dynamic", "static, dynamic inside"])
-def test_engines_agree_in_low_bits(ranks, engine):
+def test_engines_agree_in_low_bits(ranks):
     for rank in ranks:
-        assert rank["low"][engine] == ranks[0]["low"]["static"]
+        assert rank["low"]["dynamic"] == ranks[0]["low"]["static"]
+
+
+def test_the_static_engine_around_a_dynamic_one(ranks):
+    _needs(ranks, DYNAMIC_INSIDE)
+    for rank in ranks:
         assert rank["low"]["has_dynamic_inside"], "Megatron falls back with a warning only"
+        assert rank["low"]["static, dynamic inside"] == ranks[0]["low"]["static"]
 
 
 def test_tokens_do_not_depend_on_the_batch(ranks):
