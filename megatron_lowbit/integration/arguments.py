@@ -15,11 +15,12 @@ from torch import nn
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
-from megatron_lowbit.integration.apply import Handle, apply
+from megatron_lowbit.integration.apply import apply
+from megatron_lowbit.integration.handle import Handle
 from megatron_lowbit.integration.stats import write_stats
 
 _BESIDE_CHECKPOINT = ""
@@ -85,6 +86,19 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "many bits (default: native BF16)",
     )
     group.add_argument(
+        "--lowbit-fold",
+        action="store_true",
+        default=None,
+        help="fold the rotations into the weights, for one-shot and two-shot: cheaper to encode, a "
+        "little more error, the original weights kept in host memory",
+    )
+    group.add_argument(
+        "--lowbit-experts",
+        metavar="BITS",
+        help="also sum routed experts' outputs in so many bits, where the token dispatcher sums "
+        "them (default: native)",
+    )
+    group.add_argument(
         "--lowbit-stats",
         metavar="FILE",
         help="write calls, bytes, time and choices of rank 0 as JSON when the script ends",
@@ -134,21 +148,45 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         return None
     settings_from_args(args)
     bits = parse_bits(args.lowbit_bits)
-    _all_gather_bits(args)
+    _bits_of("--lowbit-all-gather", args.lowbit_all_gather)
+    _bits_of("--lowbit-experts", args.lowbit_experts)
     if args.lowbit_stats is not None:
         if Path(args.lowbit_stats).is_dir():
             raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
         check_writable(Path(args.lowbit_stats).absolute().parent)
+    _refuse_ignored(args)
     if args.lowbit_codec is not None:
-        get_codec(args.lowbit_codec, bits=bits)
+        _check_codec(args.lowbit_codec, bits)
     if args.lowbit_recipe is not None:
         read_rules(Path(args.lowbit_recipe))
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
         raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
     calibrated = read_manifest(directory)["codec"]["name"]
-    get_codec(args.lowbit_codec or calibrated, bits=bits)
+    _check_codec(args.lowbit_codec or calibrated, bits)
     return directory
+
+
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """Raise LowbitError for an argument that the others leave without effect."""
+    mode = args.lowbit_collective or DEFAULT_MODE
+    if mode == "native":
+        for name in ("codec", "bits", "recipe"):
+            if getattr(args, f"lowbit_{name}") is not None:
+                raise LowbitError(f"--lowbit-{name} means nothing to native: leave one of them out")
+    if mode == "one-shot" and "," in (args.lowbit_bits or ""):
+        raise LowbitError(f"--lowbit-bits {args.lowbit_bits}: one-shot sends no sums: give one")
+    if args.lowbit_inside_node is not None and mode not in ("auto", "hierarchical"):
+        raise LowbitError(f"--lowbit-inside-node means nothing to {mode}: leave it out")
+    if args.lowbit_all_gather is not None and getattr(args, "sequence_parallel", None) is False:
+        raise LowbitError("--lowbit-all-gather means nothing without --sequence-parallel: add it")
+
+
+def _check_codec(name: str, bits: int | tuple[int, int] | None) -> None:
+    """Raise LowbitError unless there is such a codec and the bits mean something to it."""
+    codec = get_codec(name, bits=bits)
+    if bits is not None and len(codec.supported_bits) == 1:
+        raise LowbitError(f"--lowbit-bits means nothing to {name}, which has one width: drop it")
 
 
 def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None:
@@ -168,18 +206,23 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         codec=args.lowbit_codec,
         bits=parse_bits(args.lowbit_bits),
         collective=settings_from_args(args),
-        all_gather_bits=_all_gather_bits(args),
+        all_gather_bits=_bits_of("--lowbit-all-gather", args.lowbit_all_gather),
+        experts_bits=_bits_of("--lowbit-experts", args.lowbit_experts),
         recipe=args.lowbit_recipe,
+        fold=bool(args.lowbit_fold),
     )
+    lines = dict(reversed(gather_values((handle.layers, str(handle)))))
     if dist.get_rank() == 0:
-        print(f"> {handle}", flush=True)
+        for layers in sorted(lines):  # a line for each pipeline stage
+            print(f"> {lines[layers]}", flush=True)
         if args.lowbit_stats is not None:
             atexit.register(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
     return handle
 
 
-def _all_gather_bits(args: argparse.Namespace) -> int | None:
-    bits = _number("--lowbit-all-gather", args.lowbit_all_gather)
+def _bits_of(flag: str, text: str | None) -> int | None:
+    """Bits of an option that goes by the default codec without calibration."""
+    bits = _number(flag, text)
     if bits is not None:
         get_codec(bits=bits)
     return bits

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -127,7 +128,7 @@ class CudaAsCpu(TorchFunctionMode):
     """Sends what asks for a CUDA device to the CPU, and leaves every other call alone.
 
     Costs about a microsecond a torch call. Like every mode of torch it holds for the thread that
-    entered it.
+    entered it, so `_enter_in_threads` lets new threads enter it.
     """
 
     _MOVES = frozenset({torch.Tensor.to, torch.Tensor.type})
@@ -203,6 +204,33 @@ def _stand_ins() -> dict[str, Any]:
     }
 
 
+def _switch_compiler_off() -> None:
+    from torch._dynamo import config
+
+    config.disable = True
+
+
+def _enter_in_threads() -> None:
+    """Lets every thread that is started from now on run like this one: servers call models there.
+
+    torch's modes and settings are a thread's own.
+    """
+    start = threading.Thread.start
+
+    def start_in_mode(thread: threading.Thread) -> None:
+        run = thread.run
+
+        def run_in_mode() -> None:
+            _switch_compiler_off()
+            with CudaAsCpu():
+                run()
+
+        thread.run = run_in_mode
+        start(thread)
+
+    threading.Thread.start = start_in_mode
+
+
 class _Zeros(dict):
     """Memory statistics of a machine that has no device: every counter is 0."""
 
@@ -213,9 +241,10 @@ class _Zeros(dict):
 def enable_cpu() -> bool:
     """Makes Megatron run on a machine without CUDA; does nothing where CUDA is present.
 
-    Call it before megatron is imported and in the thread that runs the model. A second call does
-    nothing more. `torch.compile` is switched off as well: Megatron compiles small functions on
-    their first call, which costs a C++ compiler and minutes, and gains nothing on a CPU.
+    Call it before megatron is imported. It holds for the thread that calls it and for all that are
+    started later. A second call does nothing more. `torch.compile` is switched off as well:
+    Megatron compiles small functions on their first call, which costs a C++ compiler and minutes,
+    and gains nothing on a CPU.
 
     Returns:
         True if this machine has no CUDA and the stand-ins are in place, False if CUDA is present.
@@ -224,9 +253,7 @@ def enable_cpu() -> bool:
         return False
     if _state["mode"] is not None:
         return True
-    from torch._dynamo import config as dynamo_config
-
-    dynamo_config.disable = True
+    _switch_compiler_off()
     for name, stand_in in _stand_ins().items():
         setattr(torch.cuda, name, stand_in)
     # megatron.core calls the random functions through their own module.
@@ -235,5 +262,6 @@ def enable_cpu() -> bool:
     torch.cuda.nvtx._nvtx = _NoNvtx()
     mode = CudaAsCpu()
     mode.__enter__()  # for the life of the process
+    _enter_in_threads()
     _state["mode"] = mode
     return True

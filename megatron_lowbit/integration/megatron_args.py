@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,12 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.families import ACTIVATIONS
 from megatron_lowbit.integration.quiet import quiet
 
+_KV_BUFFER = "inference_dynamic_batching_buffer_size_gb"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 # Change the model's outputs, and are left at their defaults by Megatron's own
@@ -34,7 +38,8 @@ _RESTORED = (
     "rope_type rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int "
     "moe_shared_expert_gate moe_router_num_groups moe_router_group_topk moe_apply_probs_on_input "
-    "use_mup mup_embedding_mult mup_output_mult mup_width_mult mup_attn_scale_power "
+    "use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult "
+    "mup_attn_scale_power mup_base_head_dim gated_linear_unit activation_func "
     "experimental_attention_variant make_vocab_size_divisible_by vocab_size"
 ).split()
 # The name an argument had in checkpoints of older releases.
@@ -78,14 +83,19 @@ def parse_megatron_args(
         _take_from_checkpoint(args, given)
     if args.fp32:
         args.bf16 = args.fp16 = False
-    _fit_to_machine(args, given)
+    fit_to_machine(args, given)
     check_parallel_sizes(args)
     _validate(args)
     return args
 
 
-def require_megatron_training() -> None:
+def require_megatron_training(
+    remedy: str = "put a Megatron-LM checkout on PYTHONPATH",
+) -> None:
     """Imports `megatron.training`, or says how to get it.
+
+    Args:
+        remedy: What else there is to do than to install a release that has it.
 
     Raises:
         LowbitError: It is not installed (megatron-core before 0.19 does not carry it).
@@ -98,14 +108,12 @@ def require_megatron_training() -> None:
     try:
         with quiet():
             import megatron.training.arguments
-            import megatron.training.checkpointing
-            import megatron.training.models  # noqa: F401
+            import megatron.training.checkpointing  # noqa: F401
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("megatron"):
             raise
         raise LowbitError(
-            f"{error.name} is missing: install megatron-core >= 0.19, or put a Megatron-LM "
-            "checkout on PYTHONPATH"
+            f"{error.name} is missing: install megatron-core >= 0.19, or {remedy}"
         ) from error
 
 
@@ -122,8 +130,8 @@ def _parse(argv: list[str], extra_args_provider: Callable | None):
             action="store_true",
             help="Run in float32 whatever the checkpoint was saved in.",
         )
-        parser.error = lambda message: _usage_error(parser, message)
-        _escape_help(parser)
+        one_line_errors(parser)
+        escape_help(parser)
         parsers.append(parser)
         return parser
 
@@ -132,21 +140,30 @@ def _parse(argv: list[str], extra_args_provider: Callable | None):
         args = parse_args(provide)
     finally:
         sys.argv = program
-    names = {text: a.dest for a in parsers[0]._actions for text in a.option_strings}
+    return args, given_names(parsers[0], argv)
+
+
+def given_names(parser: argparse.ArgumentParser, argv: list[str]) -> set[str]:
+    """The names of the arguments that `argv` itself gives, defaults left out."""
+    names = {text: a.dest for a in parser._actions for text in a.option_strings}
     words = (word.split("=", 1)[0] for word in argv)
-    return args, {names[word] for word in words if word in names}
+    return {names[word] for word in words if word in names}
 
 
-def _usage_error(parser: argparse.ArgumentParser, message: str) -> typing.NoReturn:
+def one_line_errors(parser: argparse.ArgumentParser) -> None:
     """One line instead of argparse's, which begins with a thousand lines of Megatron's usage."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+
+    def error(message: str) -> typing.NoReturn:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = error
 
 
-def _escape_help(parser: argparse.ArgumentParser) -> None:
+def escape_help(parser: argparse.ArgumentParser) -> None:
     """Repairs help texts with a bare percent sign, on which `--help` would raise."""
-    for action in parser._actions:
+    for action in [action for action in parser._actions if action.help]:
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
@@ -158,6 +175,10 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     check_checkpoint_dir(args.load)
+    files = legacy.rank_files(args)
+    legacy.check_files(files)
+    if args.ckpt_format in ("torch", "torch_dist"):  # what is there, not what a default says
+        args.ckpt_format = "torch" if files else "torch_dist"
     args.use_checkpoint_args = True
     if "tokenizer_model" in given:
         args.use_tokenizer_model_from_checkpoint_args = False
@@ -170,10 +191,15 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
         value = getattr(saved, name, getattr(saved, _OLD_NAMES.get(name, name), None))
         if value is not None and name not in given:
             setattr(args, name, value)
+    if isinstance(getattr(args, "activation_func", None), str):
+        # Megatron's parser has no argument for it, but its model builder takes the function.
+        args.activation_func = ACTIVATIONS[args.activation_func]
     if not given & {"bf16", "fp16"}:
         args.bf16, args.fp16 = getattr(saved, "bf16", False), getattr(saved, "fp16", False)
     if "tensor_model_parallel_size" not in given:
         args.tensor_model_parallel_size = getattr(saved, "tensor_model_parallel_size", 1)
+    if files:
+        legacy.check_sizes(files, args, saved)
     _fit_vocabulary(args)
     beside = Path(args.load) / "tokenizer"
     if args.tokenizer_model and not Path(args.tokenizer_model).exists() and beside.is_dir():
@@ -236,10 +262,10 @@ def check_parallel_sizes(args: argparse.Namespace) -> None:
             raise LowbitError(f"tensor parallel size {ranks} does not divide {count} {what}")
 
 
-def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
+def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     """Chooses local layers unless asked otherwise, and switches off what they or a CPU lack.
 
-    Transformer Engine's row-parallel layers reduce inside themselves, out of our reach.
+    Transformer Engine's layers, which need CUDA, work too where they are asked for.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu and "transformer_impl" in given and args.transformer_impl != "local":
@@ -254,6 +280,8 @@ def _fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     if on_cpu:
         args.distributed_backend = "gloo"
         args.use_cpu_initialization = True
+        if hasattr(args, _KV_BUFFER) and _KV_BUFFER not in given:
+            setattr(args, _KV_BUFFER, 1.0)  # GB; Megatron's own default of 40 is a GPU's
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -264,4 +292,6 @@ def _validate(args: argparse.Namespace) -> None:
         with quiet():
             validate_args(args, {})
     except AssertionError as error:
-        raise LowbitError(f"Megatron refuses these arguments: {error}") from error
+        # Many of its assertions say nothing: then their code does.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise LowbitError(f"Megatron refuses these arguments: {reason}") from error

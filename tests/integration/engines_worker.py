@@ -179,7 +179,7 @@ def leave_engine_mode() -> None:
 @contextlib.contextmanager
 def counted(model) -> Iterator[list]:
     """What goes through the model: (tokens, collective) of each sum, or "forward" of each pass."""
-    module = importlib.import_module("megatron_lowbit.integration.apply")
+    module = importlib.import_module("megatron_lowbit.integration.handle")
     original, seen = module.all_reduce, []
 
     def recording(partial, **call):
@@ -292,7 +292,11 @@ def with_prediction_head():
     """
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer import multi_token_prediction
 
+    # After 0.19 it compares with classes that are none where Transformer Engine is missing.
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
     config = build(torch.float32).config
     config.mtp_num_layers = 1
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -429,6 +433,7 @@ def main() -> None:
         "native": plain(model),
         "low": low_bits(model, index, engines),
         "after": greedy(dynamic_engine(model)),
+        "sequence_parallel": sequence_parallel(index),
     }
     if not args.brief:
         leave_engine_mode()
@@ -438,7 +443,6 @@ def main() -> None:
             "bf16": low_bits(rounded, rounded_index, in_bf16),
             "tuned": tuned(model, index, out),
             "speculative": speculative(out / "mtp"),
-            "sequence_parallel": sequence_parallel(index),
             "graphs": graphs(model, index),
         }
     torch.save(results, out / f"rank{dist.get_rank()}.pt")

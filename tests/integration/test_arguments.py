@@ -14,6 +14,8 @@ from megatron_lowbit.integration.arguments import (
     settings_from_args,
 )
 
+ON = ["--lowbit-tp-comm", "x", "--lowbit-collective"]
+
 
 def _parse(*argv: str) -> argparse.Namespace:
     return add_lowbit_args(argparse.ArgumentParser()).parse_args(argv)
@@ -50,9 +52,20 @@ def test_bits():
         (["--lowbit-tp-comm", "x", "--lowbit-node-size", "0"], "--lowbit-node-size 0: not"),
         (["--lowbit-tp-comm", "x", "--lowbit-inside-node", "fp8"], "choose bf16 or low-bit"),
         (["--lowbit-tp-comm", "x", "--lowbit-all-gather", "9"], "no 9-bit version"),
+        (["--lowbit-tp-comm", "x", "--lowbit-experts", "9"], "no 9-bit version"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null/f.json"], "/dev/null"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev"], "/dev is a directory: name a file"),
         (["--lowbit-tp-comm", "x"], "no low-bit index at x"),
+        ([*ON, "native", "--lowbit-codec", "mxfp4"], "--lowbit-codec means nothing to native"),
+        ([*ON, "native", "--lowbit-bits", "4"], "--lowbit-bits means nothing to native"),
+        ([*ON, "native", "--lowbit-recipe", "f"], "--lowbit-recipe means nothing to native"),
+        ([*ON, "one-shot", "--lowbit-bits", "4,6"], "4,6: one-shot sends no sums: give one"),
+        (
+            [*ON, "one-shot", "--lowbit-inside-node", "bf16"],
+            "inside-node means nothing to one",
+        ),
+        ([*ON, "two-shot", "--lowbit-node-size", "2"], "nodes mean nothing to two-shot"),
+        ([*ON, "auto", "--lowbit-codec", "mxfp4", "--lowbit-bits", "4"], "mxfp4, which has one"),
     ],
 )
 def test_refused(argv, message):
@@ -64,3 +77,10 @@ def test_a_tuning_file_needs_auto():
     argv = ["--lowbit-tp-comm", "x", "--lowbit-collective", "one-shot", "--lowbit-tuning", "t"]
     with pytest.raises(LowbitError, match="a tuning file means nothing to one-shot"):
         index_dir_from_args(_parse(*argv))
+
+
+def test_an_all_gather_needs_sequence_parallelism():
+    args = _parse("--lowbit-tp-comm", "x", "--lowbit-all-gather", "6")
+    args.sequence_parallel = False  # as Megatron's parser has it
+    with pytest.raises(LowbitError, match="means nothing without --sequence-parallel"):
+        index_dir_from_args(args)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from core_worker import LAYERS
 from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
-from releases import RELEASES, environment, torchrun
+from releases import RELEASES, environment, is_release, torchrun
 
 WORKER = Path(__file__).with_name("engines_worker.py")
 
@@ -27,7 +27,7 @@ def ranks(request, tmp_path_factory):
     done = torchrun(2, WORKER, out, *brief, env=environment(request.param))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    assert request.param == "main" or results[0]["version"].startswith(request.param)
+    assert is_release(results[0]["version"], request.param)
     return results
 
 
@@ -35,13 +35,13 @@ def ranks(request, tmp_path_factory):
 def all_of_it(ranks):
     """The same, or a skipped test where only the engines themselves ran."""
     if "bf16" not in ranks[0]:
-        pytest.skip(f"on {ranks[0]['version']} the engines themselves only")
+        pytest.skip("of this release the engines themselves only")
     return ranks
 
 
 def _needs(ranks, feature: str) -> None:
     if feature not in ranks[0]["features"]:
-        pytest.skip(f"{ranks[0]['version']} has no {feature}")
+        pytest.skip(f"this release has no {feature}")
 
 
 def test_releases_have_what_is_tested(ranks):
@@ -56,6 +56,7 @@ def test_releases_have_what_is_tested(ranks):
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
 
+@pytest.mark.support("dynamic inference engine")
 def test_the_dynamic_engine_on_a_cpu_gives_the_static_engines_tokens(ranks):
     for rank in ranks:
         assert rank["native"]["dynamic"] == rank["native"]["static"]
@@ -66,11 +67,14 @@ def test_low_bits_are_seen_in_the_tokens(ranks):
     assert ranks[0]["low"]["dynamic"] != ranks[0]["native"]["dynamic"]
 
 
+@pytest.mark.support("static inference engine")
+@pytest.mark.support("dynamic inference engine")
 def test_engines_agree_in_low_bits(ranks):
     for rank in ranks:
         assert rank["low"]["dynamic"] == ranks[0]["low"]["static"]
 
 
+@pytest.mark.support("static engine around a dynamic one")
 def test_the_static_engine_around_a_dynamic_one(ranks):
     _needs(ranks, DYNAMIC_INSIDE)
     for rank in ranks:
@@ -78,6 +82,8 @@ def test_the_static_engine_around_a_dynamic_one(ranks):
         assert rank["low"]["static, dynamic inside"] == ranks[0]["low"]["static"]
 
 
+@pytest.mark.support("static inference engine")
+@pytest.mark.support("dynamic inference engine")
 def test_tokens_do_not_depend_on_the_batch(ranks):
     """Nor on the padding to the longest prompt, or to a multiple of 64 tokens."""
     for rank in ranks:
@@ -94,6 +100,7 @@ def test_bf16(all_of_it):
         assert result["chunked"] == result["dynamic"]
 
 
+@pytest.mark.support("dynamic engine: chunked prefill")
 def test_chunked_prefill(ranks):
     """Steps of 64 tokens, in which prompts are cut and mixed with others' decoding."""
     _needs(ranks, "chunked prefill")
@@ -106,6 +113,7 @@ def test_chunked_prefill(ranks):
         assert sizes.count(64) >= 3 * 2 * LAYERS, "more prompt tokens than two steps take"
 
 
+@pytest.mark.support("dynamic engine: prefix caching")
 def test_prefix_caching(ranks):
     """Blocks that another request has filled are not computed again; the tokens stay."""
     _needs(ranks, "prefix caching")
@@ -114,6 +122,7 @@ def test_prefix_caching(ranks):
         assert rank["low"]["prefix skipped"] == 24
 
 
+@pytest.mark.support("dynamic engine: speculative decoding")
 def test_speculative_decoding(ranks):
     """Guesses cost sums of more tokens a step, and change no token; the heads stay native."""
     _needs(ranks, "speculative decoding")
@@ -152,13 +161,18 @@ def test_auto_chooses_alike_on_all_ranks_at_every_step(all_of_it):
             assert counted[collective] == len(sums)
 
 
-def test_sequence_parallelism(all_of_it):
+<<<<<<< HEAD
+@pytest.mark.support("dynamic engine: sequence parallel")
+def test_sequence_parallelism(ranks):
+=======
+def test_sequence_parallelism(ranks):
+>>>>>>> h-engines
     """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
-    for rank in all_of_it:
+    for rank in ranks:
         result = rank["sequence_parallel"]
         assert result["native"] == rank["native"]["dynamic"]
-        assert result[None] == all_of_it[0]["low"]["dynamic"]
-        assert result[6] == all_of_it[0]["sequence_parallel"][6]
+        assert result[None] == ranks[0]["low"]["dynamic"]
+        assert result[6] == ranks[0]["sequence_parallel"][6]
         for gather, collectives in ((None, ["reduce-scatter"]), (6, None)):
             total = result[gather, "stats"]["total"]
             expected = collectives or ["reduce-scatter", "all-gather"]
@@ -168,6 +182,7 @@ def test_sequence_parallelism(all_of_it):
             assert alone == result[gather][:ALONE]
 
 
+@pytest.mark.support("dynamic inference engine")
 def test_remove_gives_the_native_tokens_back(ranks):
     for rank in ranks:
         assert rank["after"] == rank["native"]["dynamic"]

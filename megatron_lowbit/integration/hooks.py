@@ -1,0 +1,131 @@
+"""The two steps of a `megatron.training` script that low bits need.
+
+Both ways into Megatron's scripts take exactly these, so that they do the same and may meet:
+`python -m megatron_lowbit.launch SCRIPT` calls them from outside, the patch files under `patches/`
+from inside Megatron-LM:
+
+    add_arguments(parser)      # in megatron.training.arguments.add_megatron_arguments
+    checkpoint_loaded(model)   # in megatron.training.checkpointing.load_checkpoint, at its end
+
+Each does its work once. Where a patched tree runs under the launcher the second call finds that it
+is done, and says so where a user should know.
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.apply import Handle
+from megatron_lowbit.integration.arguments import (
+    add_lowbit_args,
+    apply_from_args,
+    index_dir_from_args,
+)
+from megatron_lowbit.integration.stats import write_stats
+from megatron_lowbit.integration.sync_points import transformer_layers
+
+FLAG = "--lowbit-tp-comm"
+
+
+class _On(NamedTuple):
+    """A model in low bits: its handle, and the file that --lowbit-stats names."""
+
+    handle: Handle
+    stats: str | None
+
+
+_on: list[_On] = []
+_layers: WeakSet[nn.Module] = WeakSet()  # of the models that are `_on`
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group `--lowbit-tp-comm` to Megatron's parser, unless it is there.
+
+    From then on the parser refuses wrong low-bit arguments when it parses, before Megatron starts
+    or loads anything.
+
+    Args:
+        parser: Megatron's, before it has parsed.
+
+    Returns:
+        `parser` itself.
+    """
+    if FLAG in parser._option_string_actions:
+        return parser
+    add_lowbit_args(parser)
+    parse = parser.parse_known_args
+
+    def checked(*args, **kwargs):
+        """`parse_known_args`, which argparse's `parse_args` calls, too."""
+        parsed, rest = parse(*args, **kwargs)
+        _check(parsed)
+        return parsed, rest
+
+    parser.parse_known_args = checked
+    return parser
+
+
+def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
+    """Switch a model to low bits as Megatron's global arguments say, and say it in one line.
+
+    Call it on every rank, after the weights are loaded and before the first forward pass.
+
+    Args:
+        model: What `load_checkpoint` was given: a model, wrapped or not, or a list of its chunks.
+
+    Returns:
+        What `apply` gives, kept for the life of the process; None without `--lowbit-tp-comm`, or
+        if the model is in low bits already: one line then says that this call was not needed.
+
+    Raises:
+        LowbitError: See `integration.apply.apply`.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    if getattr(args, "lowbit_tp_comm", None) is None:
+        return None
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    layers = on_every_rank(lambda: transformer_layers(chunks)).values()
+    if all(layer in _layers for layer in layers):
+        _say(
+            "> low-bit communication is on already for this model, and was not switched on again: "
+            "this Megatron is patched and the launcher runs it (one of them is enough), or its "
+            "checkpoint was loaded twice"
+        )
+        return None
+    handle = apply_from_args(chunks, args)
+    _on.append(_On(handle, args.lowbit_stats))
+    _layers.update(layers)
+    return handle
+
+
+def is_on() -> bool:
+    """Whether `checkpoint_loaded` has switched a model to low bits."""
+    return bool(_on)
+
+
+def write_stats_now() -> None:
+    """Write the file of `--lowbit-stats`: for an end that skips exit handlers, which do it else."""
+    for model in _on:
+        if model.stats is not None and os.environ.get("RANK", "0") == "0":
+            write_stats(model.handle.stats(), Path(model.stats))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise LowbitError for low-bit arguments that a script of `megatron.training` cannot meet."""
+    if index_dir_from_args(args) is not None and getattr(args, "load", None) is None:
+        raise LowbitError(f"{FLAG} needs --load: an index is for the weights of a checkpoint")
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,216 @@
+"""Megatron's scripts through `python -m megatron_lowbit.launch`, and what goes wrong there.
+
+One run is as users start it, under torchrun at TP 3; the other command lines share one import of
+Megatron (launch_worker.py). With MEGATRON_LM=DIR a checkout's own script runs, too.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from releases import ROOT, environment, torchrun
+
+SCRIPT = Path(__file__).with_name("megatron_script.py")
+GENERATE = ROOT / "examples" / "generate.py"
+LAUNCH = ["-m", "megatron_lowbit.launch"]
+PROMPTS = ["the world", "a model of"]
+# What convert_hf.py prints for the checkpoint, at TP 3, and a fixed collective.
+COMMON = ["--use-checkpoint-args", "--ckpt-format", "torch_dist", "--norm-epsilon", "3e-05"]
+THREE = ["--tensor-model-parallel-size", "3", "--bf16"]
+FIXED = ["--lowbit-tp-comm", "--lowbit-collective", "one-shot"]
+ON = "> low-bit communication: 4 sync points use shaped-hybrid"
+
+
+def _environment() -> dict[str, str]:
+    """Without a checkout: the installed release."""
+    return {name: value for name, value in environment("0.19.2").items() if name != "MEGATRON_LM"}
+
+
+@pytest.fixture(scope="module")
+def flags(calibrated) -> list[str]:
+    """The arguments that load the checkpoint, as its own print of them has them."""
+    return ["--load", str(calibrated), *COMMON]
+
+
+def _case(argv: list, *, ranks: int = 1, interrupt="", program="", **env: str) -> dict:
+    argv = [str(word) for word in argv]
+    return {"argv": argv, "ranks": ranks, "interrupt": interrupt, "program": program, "env": env}
+
+
+def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
+    """Command lines by name."""
+
+    def act(name: str, *more: str, **settings) -> dict:
+        return _case([SCRIPT, *flags, "--act", name, *more], **settings)
+
+    (directory / "other.py").write_text("import sys\nprint('done', sys.argv[1:])\n")
+    (directory / "lowbit_module.py").write_text("import sys\nsys.exit('by itself')\n")
+    nowhere = str(directory / "nowhere")
+    stats = ["--lowbit-stats", str(directory / "interrupted.json")]
+    generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
+    return {
+        "generate": _case([*generate, "--prompts", *PROMPTS], ranks=3, program=str(GENERATE)),
+        "help": _case([SCRIPT, "--help"]),
+        "native": act("nothing"),
+        "no load": act("no load", *FIXED),
+        "exit without load": act("exit without load", *FIXED),
+        "early exit": act("early exit", *FIXED, "--lowbit-stats", str(directory / "early.json")),
+        "muted": act("muted", *FIXED),
+        "rank 1 muted": act("rank 1 muted", *FIXED, *THREE, ranks=3),
+        "load again": act("load again", *FIXED),
+        "raise": act("raise", *FIXED),
+        "interrupt": act("sleep", *FIXED, *stats, interrupt="asleep"),
+        "typo": _case([SCRIPT.with_name("megatron_scrip.py"), *flags]),
+        "module typo": _case(["-m", "megatron_lowbit.no.such", *flags]),
+        "module": _case(["-m", "lowbit_module"], PYTHONPATH=str(directory)),
+        "no script": _case(["--lowbit-tp-comm", SCRIPT]),
+        "no checkout": _case([SCRIPT, *flags], MEGATRON_LM=nowhere),
+        "no megatron.training": _case([directory / "other.py", "--lowbit-tp-comm"]),
+        "without the flag": act("nothing", "--lowbit-bits", "4"),
+        "without --load": _case([SCRIPT, *COMMON, "--lowbit-tp-comm", str(flags[1]) + "/lowbit"]),
+        "no index": act("nothing", "--lowbit-tp-comm", nowhere),
+        "unknown argument": act("nothing", *FIXED, "--lowbit-tpcomm"),
+        "needs CUDA": act("nothing", *FIXED, "--transformer-impl", "transformer_engine"),
+        "no sequence": act("nothing", *FIXED, "--lowbit-all-gather", "6"),
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(flags, tmp_path_factory) -> dict[str, dict]:
+    """What each of `_cases` ended with."""
+    directory = tmp_path_factory.mktemp("launched")
+    cases = _cases(flags, directory)
+    asked, found = directory / "cases.json", directory / "results.json"
+    asked.write_text(json.dumps(list(cases.values())))
+    command = [sys.executable, SCRIPT.with_name("launch_worker.py"), asked, found]
+    env = {**_environment(), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = dict(zip(cases, json.loads(found.read_text()), strict=True))
+    return {**results, "directory": directory}
+
+
+def _line(result: dict, rank: int = 0) -> str:
+    """The launcher's own error, which must be one line."""
+    (line,) = re.findall(
+        r"^(?:launch|megatron_script).py: (.*)$", result["err"][rank], re.MULTILINE
+    )
+    assert "Traceback" not in result["err"][rank], result["err"][rank]
+    return line
+
+
+def test_a_script_gives_what_generate_py_gives(flags, ran, tmp_path):
+    stats = tmp_path / "stats.json"
+    script = [*LAUNCH, SCRIPT, *flags, *THREE, *FIXED, "--lowbit-stats", stats]
+    done = torchrun(3, *script, "--prompts", *PROMPTS, env=_environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("low-bit communication") == done.stdout.count(ON) == 1
+    assert re.search("> no CUDA here, so: .*transformer_impl=local", done.stdout)
+    (texts,) = re.findall(r"^texts (.*)$", done.stdout, re.MULTILINE)
+    pairs = zip(PROMPTS, json.loads(texts), strict=True)
+    first, _, rest = ran["generate"]["out"][0].partition("\n")
+    assert first.startswith(ON), ran["generate"]
+    assert rest == "".join(f"{prompt}[{text}]\n" for prompt, text in pairs)
+    (total,) = json.loads(stats.read_text())["total"]
+    assert (total["collective"], total["calls"] % 4) == ("one-shot", 0)
+    assert total["calls"] >= 4 * 5, "a pass for the prompts and one for each token"
+
+
+def test_help_has_the_group_once_and_percent_signs_do_no_harm(ran):
+    assert ran["help"]["status"] == [0], ran["help"]
+    (text,) = ran["help"]["out"]
+    assert text.count("low-bit tensor-parallel communication:") == 1
+    assert "--lowbit-tp-comm [INDEX_DIR]" in text
+    assert "something else than to generate, 100% on purpose" in text
+
+
+def test_without_the_flag_it_says_native(ran):
+    assert ran["native"]["status"] == [0], ran["native"]
+    assert ran["native"]["out"][0].count("> native communication: no --lowbit-tp-comm") == 1
+
+
+def test_a_patched_tree_or_a_second_load_is_not_applied_twice(ran):
+    """A second call of the same hook: what a patched load_checkpoint under the launcher makes."""
+    result = ran["load again"]
+    assert result["status"] == [0], result
+    assert result["out"][0].count(ON) == 1
+    assert result["out"][0].count("> low-bit communication is on already for this model") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("no load", 1, "megatron_script.py ended without loading a checkpoint: low bits were"),
+        ("exit without load", 1, "megatron_script.py ended without loading a checkpoint: low bits"),
+        ("muted", 1, "no sync point that could use low bits.*already muted by Megatron"),
+        ("typo", 1, "megatron_scrip.py: no such script"),
+        ("module typo", 1, "-m megatron_lowbit.no.such: no such module"),
+        ("no script", 1, "--lowbit-tp-comm .*: name a script, or -m and a module, before"),
+        ("no checkout", 1, "MEGATRON_LM=.*nowhere is no Megatron-LM checkout"),
+        ("no megatron.training", 1, "other.py ended without megatron.training's arguments"),
+        ("without the flag", 1, "--lowbit-bits does nothing without --lowbit-tp-comm"),
+        ("without --load", 1, "--lowbit-tp-comm needs --load"),
+        ("no index", 1, "no low-bit index at .*nowhere"),
+        ("unknown argument", 2, "unrecognized arguments: --lowbit-tpcomm"),
+        ("needs CUDA", 1, "--transformer-impl transformer_engine needs CUDA: leave it out"),
+        ("no sequence", 1, "--lowbit-all-gather means nothing without --sequence-parallel"),
+    ],
+)
+def test_bad_input_is_one_line(ran, name, status, message):
+    assert ran[name]["status"] == [status], ran[name]
+    assert re.search(message, _line(ran[name])), ran[name]["err"]
+
+
+def test_what_one_rank_meets_ends_all(ran):
+    result = ran["rank 1 muted"]
+    assert result["status"] == [1, 1, 1], result
+    for rank in range(3):
+        assert re.search("no sync point .*(found by rank 1)", _line(result, rank))
+
+
+def test_ctrl_c_ends_cleanly_and_keeps_the_statistics(ran):
+    assert ran["interrupt"]["status"] == [130], ran["interrupt"]
+    assert _line(ran["interrupt"]) == "interrupted"
+    assert json.loads((ran["directory"] / "interrupted.json").read_text())["total"] == []
+
+
+def test_an_early_exit_of_the_script_keeps_the_statistics(ran):
+    assert ran["early exit"]["status"] == [0], ran["early exit"]
+    assert (ran["directory"] / "early.json").exists()
+
+
+def test_the_scripts_own_failures_stay_its_own(ran):
+    assert ran["raise"]["status"] == [1]
+    assert "FileNotFoundError: what the script itself lacks" in ran["raise"]["err"][0]
+    assert "Traceback" in ran["raise"]["err"][0]
+    assert ran["module"]["status"] == [1]
+    assert ran["module"]["err"] == ["by itself\n"]
+
+
+def test_the_launcher_explains_itself():
+    for words, status in ((["--help"], 0), ([], 2)):
+        done = subprocess.run(
+            [sys.executable, *LAUNCH, *words], env=_environment(), capture_output=True, text=True
+        )
+        assert done.returncode == status
+        assert "python -m megatron_lowbit.launch SCRIPT ARGS... --lowbit-tp-comm" in done.stdout
+
+
+@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="MEGATRON_LM names no checkout")
+def test_a_checkouts_own_script(flags, ran):
+    checkout = Path(os.environ["MEGATRON_LM"])
+    (script,) = checkout.glob("examples/inference/*/gpt_static_inference.py")
+    more = ["--micro-batch-size", "1", "--num-tokens-to-generate", "5", "--prompts", *PROMPTS]
+    if "use_legacy_static_engine" in script.read_text():
+        more = ["--use-legacy-static-engine", *more]
+    done = torchrun(3, *LAUNCH, script, *flags, *THREE, *FIXED, *more, env=_environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("low-bit communication") == done.stdout.count(ON) == 1
+    expected = ran["generate"]["out"][0].partition("\n")[2]
+    for number, prompt in enumerate(PROMPTS):
+        (text,) = re.findall(re.escape(f"[1]. {prompt} ... ") + "(.*)", done.stdout)
+        assert f"{prompt}[{text}]" in expected.replace("\n", "\\n"), number
