@@ -161,12 +161,8 @@ def test_auto_chooses_alike_on_all_ranks_at_every_step(all_of_it):
             assert counted[collective] == len(sums)
 
 
-<<<<<<< HEAD
 @pytest.mark.support("dynamic engine: sequence parallel")
 def test_sequence_parallelism(ranks):
-=======
-def test_sequence_parallelism(ranks):
->>>>>>> h-engines
     """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
     for rank in ranks:
         result = rank["sequence_parallel"]
