@@ -198,22 +198,24 @@ def counted(model) -> Iterator[list]:
 
 def features() -> list[str]:
     """What this release's engines can do beside batching."""
-    from megatron.core.inference.engines import DynamicInferenceEngine, StaticInferenceEngine
+    from megatron.core.inference import contexts, engines
+    from megatron.core.models.gpt.gpt_model import GPTModel
 
-    if not has_new_config():
-        named = inspect.signature(DynamicInferenceEngine.__init__).parameters
-        found = ["chunked prefill"] if "enable_chunked_prefill" in named else []
-        in_static = "legacy" in inspect.signature(StaticInferenceEngine).parameters
-        return [*found, DYNAMIC_INSIDE] if in_static else found
-    from megatron.core.inference.config import InferenceConfig
+    context = inspect.signature(contexts.DynamicInferenceContext).parameters
+    if has_new_config():
+        from megatron.core.inference.config import InferenceConfig
 
-    options = {
-        "chunked prefill": "enable_chunked_prefill",
-        "prefix caching": "enable_prefix_caching",
-        "speculative decoding": "num_speculative_tokens",
+        context = inspect.signature(InferenceConfig).parameters
+    dynamic = inspect.signature(engines.DynamicInferenceEngine.__init__).parameters
+    found = {
+        # Before, the last tokens' logits were taken of a rank's share of the tokens.
+        "sequence parallelism": "sequence_parallel_override" in inspect.getsource(GPTModel),
+        "chunked prefill": "enable_chunked_prefill" in {*context, *dynamic},
+        DYNAMIC_INSIDE: "legacy" in inspect.signature(engines.StaticInferenceEngine).parameters,
+        "prefix caching": "enable_prefix_caching" in context,
+        "speculative decoding": "num_speculative_tokens" in context,
     }
-    found = [name for name, option in options.items() if hasattr(InferenceConfig, option)]
-    return [*found, DYNAMIC_INSIDE]
+    return [name for name, is_there in found.items() if is_there]
 
 
 def plain(model) -> dict:
@@ -343,6 +345,8 @@ def speculative(out: Path) -> dict:
 
 def sequence_parallel(index) -> dict:
     """The model with sequence parallelism: the same weights, so the same index serves."""
+    if "sequence parallelism" not in features():
+        return {}
     leave_engine_mode()
     model = build(torch.float32, sequence_parallel=True)
     result = {"native": greedy(dynamic_engine(model))}

@@ -48,10 +48,11 @@ def test_releases_have_what_is_tested(ranks):
     """So that no feature is skipped by mistake."""
     minor = int(ranks[0]["version"].split(".")[1])
     expected = [
+        (14, "sequence parallelism"),
         (15, "chunked prefill"),
+        (16, DYNAMIC_INSIDE),
         (17, "prefix caching"),
         (17, "speculative decoding"),
-        (16, DYNAMIC_INSIDE),
     ]
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
@@ -164,6 +165,7 @@ def test_auto_chooses_alike_on_all_ranks_at_every_step(all_of_it):
 @pytest.mark.support("dynamic engine: sequence parallel")
 def test_sequence_parallelism(ranks):
     """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
+    _needs(ranks, "sequence parallelism")
     for rank in ranks:
         result = rank["sequence_parallel"]
         assert result["native"] == rank["native"]["dynamic"]
