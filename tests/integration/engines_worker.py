@@ -31,6 +31,7 @@ SHARED = [(7 * i) % 118 for i in range(3 * BLOCK)]
 LONG = [(11 * i + 5) % 118 for i in range(80)]
 PROMPTS = [[3, 5, 7], [*SHARED, 11, 12, 13, 14], [*SHARED, 40, 41], LONG, [100, 2, 9, 4, 7]]
 END = VOCAB - 1
+DYNAMIC_INSIDE = "dynamic engine inside the static one"
 ALONE = 2
 REQUESTS = 8  # the ranks must divide it
 
@@ -196,20 +197,25 @@ def counted(model) -> Iterator[list]:
 
 
 def features() -> list[str]:
-    """What this release's dynamic engine can do beside batching."""
-    from megatron.core.inference.engines import DynamicInferenceEngine
+    """What this release's engines can do beside batching."""
+    from megatron.core.inference import contexts, engines
+    from megatron.core.models.gpt.gpt_model import GPTModel
 
-    if not has_new_config():
-        named = inspect.signature(DynamicInferenceEngine.__init__).parameters
-        return ["chunked prefill"] if "enable_chunked_prefill" in named else []
-    from megatron.core.inference.config import InferenceConfig
+    context = inspect.signature(contexts.DynamicInferenceContext).parameters
+    if has_new_config():
+        from megatron.core.inference.config import InferenceConfig
 
-    options = {
-        "chunked prefill": "enable_chunked_prefill",
-        "prefix caching": "enable_prefix_caching",
-        "speculative decoding": "num_speculative_tokens",
+        context = inspect.signature(InferenceConfig).parameters
+    dynamic = inspect.signature(engines.DynamicInferenceEngine.__init__).parameters
+    found = {
+        # Before, the last tokens' logits were taken of a rank's share of the tokens.
+        "sequence parallelism": "sequence_parallel_override" in inspect.getsource(GPTModel),
+        "chunked prefill": "enable_chunked_prefill" in {*context, *dynamic},
+        DYNAMIC_INSIDE: "legacy" in inspect.signature(engines.StaticInferenceEngine).parameters,
+        "prefix caching": "enable_prefix_caching" in context,
+        "speculative decoding": "num_speculative_tokens" in context,
     }
-    return [name for name, option in options.items() if hasattr(InferenceConfig, option)]
+    return [name for name, is_there in found.items() if is_there]
 
 
 def plain(model) -> dict:
@@ -220,9 +226,10 @@ def plain(model) -> dict:
 def engines(model) -> dict:
     """Greedy tokens of the engines, batched, alone and in other ways."""
     result = plain(model)
-    inner = static_engine(model, legacy=False)
-    result["has_dynamic_inside"] = hasattr(inner, "dynamic_engine")
-    result["static, dynamic inside"] = greedy(inner)
+    if DYNAMIC_INSIDE in features():
+        inner = static_engine(model, legacy=False)
+        result["has_dynamic_inside"] = hasattr(inner, "dynamic_engine")
+        result["static, dynamic inside"] = greedy(inner)
     result["static alone"] = alone(static_engine(model))
     result["dynamic alone"] = alone(dynamic_engine(model))
     if "chunked prefill" in features():
@@ -338,6 +345,8 @@ def speculative(out: Path) -> dict:
 
 def sequence_parallel(index) -> dict:
     """The model with sequence parallelism: the same weights, so the same index serves."""
+    if "sequence parallelism" not in features():
+        return {}
     leave_engine_mode()
     model = build(torch.float32, sequence_parallel=True)
     result = {"native": greedy(dynamic_engine(model))}
@@ -428,6 +437,7 @@ def main() -> None:
         "native": plain(model),
         "low": low_bits(model, index, engines),
         "after": greedy(dynamic_engine(model)),
+        "sequence_parallel": sequence_parallel(index),
     }
     if not args.brief:
         leave_engine_mode()
@@ -437,7 +447,6 @@ def main() -> None:
             "bf16": low_bits(rounded, rounded_index, in_bf16),
             "tuned": tuned(model, index, out),
             "speculative": speculative(out / "mtp"),
-            "sequence_parallel": sequence_parallel(index),
             "graphs": graphs(model, index),
         }
     torch.save(results, out / f"rank{dist.get_rank()}.pt")

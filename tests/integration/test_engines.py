@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from core_worker import LAYERS
-from engines_worker import ALONE, NEW_TOKENS, PROMPTS
+from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
 from releases import RELEASES, environment, is_release, torchrun
 
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -35,7 +35,7 @@ def ranks(request, tmp_path_factory):
 def all_of_it(ranks):
     """The same, or a skipped test where only the engines themselves ran."""
     if "bf16" not in ranks[0]:
-        pytest.skip(f"on {ranks[0]['version']} the engines themselves only")
+        pytest.skip("of this release the engines themselves only")
     return ranks
 
 
@@ -47,7 +47,13 @@ def _needs(ranks, feature: str) -> None:
 def test_releases_have_what_is_tested(ranks):
     """So that no feature is skipped by mistake."""
     minor = int(ranks[0]["version"].split(".")[1])
-    expected = [(15, "chunked prefill"), (17, "prefix caching"), (17, "speculative decoding")]
+    expected = [
+        (14, "sequence parallelism"),
+        (15, "chunked prefill"),
+        (16, DYNAMIC_INSIDE),
+        (17, "prefix caching"),
+        (17, "speculative decoding"),
+    ]
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
 
@@ -64,11 +70,17 @@ def test_low_bits_are_seen_in_the_tokens(ranks):
 
 @pytest.mark.support("static inference engine")
 @pytest.mark.support("dynamic inference engine")
-@pytest.mark.parametrize("engine", ["dynamic", "static, dynamic inside"])
-def test_engines_agree_in_low_bits(ranks, engine):
+def test_engines_agree_in_low_bits(ranks):
     for rank in ranks:
-        assert rank["low"][engine] == ranks[0]["low"]["static"]
+        assert rank["low"]["dynamic"] == ranks[0]["low"]["static"]
+
+
+@pytest.mark.support("static engine around a dynamic one")
+def test_the_static_engine_around_a_dynamic_one(ranks):
+    _needs(ranks, DYNAMIC_INSIDE)
+    for rank in ranks:
         assert rank["low"]["has_dynamic_inside"], "Megatron falls back with a warning only"
+        assert rank["low"]["static, dynamic inside"] == ranks[0]["low"]["static"]
 
 
 @pytest.mark.support("static inference engine")
@@ -151,13 +163,14 @@ def test_auto_chooses_alike_on_all_ranks_at_every_step(all_of_it):
 
 
 @pytest.mark.support("dynamic engine: sequence parallel")
-def test_sequence_parallelism(all_of_it):
+def test_sequence_parallelism(ranks):
     """A reduce-scatter quantizes what the one-shot all-reduce does: the same tokens."""
-    for rank in all_of_it:
+    _needs(ranks, "sequence parallelism")
+    for rank in ranks:
         result = rank["sequence_parallel"]
         assert result["native"] == rank["native"]["dynamic"]
-        assert result[None] == all_of_it[0]["low"]["dynamic"]
-        assert result[6] == all_of_it[0]["sequence_parallel"][6]
+        assert result[None] == ranks[0]["low"]["dynamic"]
+        assert result[6] == ranks[0]["sequence_parallel"][6]
         for gather, collectives in ((None, ["reduce-scatter"]), (6, None)):
             total = result[gather, "stats"]["total"]
             expected = collectives or ["reduce-scatter", "all-gather"]
