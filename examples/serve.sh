@@ -6,10 +6,9 @@
 # Serves the checkpoint that examples/quickstart.sh makes (run that first), asks for 16 tokens after
 # each prompt, prints the answers, and stops the server.
 #
-#   MEGATRON_LM=DIR   run tools/run_text_generation_server.py of that checkout of Megatron-LM,
-#                     instead of examples/text_generation_server.py
-#   PORT=N            default: 5000
-#   KEEP=1            leave the server running, until Ctrl-C
+#   CKPT=DIR   another checkpoint for TP 3, with an index in DIR/lowbit
+#   PORT=N     default: 5000
+#   KEEP=1     leave the server running, until Ctrl-C
 
 set -euo pipefail
 
@@ -17,15 +16,17 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=tools/setup_env.sh
 source "$ROOT/tools/setup_env.sh"
 
-CKPT="$ROOT/out/quickstart/ckpt"
+CKPT="${CKPT:-$ROOT/out/quickstart/ckpt}"
 PORT="${PORT:-5000}"
+LOG="$ROOT/out/serve.log"
+mkdir -p "$ROOT/out"
 TOKENS=16
 PROMPTS=("$@")
 ((${#PROMPTS[@]})) || PROMPTS=("The capital of France is")
 
 die() { echo "serve: $*" >&2; exit 1; }
 command -v curl >/dev/null || die "curl is not installed"
-[[ -d "$CKPT/lowbit" ]] || die "no ${CKPT#"$ROOT"/}/lowbit: run examples/quickstart.sh first"
+[[ -d "$CKPT/lowbit" ]] || die "no index in $CKPT/lowbit: run examples/quickstart.sh first"
 if curl -s -o /dev/null "http://127.0.0.1:$PORT/"; then
     die "something listens on port $PORT already: set PORT to another"
 fi
@@ -39,31 +40,32 @@ fi
 ARGS=(--load "$CKPT" --use-checkpoint-args --tensor-model-parallel-size 3 --bf16)
 ARGS+=(--micro-batch-size 1 --port "$PORT" --lowbit-tp-comm --lowbit-collective one-shot)
 SCRIPT="$ROOT/examples/text_generation_server.py"
-if [[ -n "${MEGATRON_LM:-}" ]]; then
-    SCRIPT="$MEGATRON_LM/tools/run_text_generation_server.py"
-fi
 
 "$ENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 3 \
-    -m megatron_lowbit.launch "$SCRIPT" "${ARGS[@]}" &
+    -m megatron_lowbit.launch "$SCRIPT" "${ARGS[@]}" >"$LOG" 2>&1 &
 SERVER=$!
 stop() {
-    kill "$SERVER" 2>/dev/null || true
+    kill -INT "$SERVER" 2>/dev/null || true
     wait "$SERVER" 2>/dev/null || true
 }
 trap stop EXIT
 
-echo "serve: waiting for the server on port $PORT"
+echo "serve: starting the server on port $PORT; its messages go to ${LOG#"$ROOT"/}"
 until curl -s -o /dev/null "http://127.0.0.1:$PORT/"; do
-    kill -0 "$SERVER" 2>/dev/null || die "the server has ended; its messages are above"
+    kill -0 "$SERVER" 2>/dev/null || {
+        tail -n 20 "$LOG" >&2
+        die "the server has ended; its last messages are above"
+    }
     sleep 1
 done
+grep "^> low-bit" "$LOG"
 
 for prompt in "${PROMPTS[@]}"; do
     request="$("$ENV_PYTHON" -c 'import json, sys
 print(json.dumps({"prompts": [sys.argv[1]], "tokens_to_generate": int(sys.argv[2]), "top_k": 1}))' \
         "$prompt" "$TOKENS")"
     echo "serve: PUT /api $request"
-    curl -sS -X PUT -H "Content-Type: application/json" -d "$request" "http://127.0.0.1:$PORT/api" |
+    curl -sS --max-time 300 -X PUT -H "Content-Type: application/json" -d "$request" "http://127.0.0.1:$PORT/api" |
         "$ENV_PYTHON" -c 'import json, sys
 answer = json.load(sys.stdin)
 print("serve:", answer["text"][0] if "text" in answer else answer)'

@@ -12,6 +12,8 @@ POST /completions.
 """
 
 import argparse
+import functools
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -56,11 +58,19 @@ def load_model() -> torch.nn.Module:
 
 
 def make_engine(model: torch.nn.Module, args: argparse.Namespace) -> StaticInferenceEngine:
-    """Megatron's static engine as such; it runs without CUDA, too."""
+    """Megatron's static engine as such: the server cannot answer from the dynamic one (0.19.2)."""
     context = StaticInferenceContext(REQUESTS, args.max_position_embeddings)
     wrapped = GPTInferenceWrapper(model, context)
-    controller = TextGenerationController(wrapped, build_tokenizer(args))
+    tokenizer = build_tokenizer(args)
+    if not hasattr(tokenizer._tokenizer, "offsets"):  # Hugging Face's, in 0.19.2
+        tokenizer._tokenizer.offsets = functools.partial(offsets, tokenizer)
+    controller = TextGenerationController(wrapped, tokenizer)
     return StaticInferenceEngine(controller, max_batch_size=REQUESTS, legacy=True)
+
+
+def offsets(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+    """Where in `text` each token begins: the server's answers have a text's segments."""
+    return [len(tokenizer.detokenize(ids[:count])) for count in range(len(ids))]
 
 
 @torch.inference_mode()
