@@ -6,7 +6,7 @@ OUT/rankN.pt; the assertions are in test_engines.py.
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -34,6 +34,7 @@ END = VOCAB - 1
 DYNAMIC_INSIDE = "dynamic engine inside the static one"
 ALONE = 2
 REQUESTS = 8  # the ranks must divide it
+SIZES = {"max_sequence_length": LONGEST, "buffer_size_gb": 0.02, "max_requests": REQUESTS}
 
 
 class Tokenizer:
@@ -107,19 +108,23 @@ def static_engine(model, *, legacy: bool = True):
     )
 
 
+def inference_config(*, max_tokens: int, **options):
+    """Newer releases' config of an engine with pages of `BLOCK` tokens."""
+    from megatron.core.inference.config import InferenceConfig
+
+    return InferenceConfig(**SIZES, max_tokens=max_tokens, block_size_tokens=BLOCK, **options)
+
+
 def dynamic_context(model, *, max_tokens: int = 128, **options):
     """A context with pages of `BLOCK` tokens, in the words of this release."""
     from megatron.core.inference.contexts import DynamicInferenceContext
 
-    sizes = {"max_sequence_length": LONGEST, "buffer_size_gb": 0.02, "max_requests": REQUESTS}
     if has_new_config():
-        from megatron.core.inference.config import InferenceConfig
-
-        config = InferenceConfig(**sizes, max_tokens=max_tokens, block_size_tokens=BLOCK, **options)
+        config = inference_config(max_tokens=max_tokens, **options)
         return DynamicInferenceContext(model.config, config)
     assert not options, options
     named = {
-        **sizes,
+        **SIZES,
         "params_dtype": model.config.params_dtype,
         "num_layers": model.config.num_layers,
         "kv_channels": model.config.kv_channels,
@@ -147,6 +152,16 @@ def dynamic_engine(model, *, chunked: bool = False, **options):
     settings["enable_chunked_prefill"] = chunked
     settings = accepted(DynamicInferenceEngine.__init__, settings)
     return DynamicInferenceEngine(controller_of(model, context), context, **settings)
+
+
+def high_level_api(model):
+    """Newer releases' MegatronLLM around a dynamic engine in this process."""
+    from megatron.core.inference.apis import MegatronLLM
+
+    config = inference_config(max_tokens=128)
+    return MegatronLLM(
+        model=model, tokenizer=Tokenizer(), inference_config=config, use_coordinator=False
+    )
 
 
 def greedy(engine, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
@@ -214,6 +229,7 @@ def features() -> list[str]:
         DYNAMIC_INSIDE: "legacy" in inspect.signature(engines.StaticInferenceEngine).parameters,
         "prefix caching": "enable_prefix_caching" in context,
         "speculative decoding": "num_speculative_tokens" in context,
+        "MegatronLLM": importlib.util.find_spec("megatron.core.inference.apis") is not None,
     }
     return [name for name, is_there in found.items() if is_there]
 
@@ -240,6 +256,8 @@ def engines(model) -> dict:
         engine = dynamic_engine(model, enable_prefix_caching=True)
         result["prefix"] = greedy(engine)
         result["prefix skipped"] = engine._prefill_tokens_skipped
+    if "MegatronLLM" in features():
+        result["MegatronLLM"] = greedy(high_level_api(model))
     return result
 
 

@@ -53,6 +53,7 @@ def test_releases_have_what_is_tested(ranks):
         (16, DYNAMIC_INSIDE),
         (17, "prefix caching"),
         (17, "speculative decoding"),
+        (19, "MegatronLLM"),
     ]
     assert ranks[0]["features"] == [name for since, name in expected if minor >= since]
 
@@ -81,6 +82,13 @@ def test_the_static_engine_around_a_dynamic_one(ranks):
     for rank in ranks:
         assert rank["low"]["has_dynamic_inside"], "Megatron falls back with a warning only"
         assert rank["low"]["static, dynamic inside"] == ranks[0]["low"]["static"]
+
+
+def test_the_high_level_api(ranks):
+    """`MegatronLLM` without a coordinator, every rank calling it."""
+    _needs(ranks, "MegatronLLM")
+    for rank in ranks:
+        assert rank["low"]["MegatronLLM"] == ranks[0]["low"]["dynamic"]
 
 
 @pytest.mark.support("static inference engine")
