@@ -26,8 +26,11 @@ ON = "> low-bit communication: 4 sync points use shaped-hybrid"
 
 
 def _environment() -> dict[str, str]:
-    """Without a checkout: the installed release."""
-    return {name: value for name, value in environment("0.19.2").items() if name != "MEGATRON_LM"}
+    """Without a checkout: the installed release, and what else is on the path."""
+    env = environment("0.19.2")
+    env.pop("MEGATRON_LM", None)
+    env["PYTHONPATH"] += os.pathsep + os.environ.get("PYTHONPATH", "")
+    return env
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,6 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         return _case([SCRIPT, *flags, "--act", name, *more], **settings)
 
     (directory / "other.py").write_text("import sys\nprint('done', sys.argv[1:])\n")
-    (directory / "lowbit_module.py").write_text("import sys\nsys.exit('by itself')\n")
     nowhere = str(directory / "nowhere")
     stats = ["--lowbit-stats", str(directory / "interrupted.json")]
     generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
@@ -66,7 +68,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "interrupt": act("sleep", *FIXED, *stats, interrupt="asleep"),
         "typo": _case([SCRIPT.with_name("megatron_scrip.py"), *flags]),
         "module typo": _case(["-m", "megatron_lowbit.no.such", *flags]),
-        "module": _case(["-m", "lowbit_module"], PYTHONPATH=str(directory)),
+        "module": _case(["-m", "megatron_script", "--help"]),
         "no script": _case(["--lowbit-tp-comm", SCRIPT]),
         "no checkout": _case([SCRIPT, *flags], MEGATRON_LM=nowhere),
         "no megatron.training": _case([directory / "other.py", "--lowbit-tp-comm"]),
@@ -120,9 +122,10 @@ def test_a_script_gives_what_generate_py_gives(flags, ran, tmp_path):
     assert total["calls"] >= 4 * 5, "a pass for the prompts and one for each token"
 
 
-def test_help_has_the_group_once_and_percent_signs_do_no_harm(ran):
-    assert ran["help"]["status"] == [0], ran["help"]
-    (text,) = ran["help"]["out"]
+@pytest.mark.parametrize("how", ["help", "module"])
+def test_help_has_the_group_once_and_percent_signs_do_no_harm(ran, how):
+    assert ran[how]["status"] == [0], ran[how]
+    (text,) = ran[how]["out"]
     assert text.count("low-bit tensor-parallel communication:") == 1
     assert "--lowbit-tp-comm [INDEX_DIR]" in text
     assert "something else than to generate, 100% on purpose" in text
@@ -187,8 +190,6 @@ def test_the_scripts_own_failures_stay_its_own(ran):
     assert ran["raise"]["status"] == [1]
     assert "FileNotFoundError: what the script itself lacks" in ran["raise"]["err"][0]
     assert "Traceback" in ran["raise"]["err"][0]
-    assert ran["module"]["status"] == [1]
-    assert ran["module"]["err"] == ["by itself\n"]
 
 
 def test_the_launcher_explains_itself():
@@ -205,6 +206,8 @@ def test_a_checkouts_own_script(flags, ran):
     checkout = Path(os.environ["MEGATRON_LM"])
     (script,) = checkout.glob("examples/inference/*/gpt_static_inference.py")
     more = ["--micro-batch-size", "1", "--num-tokens-to-generate", "5", "--prompts", *PROMPTS]
+    for package in ("simpy", "six"):  # of its examples or its training, in some releases
+        pytest.importorskip(package)
     if "use_legacy_static_engine" in script.read_text():
         more = ["--use-legacy-static-engine", *more]
     done = torchrun(3, *LAUNCH, script, *flags, *THREE, *FIXED, *more, env=_environment())
