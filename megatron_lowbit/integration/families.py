@@ -34,8 +34,9 @@ _READ = frozenset(
 # Settings that change no logits in inference: training, bookkeeping, text in and out.
 _NEUTRAL = frozenset(
     "initializer_range attention_dropout use_cache pretraining_tp dtype torch_dtype architectures "
-    "model_type transformers_version _name_or_path _attn_implementation tokenizer_class "
-    "bos_token_id eos_token_id pad_token_id is_llama_config transformers.js_config".split()
+    "model_type transformers_version _name_or_path _model_name_or_path _attn_implementation "
+    "tokenizer_class bos_token_id eos_token_id pad_token_id is_llama_config "
+    "transformers.js_config".split()
 )
 # Model types that people will try, and why Megatron-core's GPTModel cannot be them.
 _IMPOSSIBLE = dict.fromkeys(

