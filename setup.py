@@ -28,12 +28,16 @@ def read_readme() -> str:
 
 
 TRITON = ["triton"]
+PATCH = ["unidiff"]  # tools/patchctl.py
 # megatron-core imports the others without declaring them.
-MEGATRON = ["megatron-core>=0.16", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
+MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
+MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib", "pydantic"]
-DEV = ["hypothesis", "pytest", "ruff"]
+# megatron-core's text-generation server imports them without declaring them.
+SERVE = ["flask", "flask-restful"]
+DEV = ["hypothesis", "pytest", "ruff", *PATCH]
 
 setup(
     name="megatron_lowbit",
@@ -56,8 +60,10 @@ setup(
         "megatron": MEGATRON,
         "calibrate": CALIBRATE,
         "triton": TRITON,
+        "patch": PATCH,
         "bench": BENCH,
         "report": REPORT,
+        "serve": SERVE,
         "dev": DEV,
     },
 )

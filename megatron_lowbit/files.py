@@ -41,6 +41,38 @@ def write_atomic(target: Path, data: bytes) -> None:
         staging.unlink(missing_ok=True)
 
 
+def replace_together(contents: dict[Path, bytes]) -> None:
+    """Replace files that exist: all of them, or on any error none. Their modes are kept.
+
+    Each is renamed into place, so a file that is hard-linked into a package manager's cache is
+    replaced here and not changed there.
+    """
+    before = {path: path.read_bytes() for path in contents}
+    staged = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
+    done: list[Path] = []
+    try:
+        for path, data in contents.items():
+            _stage(staged[path], data, path)
+        for path in contents:
+            done.append(path)
+            os.replace(staged[path], path)
+    except BaseException:
+        for path in done:
+            _stage(staged[path], before[path], path)
+            os.replace(staged[path], path)
+        raise
+    finally:
+        for staging in staged.values():
+            staging.unlink(missing_ok=True)
+
+
+def _stage(staging: Path, data: bytes, target: Path) -> None:
+    """Write what shall take `target`'s place, with its mode."""
+    write(staging, data)
+    shutil.copymode(target, staging)
+    flush(staging)
+
+
 def write(path: Path, data: bytes) -> None:
     """Write a file; an error, such as a full disk, names it (the system's own does not)."""
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a Llama-family model from Hugging Face or GGUF into a Megatron-core checkpoint."""
+"""Convert a model from Hugging Face or GGUF into a Megatron-core checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 from megatron_lowbit import cli
 
 EPILOG = """\
-Supported: LlamaForCausalLM, and MistralForCausalLM without a sliding window; Llama-3 rope scaling.
+Supported: Llama (GGUF files too), Mistral, Qwen2, Qwen3 and Gemma (the first), with sliding windows
+and Llama-3 rope scaling. A setting that is not understood is refused by name.
 The checkpoint can be loaded at any tensor-parallel size that divides the heads and KV heads.
 Runs in one process on the CPU and needs memory for the weights once (a GGUF file: once more in
 fp32). What is already at --save is replaced only when the new checkpoint is complete.
@@ -53,7 +54,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Convert, and print how to load the result."""
     options = parse()
-    from megatron_lowbit.integration import convert
+    from megatron_lowbit.integration import convert, translate
 
     args = convert.convert(
         options.model,
@@ -63,7 +64,12 @@ def main() -> None:
         progress=True,
     )
     print(f"wrote {options.save}; to load it:")
-    print("  " + convert.load_flags(args, options.save))
+    print("  " + translate.load_flags(args, options.save))
+    if translate.unsayable(args):
+        print(
+            f"  (only through megatron_lowbit: Megatron's command line cannot say "
+            f"{translate.unsayable(args)})"
+        )
 
 
 if __name__ == "__main__":  # writing a checkpoint starts a process that imports this module

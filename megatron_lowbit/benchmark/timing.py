@@ -1,4 +1,5 @@
-"""Times of collectives that run one after the other on every rank of the default group.
+"""Times of calls that run one after the other: collectives on every rank of the default group, and
+what one process does alone.
 
 Calls follow each other without barriers, as in nccl-tests: a barrier lets the ranks go at times
 that differ by milliseconds on shared cores, and that would be timed. The cases take turns in
@@ -20,6 +21,7 @@ _ROUNDS = 7
 # it.
 _SHORT = 0.05
 _MOST_LEADS = 3
+_MOST_CALLS = 1000  # a turn, in one process: as many events are open on a GPU
 
 Call = Callable[[], object]
 
@@ -61,6 +63,23 @@ def time_calls(
         cases.reverse()  # no case always comes after the same other one
     means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]
     return [_summary(1000 * mean / dist.get_world_size()) for mean in means]
+
+
+def time_alone(calls: list[Call], *, seconds: float, device: torch.device) -> list[Times]:
+    """Time every call in this process alone, each having been made once before.
+
+    Args:
+        calls: The cases, which take turns.
+        seconds: For each case; it is called seven times in any case.
+        device: Where they work: a GPU's times are those on its stream.
+    """
+    once = [_seconds([call] * 2, device)[1].item() for call in calls]
+    turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _MOST_CALLS) for t in once]
+    times = [[] for _ in calls]
+    for _ in range(_ROUNDS):
+        for call, count, mine in zip(calls, turns, times, strict=True):
+            mine.append(_seconds([call] * (1 + count), device)[1:])
+    return [_summary(1000 * torch.cat(mine)) for mine in times]
 
 
 def _seconds(calls: list[Call], device: torch.device) -> torch.Tensor:

@@ -187,11 +187,11 @@ def calibrate(
     ranks, rank = dist.get_world_size(dp_group), dist.get_rank(dp_group)
     starts = range(progress.done, len(sequences), ranks)
     for number, start in enumerate(track(starts), start=1):
-        mine = start + rank
         observations.start()
-        if mine < len(sequences):
-            forward(sequences[mine])
-            observations.require_all()
+        # In the last round a rank may have no sequence of its own. It runs the last one, which is
+        # not counted twice: experts may be spread over these ranks, so all must take part.
+        forward(sequences[min(start + rank, len(sequences) - 1)])
+        observations.require_all()
         in_round = _gather(observations.summaries.to(device), dp_group)
         for offset, summaries in enumerate(in_round[: len(sequences) - start]):
             bad = _first_not_finite(summaries, tp_group)

@@ -23,6 +23,7 @@ import abc
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -74,13 +75,16 @@ class Tables:
             ``scaled-hybrid``).
         scale: fp32 ``[ranks, hidden]``, per rank and feature the value of one quantization step
             (``static-hybrid``) or its size beside other features (``scaled-hybrid``).
-        encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated
-            (``rotated-hybrid`` and its kin).
-        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back.
+        encode_scale: fp32 ``[hidden]``, what a feature is multiplied by before it is rotated, 0
+            for the features of the BF16 index (``rotated-hybrid`` and its kin).
+        decode_scale: fp32 ``[hidden]``, what it is multiplied by after it is turned back, 0 for the
+            features of the BF16 index.
         center: fp32 ``[ranks, hidden]``, what is subtracted from a rank's partial.
         center_sum: fp32 ``[hidden]``, `center` summed in rank order: what is added to the sum.
         of_sum: Tables of the sum over ranks, where they are others than these
             (``static-hybrid`` and ``scaled-hybrid``).
+        folded_index: int64 ``[k]``, where a partial has its BF16 features if the weight that made
+            it has rotated its body (`codecs.folding`); None for partials as Megatron makes them.
     """
 
     codec: str
@@ -93,6 +97,12 @@ class Tables:
     center: Tensor | None = None
     center_sum: Tensor | None = None
     of_sum: "Tables | None" = None
+    folded_index: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Values of a token's partial: the features, and with a folded weight k more behind."""
+        return self.hidden + (0 if self.folded_index is None else self.folded_index.numel())
 
     def to(self, device: torch.device | str) -> "Tables":
         """The same tables on `device`."""
@@ -210,6 +220,10 @@ class Codec(abc.ABC):
         Returns:
             `out`: the same bits wherever the same payloads are decoded.
         """
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        """The module of kernels that serves these tensors; None where plain torch does."""
+        return None
 
     def for_sum(self) -> "Codec":
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""

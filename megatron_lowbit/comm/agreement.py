@@ -29,7 +29,7 @@ def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
         if not dist.is_initialized():
             raise
     if dist.is_initialized():
-        failures = _gather(failure, group)
+        failures = gather_values(failure, group=group)
         for rank, text in enumerate(failures):
             if text is not None:
                 where = "" if all(failures) else f" (found by rank {rank})"
@@ -39,7 +39,7 @@ def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
 
 def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank if `value` is not the same on all ranks."""
-    values = _gather(value, group)
+    values = gather_values(value, group=group)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise LowbitError(
@@ -47,7 +47,15 @@ def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None =
             )
 
 
-def _gather(value: object, group: dist.ProcessGroup | None) -> list:
+def require_some(found: object, failure: str, *, group: dist.ProcessGroup | None = None) -> None:
+    """Raise rank 0's `failure` on every rank if `found` is empty or false on all of them."""
+    failures = gather_values(None if found else failure, group=group)
+    if all(failures):
+        raise LowbitError(failures[0])
+
+
+def gather_values(value: object, *, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's `value`, in rank order."""
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values

@@ -7,6 +7,8 @@ Megatron's function in the same place (`megatron/core/tensor_parallel/mappings.p
 for the all-reduce, an all-gather for the reduce-scatter, a reduce-scatter for the all-gather.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -62,7 +64,8 @@ def all_reduce(
         if choice.collective == "native" and x.is_contiguous():
             return _native(x, group, choice, traffic)
     call = _Call(x, group, codec, tables, collective, traffic)
-    call.in_place = in_place and x.is_contiguous() and not _records(x)
+    whole = call.tables.folded_index is None and x.is_contiguous()
+    call.in_place = in_place and whole and not _records(x)
     return x if call.ranks == 1 else _run(_AllReduce, x, call)
 
 
@@ -74,29 +77,39 @@ def reduce_scatter(
     tables: Tables | None = None,
     collective: str | Chooser = "one-shot",
     traffic: Traffic | None = None,
+    counts: list[int] | None = None,
 ) -> Tensor:
     """Sum `x` over the ranks of `group`; each rank gets its share of the first axis.
 
     Args:
         x: bf16, fp16 or fp32 ``[sequence, ..., hidden]``, of the same shape on every rank; the
-            number of ranks divides `sequence`.
+            number of ranks divides `sequence`, if `counts` is left out.
         group: As for `all_reduce`.
         codec: As for `all_reduce`.
         tables: As for `all_reduce`.
         collective: ``native``: the backend's own. Any other: in low bits, quantized once.
         traffic: Counters to add this call to.
+        counts: How much of the first axis each rank gets, the same on every rank; equal shares if
+            left out. Only in low bits.
 
     Returns:
-        ``[sequence / ranks, ..., hidden]`` of `x`'s dtype: this rank's block of the sum.
+        ``[sequence / ranks, ..., hidden]`` (or ``[counts[rank], ...]``) of `x`'s dtype: this rank's
+        block of the sum.
 
     Raises:
-        LowbitError: As `all_reduce`, or the ranks do not divide `sequence`.
+        LowbitError: As `all_reduce`, or the ranks do not divide `sequence`, or `counts` is not one
+            count a rank that together make `sequence`.
     """
     call = _Call(x, group, codec, tables, collective, traffic)
-    if x.ndim < 2 or x.shape[0] % call.ranks:
+    if x.ndim < 2 or (counts is None and x.shape[0] % call.ranks):
         raise LowbitError(
             f"reduce_scatter needs [sequence, ..., hidden] with a sequence that {call.ranks} ranks "
             f"divide, got {tuple(x.shape)}"
+        )
+    call.counts = [x.shape[0] // call.ranks] * call.ranks if counts is None else counts
+    if len(call.counts) != call.ranks or sum(call.counts) != x.shape[0]:
+        raise LowbitError(
+            f"counts {call.counts} do not split {x.shape[0]} tokens over {call.ranks} ranks"
         )
     return x if call.ranks == 1 else _run(_ReduceScatter, x, call)
 
@@ -146,11 +159,26 @@ class _Call:
                 Settings(collective)  # an unknown one is named
                 raise LowbitError(f"{collective} needs comm.choice.make_chooser, once for a group")
             self.chooser = Chooser(collective)
+        if tables.folded_index is not None:
+            self._check_folded(x)
+
+    def _check_folded(self, x: Tensor) -> None:
+        if self.chooser.mode not in ("one-shot", "two-shot"):
+            raise LowbitError(
+                f"a folded weight's partials are rotated, which {self.chooser.mode} does not undo: "
+                "choose one-shot or two-shot"
+            )
+        if _records(x):
+            raise LowbitError("a folded weight serves inference only: its partial wants gradients")
+
+    def output(self, x: Tensor) -> Tensor:
+        """Where the sum goes: a partial whose weight has rotated it is wider than its sum."""
+        return x.new_empty(*x.shape[:-1], self.tables.hidden)
 
     def count(self, choice: Choice, x: Tensor, payload: int, sent: int, clock: Clock) -> None:
         if self.traffic is not None:
             tokens = x.numel() // x.shape[-1]
-            counters = Counters(1, tokens, x.numel(), payload, sent)
+            counters = Counters(1, tokens, tokens * self.tables.hidden, payload, sent)
             self.traffic.add(choice, counters, clock.stop())
 
     def payload_bytes(self, collective: str, tokens: int) -> int:
@@ -185,8 +213,8 @@ def _check_input(x: Tensor) -> None:
 def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None:
     if tables.codec != codec.name:
         raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
-    if tables.hidden != hidden:
-        raise LowbitError(f"tables are for hidden size {tables.hidden}, the tensor has {hidden}")
+    if tables.width != hidden:
+        raise LowbitError(f"tables are for hidden size {tables.width}, the tensor has {hidden}")
     for by_rank in (tables.scale, tables.center):
         if by_rank is not None and len(by_rank) != ranks:
             raise LowbitError(f"tables are for {len(by_rank)} ranks, the group has {ranks}")
@@ -202,9 +230,9 @@ class _AllReduce(torch.autograd.Function):
             out = x if call.in_place else x.clone(memory_format=torch.contiguous_format)
             return _native(out, call.group, choice, call.traffic)
         clock, partial = Clock(x.device), x.reshape(-1, x.shape[-1])
-        out = x if call.in_place else torch.empty_like(x, memory_format=torch.contiguous_format)
         # In place too: a chunk's sum is written after its partial was encoded.
-        sent = _send(choice.collective, partial, call, out.view(partial.shape))
+        out = x if call.in_place else call.output(x)
+        sent = _send(choice.collective, partial, call, out.view(len(partial), call.tables.hidden))
         payload = call.payload_bytes(choice.collective, len(partial))
         call.count(choice, x, payload, sent, clock)
         return out
@@ -243,27 +271,38 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, call):
         if ctx is not None:
-            ctx.group = call.group
+            ctx.group, ctx.counts = call.group, call.counts
         clock, choice = Clock(x.device), call.chooser.reduce_scatter(x.numel())
-        out = x.new_empty(x.shape[0] // call.ranks, *x.shape[1:])
+        out = call.output(x[: call.counts[dist.get_rank(call.group)]])
         if choice.collective == "native reduce-scatter":
+            if len(set(call.counts)) > 1:
+                raise LowbitError(f"native reduce-scatter cannot split by {call.counts}")
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()
             call.count(choice, x, size, size * (call.ranks - 1) // call.ranks, clock)
             return out
+        rows = math.prod(x.shape[1:-1])  # of codecs, for one step along the first axis
         partial = x.reshape(-1, x.shape[-1])
-        rows = out.view(len(partial) // call.ranks, x.shape[-1])
         sent = sequence.reduce_scatter(
-            partial, call.tables, codec=call.codec, group=call.group, out=rows
+            partial,
+            call.tables,
+            codec=call.codec,
+            group=call.group,
+            counts=[count * rows for count in call.counts],
+            out=out.view(-1, out.shape[-1]),
         )
         call.count(choice, x, call.payload_bytes(choice.collective, len(partial)), sent, clock)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        ranks = dist.get_world_size(ctx.group)
-        full = grad.new_empty(ranks * grad.shape[0], *grad.shape[1:])
-        transport.native_all_gather(full, grad.contiguous(), group=ctx.group)
+        most = max(ctx.counts)
+        mine = torch.nn.functional.pad(grad, [0, 0] * (grad.ndim - 1) + [0, most - len(grad)])
+        full = grad.new_empty(len(ctx.counts) * most, *grad.shape[1:])
+        transport.native_all_gather(full, mine.contiguous(), group=ctx.group)
+        if any(count < most for count in ctx.counts):
+            blocks = zip(full.split(most), ctx.counts, strict=True)
+            full = torch.cat([block[:count] for block, count in blocks])
         return full, None
 
 

@@ -5,6 +5,7 @@ One quantization. `all_gather` is the counterpart, which brings every rank's tok
 bits, for the input of the next column-parallel layer.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -15,27 +16,39 @@ _SLOTS = 3
 
 
 def reduce_scatter(
-    partial: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup, out: Tensor
+    partial: Tensor,
+    tables: Tables,
+    *,
+    codec: Codec,
+    group: dist.ProcessGroup,
+    counts: list[int],
+    out: Tensor,
 ) -> int:
     """Sum `partial` over the ranks of `group`, each rank its own block of tokens.
 
     Args:
-        partial: Floating point ``[tokens, hidden]``, the same shape on every rank; `ranks` divides
-            the tokens.
+        partial: Floating point ``[tokens, hidden]``, the same shape on every rank.
         tables: Of this sync point, the same on every rank.
         codec: The same on every rank.
         group: Any backend that exchanges uint8.
-        out: ``[tokens / ranks, hidden]`` of any float dtype: the sum of tokens
-            ``[rank * tokens / ranks, (rank + 1) * tokens / ranks)``.
+        counts: Tokens of each rank's block, in order; the same on every rank.
+        out: ``[counts[rank], hidden]`` of any float dtype: the sum of this rank's block.
 
     Returns:
         The bytes that this rank sent.
     """
-    ranks, hidden = dist.get_world_size(group), partial.shape[1]
-    blocks = partial.view(ranks, -1, hidden) if len(partial) else partial.view(ranks, 0, hidden)
-    spans = chunks(len(out), hidden, 1)
+    blocks = partial.split(counts)
+    spans = chunks(max(counts), partial.shape[1], 1)
     return run(
-        _reduce_steps(blocks[:, a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
+        _reduce_steps(
+            # Where it is all in one chunk the blocks are together already.
+            partial if len(spans) == 1 else torch.cat([block[a:b] for block in blocks]),
+            [len(block[a:b]) for block in blocks],
+            tables,
+            codec,
+            Channel(group, i % _SLOTS),
+            out[a:b],
+        )
         for i, (a, b) in enumerate(spans)
     )
 
@@ -66,12 +79,11 @@ def all_gather(
 
 
 def _reduce_steps(
-    blocks: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
+    rows: Tensor, counts: list[int], tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
-    tokens = blocks.shape[0] * blocks.shape[1]
-    exchange = channel.exchange(tokens, codec.row_bytes(tables), blocks.device)
+    exchange = channel.exchange_blocks(counts, codec.row_bytes(tables), rows.device)
     yield
-    yield exchange.send(codec.encode(blocks.flatten(0, 1), tables, rank=channel.rank))
+    yield exchange.send(codec.encode(rows, tables, rank=channel.rank))
     codec.decode_sum(exchange.received, tables, out=out)
 
 

@@ -30,10 +30,10 @@ def simulated_all_reduce(
     """
     clock = Clock(partials.device)
     ranks, rows = len(partials), partials.flatten(1, -2)
-    tokens, hidden = rows.shape[1:]
+    tokens, width = rows.shape[1:]
     payloads = torch.stack([codec.encode(row, tables, rank=r) for r, row in enumerate(rows)])
     payload = tokens * codec.row_bytes(tables)
-    out = torch.empty_like(rows[0])
+    out = rows.new_empty(tokens, tables.hidden)
     if collective == "one-shot":
         codec.decode_sum(payloads, tables, out=out)
         sent = (ranks - 1) * payload
@@ -42,11 +42,11 @@ def simulated_all_reduce(
         of_sum = codec.reduce_encode(payloads, tables)
         sum_codec.decode_sum(of_sum[None], sum_tables, out=out)
         sum_row = sum_codec.row_bytes(sum_tables)
-        sent = _sent_in_two_shot(tokens, hidden, ranks, codec.row_bytes(tables), sum_row)
+        sent = _sent_in_two_shot(tokens, width, ranks, codec.row_bytes(tables), sum_row)
         payload = (payload + tokens * sum_row) // 2
-    counters = Counters(1, tokens, tokens * hidden, payload, sent)
+    counters = Counters(1, tokens, out.numel(), payload, sent)
     traffic.add(Choice(collective, "fixed"), counters, clock.stop())
-    return out.view(partials.shape[1:])
+    return out.view(*partials.shape[1:-1], tables.hidden)
 
 
 def _sent_in_two_shot(tokens: int, hidden: int, ranks: int, row: int, sum_row: int) -> int:

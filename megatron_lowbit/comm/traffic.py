@@ -1,7 +1,7 @@
 """Accounting: what went through a sync point, by which collective, why, and how long it took."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,7 +12,8 @@ class Choice:
 
     Attributes:
         collective: ``native``, ``one-shot``, ``two-shot``, ``hierarchical`` or ``reduce-scatter``.
-        why: ``fixed``, or what `auto` went by.
+        why: ``fixed``, or what `auto` went by; for calls that a CUDA graph captured, whose replays
+            no one counts, it says so.
     """
 
     collective: str
@@ -64,6 +65,8 @@ class Traffic:
 
     def add(self, choice: Choice, counters: Counters, clock: "Clock") -> None:
         """Count one call."""
+        if clock.is_captured:
+            choice = replace(choice, why=f"{choice.why}, in a CUDA graph: replays are not counted")
         entry = self._by_choice.get(choice)
         if entry is None:
             entry = self._by_choice[choice] = Counters()
@@ -95,10 +98,11 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._events = None
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        self._on_gpu = device.type == "cuda"
+        self.is_captured = self._on_gpu and torch.cuda.is_current_stream_capturing()
+        if self._on_gpu and not self.is_captured:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
-        self._on_gpu = device.type == "cuda"
         self._start, self._stop = time.perf_counter(), 0.0
 
     def stop(self) -> "Clock":

@@ -54,6 +54,12 @@ class Channel:
     def exchange(self, tokens: int, row_bytes: int, device: torch.device) -> "Transfer":
         """Each rank is to get its own tokens (`owned`) from all."""
         counts = [stop - start for start, stop in owned(tokens, self.ranks)]
+        return self.exchange_blocks(counts, row_bytes, device)
+
+    def exchange_blocks(
+        self, counts: list[int], row_bytes: int, device: torch.device
+    ) -> "Transfer":
+        """Each rank is to get its own block of `counts` tokens from all."""
         return Transfer(self, "exchange", counts, counts[self.rank], row_bytes, device)
 
     def gather(self, rows: int, row_bytes: int, device: torch.device) -> "Transfer":

@@ -78,7 +78,7 @@ def this_machine(group: dist.ProcessGroup | None = None) -> dict[str, str]:
     backend = str(dist.get_backend(group))
     if "nccl" in backend and torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "backend": backend}
-    return {"device": f"{_cpu_name()}, {torch.get_num_threads()} threads", "backend": backend}
+    return {"device": f"{cpu_name()}, {torch.get_num_threads()} threads", "backend": backend}
 
 
 def write_tuning(tuning: Tuning, path: Path) -> None:
@@ -153,7 +153,7 @@ def _points(raw: list) -> Points:
     return points
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name: Linux says it in /proc/cpuinfo only."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -15,11 +15,12 @@ from torch import nn
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
-from megatron_lowbit.integration.apply import Handle, apply
+from megatron_lowbit.integration.apply import apply
+from megatron_lowbit.integration.handle import Handle
 from megatron_lowbit.integration.stats import write_stats
 
 _BESIDE_CHECKPOINT = ""
@@ -85,6 +86,19 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "many bits (default: native BF16)",
     )
     group.add_argument(
+        "--lowbit-fold",
+        action="store_true",
+        default=None,
+        help="fold the rotations into the weights, for one-shot and two-shot: cheaper to encode, a "
+        "little more error, the original weights kept in host memory",
+    )
+    group.add_argument(
+        "--lowbit-experts",
+        metavar="BITS",
+        help="also sum routed experts' outputs in so many bits, where the token dispatcher sums "
+        "them (default: native)",
+    )
+    group.add_argument(
         "--lowbit-stats",
         metavar="FILE",
         help="write calls, bytes, time and choices of rank 0 as JSON when the script ends",
@@ -134,7 +148,8 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         return None
     settings_from_args(args)
     bits = parse_bits(args.lowbit_bits)
-    _all_gather_bits(args)
+    _bits_of("--lowbit-all-gather", args.lowbit_all_gather)
+    _bits_of("--lowbit-experts", args.lowbit_experts)
     if args.lowbit_stats is not None:
         if Path(args.lowbit_stats).is_dir():
             raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
@@ -191,18 +206,23 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         codec=args.lowbit_codec,
         bits=parse_bits(args.lowbit_bits),
         collective=settings_from_args(args),
-        all_gather_bits=_all_gather_bits(args),
+        all_gather_bits=_bits_of("--lowbit-all-gather", args.lowbit_all_gather),
+        experts_bits=_bits_of("--lowbit-experts", args.lowbit_experts),
         recipe=args.lowbit_recipe,
+        fold=bool(args.lowbit_fold),
     )
+    lines = dict(reversed(gather_values((handle.layers, str(handle)))))
     if dist.get_rank() == 0:
-        print(f"> {handle}", flush=True)
+        for layers in sorted(lines):  # a line for each pipeline stage
+            print(f"> {lines[layers]}", flush=True)
         if args.lowbit_stats is not None:
             atexit.register(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
     return handle
 
 
-def _all_gather_bits(args: argparse.Namespace) -> int | None:
-    bits = _number("--lowbit-all-gather", args.lowbit_all_gather)
+def _bits_of(flag: str, text: str | None) -> int | None:
+    """Bits of an option that goes by the default codec without calibration."""
+    bits = _number(flag, text)
     if bits is not None:
         get_codec(bits=bits)
     return bits

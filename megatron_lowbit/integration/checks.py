@@ -13,6 +13,15 @@ def refuse_pipeline(args: argparse.Namespace) -> None:
         if getattr(args, name) > 1:
             flag = "--" + name.replace("_", "-")
             raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
+    experts = args.expert_model_parallel_size
+    whole = args.tensor_model_parallel_size // (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
+    if experts > max(whole, 1):
+        raise LowbitError(
+            f"--expert-model-parallel-size {experts} spreads experts over data-parallel ranks, "
+            f"which run texts of their own here: pass {max(whole, 1)}"
+        )
 
 
 def feature_count(text: str | None, hidden: int, codec: Codec) -> int:

@@ -16,7 +16,7 @@ from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import CodecChoice, Recipe, override, read_rules
 from megatron_lowbit.codecs import Codec, Tables, get_codec
-from megatron_lowbit.errors import IndexFileError, LowbitError
+from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.integration.sync_points import SyncPoint, fingerprint, transformer_layers
 
 MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
@@ -24,7 +24,7 @@ MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_he
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the sync points of this rank get.
+    """What the sync points of this rank get: none where its pipeline stage has no low bits.
 
     Attributes:
         points: Those that run in low bits.
@@ -72,7 +72,7 @@ def choose(
 
     Args:
         model: The model that the index must be for.
-        points: Its sync points on this rank.
+        points: Its sync points on this rank, if any.
         index_dir: An index or its directory.
         codec: The same codec everywhere instead of the index's recipe or codec.
         bits: The same bits everywhere instead of the index's.
@@ -86,6 +86,8 @@ def choose(
     if rules is not None:
         recipe = override(recipe, read_rules(rules), origin=str(rules))
         origin += f" and {Path(rules).name}"
+    if not points:
+        return Chosen([], [], [], {}, origin)
     ranks = dist.get_world_size(points[0].group)
     used = {choice for choice in recipe.values() if not choice.is_native}
     check_index(index, model, [choice.make() for choice in used], ranks)
@@ -98,8 +100,6 @@ def choose(
         low.append(point)
         codecs.append(choice.make())
         tables.append(tables_for(index, point, choice, ranks))
-    if not low:
-        raise LowbitError(f"{rules} leaves no sync point of these layers in low bits")
     return Chosen(low, codecs, tables, native, origin)
 
 

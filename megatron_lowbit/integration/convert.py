@@ -1,4 +1,4 @@
-"""Llama-family models from Hugging Face or GGUF files to Megatron-core checkpoints.
+"""Models from Hugging Face or GGUF files to Megatron-core checkpoints.
 
 One process, no GPU and no torchrun: the weights go into a GPTModel on the CPU, which writes itself
 as a torch_dist checkpoint, the format that any tensor-parallel size can load. The checkpoint holds
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ import torch
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import atomic_directory
 from megatron_lowbit.integration.cpu import enable_cpu
-from megatron_lowbit.integration.llama_source import (
-    Architecture,
+from megatron_lowbit.integration.families import Architecture
+from megatron_lowbit.integration.hf_source import (
     Weights,
     load_tokenizer,
     open_weights,
@@ -30,98 +29,15 @@ from megatron_lowbit.integration.llama_source import (
 )
 from megatron_lowbit.integration.megatron_args import TRACKER
 from megatron_lowbit.integration.quiet import quiet
+from megatron_lowbit.integration.translate import (
+    DTYPES,
+    layer_weights,
+    megatron_args,
+    outer_weights,
+)
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What a converted checkpoint's directory holds, with what calibration adds.
 _OURS = {TRACKER, "release", "tokenizer", "lowbit", ".lowbit.partial"}
-VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
-
-
-def layer_weights(get: Weights, arch: Architecture, layer: int) -> dict[str, torch.Tensor]:
-    """Megatron's parameters of one transformer layer.
-
-    Megatron stores `linear_qkv` by query group, `[q of the group | k | v]`, and `linear_fc1` as
-    `[gate | up]`, so that an even split of the rows is a tensor-parallel split.
-    """
-    source = f"model.layers.{layer}."
-
-    def by_group(name: str) -> torch.Tensor:
-        weight = get(f"{source}self_attn.{name}_proj.weight")
-        return weight.reshape(arch.kv_heads, -1, arch.hidden)
-
-    qkv = torch.cat([by_group(name) for name in "qkv"], dim=1).reshape(-1, arch.hidden)
-    gate_up = [get(f"{source}mlp.{name}_proj.weight") for name in ("gate", "up")]
-    target = f"decoder.layers.{layer}."
-    return {
-        f"{target}input_layernorm.weight": get(f"{source}input_layernorm.weight"),
-        f"{target}self_attention.linear_qkv.weight": qkv,
-        f"{target}self_attention.linear_proj.weight": get(f"{source}self_attn.o_proj.weight"),
-        f"{target}pre_mlp_layernorm.weight": get(f"{source}post_attention_layernorm.weight"),
-        f"{target}mlp.linear_fc1.weight": torch.cat(gate_up),
-        f"{target}mlp.linear_fc2.weight": get(f"{source}mlp.down_proj.weight"),
-    }
-
-
-def outer_weights(get: Weights, arch: Architecture) -> dict[str, torch.Tensor]:
-    """Megatron's parameters outside the layers, before padding."""
-    weights = {
-        "embedding.word_embeddings.weight": get("model.embed_tokens.weight"),
-        "decoder.final_layernorm.weight": get("model.norm.weight"),
-    }
-    if not arch.tied:
-        weights["output_layer.weight"] = get("lm_head.weight")
-    return weights
-
-
-def megatron_args(
-    arch: Architecture, *, ranks: int, dtype: str, tokenizer: Path
-) -> argparse.Namespace:
-    """Megatron's arguments for the model, as `--use-checkpoint-args` reads them."""
-    multiple = VOCAB_MULTIPLE * ranks
-    return argparse.Namespace(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden,
-        ffn_hidden_size=arch.ffn,
-        num_attention_heads=arch.heads,
-        group_query_attention=arch.kv_heads != arch.heads,
-        num_query_groups=arch.kv_heads,
-        kv_channels=arch.head_dim,
-        seq_length=arch.max_positions,
-        max_position_embeddings=arch.max_positions,
-        position_embedding_type="rope",
-        add_position_embedding=True,
-        use_rotary_position_embeddings=True,
-        rotary_base=arch.rope_theta,
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        use_rope_scaling=arch.rope_factor is not None,
-        rope_scaling_factor=arch.rope_factor or 8.0,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_epsilon,
-        norm_epsilon=arch.norm_epsilon,  # its name before megatron-core 0.17
-        apply_layernorm_1p=False,
-        swiglu=True,
-        squared_relu=False,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        qk_layernorm=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        apply_query_key_layer_scaling=False,
-        untie_embeddings_and_output_weights=not arch.tied,
-        vocab_size=arch.vocab,
-        make_vocab_size_divisible_by=VOCAB_MULTIPLE,
-        padded_vocab_size=-(-arch.vocab // multiple) * multiple,
-        tokenizer_type="HuggingFaceTokenizer",
-        tokenizer_model=str(tokenizer),
-        tensor_model_parallel_size=ranks,
-        pipeline_model_parallel_size=1,
-        bf16=dtype == "bf16",
-        fp16=dtype == "fp16",
-        params_dtype=DTYPES[dtype],
-        ckpt_format="torch_dist",
-        iteration=0,
-    )
 
 
 def convert(
@@ -234,7 +150,7 @@ def single_process_group() -> Iterator[None]:
 
 
 def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
-    """An empty GPTModel on the CPU.
+    """An empty GPTModel on the CPU, with the parameters that `arch` has; it is never run.
 
     Its local layers store the same keys as Transformer Engine's: Megatron maps the norms.
     """
@@ -252,15 +168,18 @@ def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
         normalization="RMSNorm",
         layernorm_epsilon=arch.norm_epsilon,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.family.qkv_bias,
+        qk_layernorm=arch.family.qk_norm,
         params_dtype=args.params_dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
     )
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=arch.family.qk_norm
+        ),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=arch.max_positions,
         position_embedding_type="rope",
@@ -293,15 +212,3 @@ def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress:
         put(layer_weights(get, arch, layer))
     get.check_all_used()
     assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"
-
-
-def load_flags(args: argparse.Namespace, save: str | os.PathLike) -> str:
-    """The Megatron arguments that load the checkpoint, for a user to copy."""
-    flags = ["--load", json.dumps(str(save)) if " " in str(save) else str(save)]
-    flags += ["--use-checkpoint-args", "--ckpt-format torch_dist"]
-    flags += [f"--tensor-model-parallel-size {args.tensor_model_parallel_size}"]
-    flags += [f"--norm-epsilon {args.layernorm_epsilon}"]
-    if args.use_rope_scaling:
-        flags += [f"--use-rope-scaling --rope-scaling-factor {args.rope_scaling_factor}"]
-    flags += [name for name in ("--bf16", "--fp16") if getattr(args, name[2:])]
-    return " ".join(flags)

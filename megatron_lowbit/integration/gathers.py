@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_gather
 from megatron_lowbit.comm.traffic import Traffic
-from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.compat import ALL_GATHERS, require
 from megatron_lowbit.integration.sync_points import transformer_layers
 
 
@@ -69,15 +69,20 @@ class GatherAttachment:
         self.gatherers, self._hooks = [], []
 
 
-def find_gathers(model: nn.Module | Iterable[nn.Module], bits: int) -> list[Gatherer]:
+def find_gathers(model: nn.Module | Iterable[nn.Module], bits: int | None) -> list[Gatherer]:
     """A gatherer for each column-parallel linear that gathers its input along the sequence.
 
+    None where `bits` is None: then Megatron's own all-gather stays.
+
     Raises:
-        LowbitError: There is none, or `rotated-hybrid` has no version of `bits` bits.
+        LowbitError: `rotated-hybrid` has no version of `bits` bits.
     """
+    if bits is None:
+        return []
+    require(ALL_GATHERS)
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    found = [
+    return [
         Gatherer(number, name, module, bits)
         for number, layer in sorted(transformer_layers(model).items())
         for name, module in layer.named_modules()
@@ -85,9 +90,3 @@ def find_gathers(model: nn.Module | Iterable[nn.Module], bits: int) -> list[Gath
         and module.sequence_parallel
         and not module.explicit_expert_comm
     ]
-    if not found:
-        raise LowbitError(
-            "--lowbit-all-gather has nothing to gather: it is for models with --sequence-parallel "
-            "and the local spec"
-        )
-    return found

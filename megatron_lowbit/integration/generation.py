@@ -72,7 +72,7 @@ def generate(
     )
     with quiet(), _no_padding_tokens(args, model, tokenizer), _engine_active():
         engine = _engine(model, tokenizer, len(prompts), length, seed)
-        requests = engine.generate(prompts=list(prompts), sampling_params=sampling)
+        requests = _run(engine, tokenizer, prompts, sampling)
     return [_generation(request, tokenizer) for request in requests]
 
 
@@ -103,6 +103,21 @@ def _engine(model, tokenizer, batch: int, length: int, seed: int):
         random_seed=seed,
         legacy=True,
     )
+
+
+def _run(engine: Any, tokenizer: Any, prompts: list[str], sampling: Any) -> list[Any]:
+    """The finished requests, in the order of `prompts`.
+
+    As `engine.generate` does it, which takes off the begin-of-text that a tokenizer put before a
+    prompt, and does not pass on its own `add_BOS` (0.19.2).
+    """
+    begins = [tokenizer.tokenize(prompt)[0] == tokenizer.bos for prompt in prompts]
+    requests = [
+        engine.add_request(prompt=prompt, add_BOS=begin, sampling_params=sampling)
+        for prompt, begin in zip(prompts, begins, strict=True)
+    ]
+    engine.run_engine()
+    return [engine.scheduler.completed_request_pool[request] for request in requests]
 
 
 def _generation(request: Any, tokenizer: Any) -> Generation:

@@ -25,6 +25,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import hooks, megatron_args
 from megatron_lowbit.integration.bindings import rebind
 from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu_attention import enable_cpu_engines
 from megatron_lowbit.integration.cpu_training import enable_cpu_training
 
 _CHECKOUT = "MEGATRON_LM"
@@ -59,6 +60,7 @@ class Launch:
 
         if on_cpu:
             enable_cpu_training()
+            enable_cpu_engines()
         arguments.add_megatron_arguments = self._with_group(arguments.add_megatron_arguments)
         rebind(checkpointing.load_checkpoint, self._with_low_bits(checkpointing.load_checkpoint))
         self._see_early_exit()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.families import ACTIVATIONS
 from megatron_lowbit.integration.quiet import quiet
 
 _KV_BUFFER = "inference_dynamic_batching_buffer_size_gb"
@@ -35,7 +38,8 @@ _RESTORED = (
     "rope_type rotary_scaling_factor mscale mscale_all_dim yarn_original_max_position_embeddings "
     "yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int "
     "moe_shared_expert_gate moe_router_num_groups moe_router_group_topk moe_apply_probs_on_input "
-    "use_mup mup_embedding_mult mup_output_mult mup_width_mult mup_attn_scale_power "
+    "use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult "
+    "mup_attn_scale_power mup_base_head_dim gated_linear_unit activation_func "
     "experimental_attention_variant make_vocab_size_divisible_by vocab_size"
 ).split()
 # The name an argument had in checkpoints of older releases.
@@ -171,6 +175,10 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     check_checkpoint_dir(args.load)
+    files = legacy.rank_files(args)
+    legacy.check_files(files)
+    if args.ckpt_format in ("torch", "torch_dist"):  # what is there, not what a default says
+        args.ckpt_format = "torch" if files else "torch_dist"
     args.use_checkpoint_args = True
     if "tokenizer_model" in given:
         args.use_tokenizer_model_from_checkpoint_args = False
@@ -183,10 +191,15 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
         value = getattr(saved, name, getattr(saved, _OLD_NAMES.get(name, name), None))
         if value is not None and name not in given:
             setattr(args, name, value)
+    if isinstance(getattr(args, "activation_func", None), str):
+        # Megatron's parser has no argument for it, but its model builder takes the function.
+        args.activation_func = ACTIVATIONS[args.activation_func]
     if not given & {"bf16", "fp16"}:
         args.bf16, args.fp16 = getattr(saved, "bf16", False), getattr(saved, "fp16", False)
     if "tensor_model_parallel_size" not in given:
         args.tensor_model_parallel_size = getattr(saved, "tensor_model_parallel_size", 1)
+    if files:
+        legacy.check_sizes(files, args, saved)
     _fit_vocabulary(args)
     beside = Path(args.load) / "tokenizer"
     if args.tokenizer_model and not Path(args.tokenizer_model).exists() and beside.is_dir():
@@ -252,7 +265,7 @@ def check_parallel_sizes(args: argparse.Namespace) -> None:
 def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
     """Chooses local layers unless asked otherwise, and switches off what they or a CPU lack.
 
-    Transformer Engine's row-parallel layers reduce inside themselves, out of our reach.
+    Transformer Engine's layers, which need CUDA, work too where they are asked for.
     """
     on_cpu = not torch.cuda.is_available()
     if on_cpu and "transformer_impl" in given and args.transformer_impl != "local":
@@ -279,4 +292,6 @@ def _validate(args: argparse.Namespace) -> None:
         with quiet():
             validate_args(args, {})
     except AssertionError as error:
-        raise LowbitError(f"Megatron refuses these arguments: {error}") from error
+        # Many of its assertions say nothing: then their code does.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise LowbitError(f"Megatron refuses these arguments: {reason}") from error

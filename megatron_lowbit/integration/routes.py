@@ -6,11 +6,18 @@ in order; the first that takes a module serves it. To support another kind of li
 and add it there.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from megatron_lowbit.integration.shared_experts import OverlapRoute
+from megatron_lowbit.integration.transformer_engine import (
+    InferenceOptimizedRoute,
+    TransformerEngineRoute,
+)
 
 # (partial, whether to scatter the sum along the sequence) -> the sum, or this rank's part of it.
 Reducer = Callable[[Tensor, bool], Tensor]
@@ -71,6 +78,34 @@ class LocalRoute:
         return undo
 
 
+class PatchedRoute(LocalRoute):
+    """The same class in a Megatron with patches/row_parallel_hook.patch.
+
+    Its `forward` then calls the module's `lowbit_reduce`, where there is one, in the place of its
+    own reduction and before it adds a bias: nothing needs to be muted.
+    """
+
+    def takes(self, module: nn.Module) -> bool:
+        # By the code that would run: a subclass with a forward of its own need not call the hook.
+        return super().takes(module) and "lowbit_reduce" in _constants(type(module).forward)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return None
+
+    def is_muted(self, module: nn.Module) -> bool:
+        return super().is_muted(module) or getattr(module, "lowbit_reduce", None) is not None
+
+    def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
+        # A function, as a forward hook is: a reducer of class nn.Module would become a submodule.
+        module.lowbit_reduce = lambda partial, scatter: reduce(partial, scatter)
+        return lambda: delattr(module, "lowbit_reduce")
+
+
+def _constants(function: Callable) -> tuple:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code.co_consts if code else ()
+
+
 def summed_by(reduce: Reducer):
     """A forward hook that sums the partial of a linear's ``(partial, bias)`` by `reduce`."""
 
@@ -82,7 +117,15 @@ def summed_by(reduce: Reducer):
     return hook
 
 
-ROUTES: tuple[Route, ...] = (LocalRoute(),)
+# The first that takes a module serves it. A linear of overlapped shared experts is of another kind,
+# too, a patched linear is a local one, and an inference-optimized linear is Transformer Engine's.
+ROUTES: tuple[Route, ...] = (
+    OverlapRoute(),
+    PatchedRoute(),
+    LocalRoute(),
+    InferenceOptimizedRoute(),
+    TransformerEngineRoute(),
+)
 
 
 def route_of(module: nn.Module) -> Route | None:

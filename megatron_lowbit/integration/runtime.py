@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from torch import nn
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.integration import legacy
 from megatron_lowbit.integration.cpu_training import initialize_cpu_parallel
 from megatron_lowbit.integration.forward import logits
+from megatron_lowbit.integration.hybrid import local_final_norm, local_stack_spec
 from megatron_lowbit.integration.megatron_args import reading_checkpoint
 from megatron_lowbit.integration.quiet import quiet
 
@@ -85,21 +88,30 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     Returns:
         This rank's part of the model in eval mode, in `args.params_dtype`, on the GPU or CPU. As
         Megatron's own tools do it: wrapped in `Float16Module` for bf16 and fp16 (it turns logits
-        into fp32), a bare `GPTModel` for fp32; `megatron.core.utils.unwrap_model` takes the wrapper
-        off. Random weights where `args.load` is None.
+        into fp32), a bare `GPTModel` or `HybridModel` for fp32; `megatron.core.utils.unwrap_model`
+        takes the wrapper off. Random weights where `args.load` is None.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.checkpointing import load_checkpoint
 
-    with quiet():
+    with quiet(), local_final_norm():
         groups = ProcessGroupCollection.use_mpu_process_groups()
         chunks = _builder(args).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
+        if len(chunks) != 1:
+            raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
         if args.load is not None:
-            with reading_checkpoint(args.load):
+            with reading_checkpoint(args.load), _taking_weights(args, chunks[0]):
                 load_checkpoint(chunks, None, None)
-    if len(chunks) != 1:
-        raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
     return chunks[0].eval()
+
+
+def _taking_weights(args: argparse.Namespace, chunk: nn.Module) -> AbstractContextManager:
+    """What makes sure that `chunk` gets all its weights, where Megatron does not."""
+    from megatron.core.utils import unwrap_model
+
+    if not legacy.rank_files(args):
+        return nullcontext()
+    return legacy.whole(unwrap_model(chunk), args.load)
 
 
 def _builder(args: argparse.Namespace):
@@ -107,7 +119,12 @@ def _builder(args: argparse.Namespace):
     from megatron.training import argument_utils, models
 
     if getattr(args, "hybrid_layer_pattern", None):
-        raise LowbitError("hybrid models are not supported yet: their layers need CUDA kernels")
+        config = argument_utils.hybrid_config_from_args(args)
+        if args.transformer_impl == "local" and config.hybrid_stack_spec is None:
+            config.hybrid_stack_spec = local_stack_spec(
+                config.transformer, args.hybrid_layer_pattern
+            )
+        return models.HybridModelBuilder(config)
     config = argument_utils.gpt_config_from_args(args)
     # gpt_config_from_args (0.19.2) forgets it and leaves 8, which is wrong for Llama 3.2 (32).
     config.rope_scaling_factor = args.rope_scaling_factor

@@ -28,6 +28,7 @@ from megatron_lowbit.codecs.base import sum_in_rank_order
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.routes import LocalRoute, route_of
 from megatron_lowbit.integration.summing import CountingReducer, OverRanks, Summing, Watch
 from megatron_lowbit.integration.sync_points import SyncPoint, find_sync_points
 
@@ -60,7 +61,7 @@ class Simulated:
     """Sync points whose partials are all made here; from now on the model sums these.
 
     Raises:
-        LowbitError: `ranks` does not divide a contraction.
+        LowbitError: A layer is not of the local spec, or `ranks` does not divide a contraction.
     """
 
     is_simulated = True
@@ -69,6 +70,11 @@ class Simulated:
         self.points = points
         self.ranks = self.here = ranks
         for point in points:
+            if not isinstance(route_of(point.module), LocalRoute):
+                raise LowbitError(
+                    f"--simulate-tp needs the local spec (--transformer-impl local): {point} is a "
+                    f"{type(point.module).__name__}"
+                )
             if point.module.input_size % ranks:
                 raise LowbitError(
                     f"--simulate-tp {ranks} does not divide the {point.module.input_size} inputs "

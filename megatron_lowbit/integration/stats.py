@@ -6,11 +6,13 @@
                                    "tokens": 523, "values": ..., "payload_bytes": ...,
                                    "sent_bytes": ..., "seconds": ...}]}, ...],
      "all_gathers": [...],      likewise, with --lowbit-all-gather
+     "experts": [...],          likewise, with --lowbit-experts
      "total": [...]}            choices of all together
 
 Numbers are this rank's. Sent bytes are what the payloads really took; for native, which does not
 tell, those of a ring. Seconds are wall time on a CPU, waiting for other ranks included, and time on
-the stream on a GPU (none for calls inside a CUDA graph).
+the stream on a GPU. A call inside a CUDA graph counts once, when it is captured, without seconds,
+and its "why" says so.
 """
 
 import json
@@ -34,16 +36,19 @@ class Counted:
     traffic: Traffic
 
 
-def stats(sync_points: Iterable[Counted], all_gathers: Iterable[Counted]) -> dict:
+def stats(
+    sync_points: Iterable[Counted], all_gathers: Iterable[Counted], experts: Iterable[Counted]
+) -> dict:
     """The counters of all modules, and of all together."""
-    sync_points, all_gathers = list(sync_points), list(all_gathers)
+    sync_points, all_gathers, experts = list(sync_points), list(all_gathers), list(experts)
     together: dict[Choice, Counters] = {}
-    for one in (*sync_points, *all_gathers):
+    for one in (*sync_points, *all_gathers, *experts):
         for choice, counters in one.traffic.by_choice.items():
             together.setdefault(choice, Counters()).add(counters)
     return {
         "sync_points": [_entry(one) for one in sync_points],
         "all_gathers": [_entry(one) for one in all_gathers],
+        "experts": [_entry(one) for one in experts],
         "total": _choices(together),
     }
 

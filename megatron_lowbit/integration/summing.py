@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.codecs.base import sum_in_rank_order
 from megatron_lowbit.comm.traffic import Traffic
-from megatron_lowbit.integration.apply import Reducer
+from megatron_lowbit.integration.compat import OBSERVATION, require
+from megatron_lowbit.integration.handle import Reducer
 from megatron_lowbit.integration.sync_points import Attachment, SyncPoint
 
 # (number of the sync point, what it has here, its native sum)
@@ -74,6 +75,7 @@ class OverRanks:
     is_simulated = False
 
     def __init__(self, points: list[SyncPoint]):
+        require(OBSERVATION)
         self.points = points
         self.ranks = dist.get_world_size(points[0].group)
 

@@ -8,13 +8,16 @@
     int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
                               BF16 features, chosen at random
     NAME@two-shot             any of these in two-shot, the sum in the bits of the partials
+    NAME@folded               any with a rotation, folded into the weights (`integration.folding`);
+                              not among the errors by sync point, whose native partials it has not
 
 All but those with ``+`` or ``@two-shot`` are one-shot.
 """
 
 import random
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial as bind
 
@@ -24,14 +27,16 @@ from torch import Tensor
 from megatron_lowbit.calibration.index import Index
 from megatron_lowbit.calibration.plan import plan
 from megatron_lowbit.calibration.recipe import Recipe
-from megatron_lowbit.codecs import Codec, Tables, get_codec, parse_codec
+from megatron_lowbit.codecs import Codec, Tables, parse_codec
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.run import Variant
 from megatron_lowbit.evaluation.sync_error import Observer
 from megatron_lowbit.integration.choices import choice_for, tables_for
+from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.summing import CountingReducer, Summing
 from megatron_lowbit.integration.sync_points import SyncPoint
 
-_TWO_SHOT = "@two-shot"
+_TWO_SHOT, _FOLDED = "two-shot", "folded"
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ class Named:
         collective: ``one-shot`` or ``two-shot``.
         codec: The codec at every sync point; None for a recipe.
         budget: Bits a value of a recipe planned anew; None for another variant or the index's own.
+        is_folded: Whether the weights take the rotation.
     """
 
     base: str
     collective: str
     codec: Codec | None = None
     budget: float | None = None
+    is_folded: bool = False
 
     def codecs(self, index: Index) -> list[Codec]:
         """The codecs that it uses, for checks."""
@@ -75,16 +82,19 @@ def parse_variant(name: str) -> Named:
     """What a variant's name means.
 
     Raises:
-        LowbitError: Unknown codec or number of bits.
+        LowbitError: Unknown codec, number of bits or way.
     """
-    base = name.removesuffix(_TWO_SHOT)
-    collective = "two-shot" if base != name or "+" in base else "one-shot"
+    base, *ways = name.split("@")
+    for way in ways:
+        if way not in (_TWO_SHOT, _FOLDED):
+            raise LowbitError(f"{name}: @{way} is neither @{_TWO_SHOT} nor @{_FOLDED}")
+    collective = "two-shot" if _TWO_SHOT in ways or "+" in base else "one-shot"
     recipe = re.fullmatch(r"recipe(?:-(\d+(?:\.\d+)?))?", base)
     if recipe:
-        return Named(base, collective, budget=float(recipe[1]) if recipe[1] else None)
-    if base in _BASELINES:
-        return Named(base, collective, get_codec("static-hybrid"))
-    return Named(base, collective, parse_codec(base))
+        codec, budget = None, float(recipe[1]) if recipe[1] else None
+    else:
+        budget, codec = None, parse_codec("static-hybrid" if base in _BASELINES else base)
+    return Named(base, collective, codec, budget, _FOLDED in ways)
 
 
 class Variants:
@@ -97,28 +107,30 @@ class Variants:
 
     def __init__(self, chosen: dict[str, Named], summing: Summing, index: Index):
         self.summing = summing
-        self.reducers: dict[str, list[CountingReducer]] = {
-            name: [
-                summing.reducer(point, codec, tables, named.collective)
-                for point, (codec, tables) in zip(
-                    summing.points,
-                    named.prepare(index, summing.points, summing.ranks),
-                    strict=True,
-                )
-            ]
-            for name, named in chosen.items()
-        }
+        self.reducers: dict[str, list[CountingReducer]] = {}
+        self._foldings: dict[str, Folding] = {}
+        for name, named in chosen.items():
+            prepared = named.prepare(index, summing.points, summing.ranks)
+            codecs, tables = zip(*prepared, strict=True)
+            if named.is_folded:
+                check_foldable([point.module for point in summing.points], summing.points)
+                self._foldings[name] = Folding(summing.points, tables)
+                tables = self._foldings[name].tables
+            each = zip(summing.points, codecs, tables, strict=True)
+            self.reducers[name] = [summing.reducer(*one, named.collective) for one in each]
 
     def all(self) -> list[Variant]:
         """As the evaluation loop takes them."""
         return [
-            Variant(
-                name,
-                lambda reducers=reducers: self.summing.using(reducers),
-                [reducer.traffic for reducer in reducers],
-            )
+            Variant(name, bind(self._using, name), [reducer.traffic for reducer in reducers])
             for name, reducers in self.reducers.items()
         ]
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        folding = self._foldings.get(name, nullcontext())
+        with folding, self.summing.using(self.reducers[name]):
+            yield
 
     def observing(self, observe: Observer) -> AbstractContextManager:
         """A context in which each sync point sums by all variants, too, for `SyncError`."""
@@ -128,6 +140,7 @@ class Variants:
             sums = {  # reducers may sum in place
                 name: reducers[number](partial.clone(), False)
                 for name, reducers in self.reducers.items()
+                if name not in self._foldings
             }
             observe(number, exact, sums)
 

@@ -1,11 +1,13 @@
 """Kernels: the same bits as the plain-torch codecs, faster.
 
 For CPUs, C compiled at first use on the user's machine (`build`) and called by ctypes
-(`rotated_hybrid`). Codecs call kernels where they can and run their own plain-torch code elsewhere;
-kernels know nothing of codecs. `describe()` says what runs; ``MEGATRON_LOWBIT_KERNELS=0`` in the
-environment or `disabled()` around a call leaves them out.
+(`rotated_hybrid`); for GPUs, Triton (`triton_rotated`, `triton_static`). Codecs ask `select` for
+kernels and run their own plain-torch code where there are none; kernels know nothing of codecs.
+`describe()` says what runs; ``MEGATRON_LOWBIT_KERNELS=0`` in the environment or `disabled()` around
+a call leaves all of them out.
 """
 
-from megatron_lowbit.kernels.build import describe, disabled
+from megatron_lowbit.kernels.build import disabled
+from megatron_lowbit.kernels.select import describe
 
 __all__ = ["describe", "disabled"]

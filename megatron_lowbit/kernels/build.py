@@ -52,6 +52,15 @@ def library() -> ctypes.CDLL | None:
     return None if _off else _load_once().library
 
 
+def switched_off() -> str:
+    """Why no kernel at all shall run: empty if they may."""
+    return "disabled" if _off else _switched_off_by_user()
+
+
+def _switched_off_by_user() -> str:
+    return f"switched off by {SWITCH}=0" if os.environ.get(SWITCH) == "0" else ""
+
+
 @contextmanager
 def disabled() -> Iterator[None]:
     """Run the plain-torch codecs inside, in all threads of this process."""
@@ -84,8 +93,8 @@ def _load_once() -> _Loaded:
 
 
 def _load() -> _Loaded:
-    if os.environ.get(SWITCH) == "0":
-        return _Loaded(None, f"switched off by {SWITCH}=0")
+    if reason := _switched_off_by_user():
+        return _Loaded(None, reason)
     try:
         return _Loaded(_build())
     except (OSError, subprocess.SubprocessError) as error:

@@ -180,7 +180,8 @@ INLINE void store_row(const float *row, const float *center, const float *scale,
 
 /* ---- what Python calls ---- */
 
-/* partial [tokens, hidden] of `dtype`, rows `stride` apart -> payload [tokens, row bytes]. */
+/* partial [tokens, hidden or more] of `dtype`, rows `stride` apart -> payload [tokens, row bytes].
+ * BF16 features behind the first `hidden` values belong to a row that is rotated already. */
 int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, int64_t hidden,
            int64_t block, const float *center, const float *scale, const int64_t *index,
            int64_t kept, const float *thresholds, int bits, int64_t body, uint8_t *payload) {
@@ -196,7 +197,7 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
 #undef CALL
         for (int64_t j = 0; j < kept; j++) {
             put16(payload + to.floats + 2 * j, to_wire(load(partial, index[j], dtype)));
-            row[index[j]] = 0;
+            if (index[j] < hidden) row[index[j]] = 0;
         }
         rotate(row, padded, block);
         write_row(row, hidden, row + padded, searches, to, payload);

@@ -36,14 +36,10 @@ _ARGUMENTS = {
 }
 
 
-def available(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these tensors; builds them at the first call."""
-    return all(tensor.is_cpu for tensor in tensors) and library() is not None
-
-
 def encode(
     partial: Tensor,
     *,
+    width: int,
     center: Tensor | None,
     scale: Tensor,
     bf16_index: Tensor,
@@ -55,10 +51,11 @@ def encode(
     """Write a partial into a payload.
 
     Args:
-        partial: Floating point ``[tokens, hidden]``, any strides.
+        partial: Floating point ``[tokens, width]``, any strides.
+        width: Hidden size, or k more with a body that the weight has rotated (`codecs.folding`).
         center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
         scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by then.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
+        bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
         block: Values that the rotation mixes, a power of two that divides hidden.
         thresholds: fp32 ``[2**bits - 1]``, ascending.
         bits: 2 to 6.
@@ -68,11 +65,11 @@ def encode(
         ``uint8 [tokens, row_bytes]``, contiguous.
 
     Raises:
-        LowbitError: `partial` is not ``[tokens, hidden]``.
+        LowbitError: `partial` is not ``[tokens, width]``.
     """
     hidden, kept = scale.numel(), bf16_index.numel()
-    if partial.ndim != 2 or partial.shape[1] != hidden:
-        raise LowbitError(f"a partial is [tokens, {hidden}], got {list(partial.shape)}")
+    if partial.ndim != 2 or partial.shape[1] != width:
+        raise LowbitError(f"a partial is [tokens, {width}], got {list(partial.shape)}")
     if partial.dtype not in _DTYPES:
         partial = partial.float()
     if partial.stride(1) != 1:

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,10 @@ def test_sum_of_squares_is_a_pairwise_tree():
     squares = values.square()[0]
     expected = (squares[0] + squares[2]) + squares[1]
     assert rotation.sum_of_squares(values).item() == expected.item()
+
+
+def test_root_mean_is_correctly_rounded():
+    totals = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 100
+    for count, plus in ((1, 0.0), (96, 1e-5)):
+        exact = np.sqrt(totals.numpy() / np.float32(count) + np.float32(plus))
+        assert torch.equal(rotation.root_mean(totals, count, plus=plus), torch.from_numpy(exact))

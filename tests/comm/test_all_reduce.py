@@ -10,7 +10,7 @@ from cases import sample
 from ranks import run_ranks
 
 from megatron_lowbit.codecs import Statistics, get_codec
-from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter
+from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 
@@ -31,6 +31,8 @@ def _more(rank: int) -> dict:
         "nan": {mode: all_reduce(nan, collective=mode) for mode in ("one-shot", "two-shot")},
         "native": torch.equal(all_reduce(x.detach(), collective="native"), _native(x.detach())),
         "scattered": _scatter_gradient(rank, ranks),
+        "uneven_blocks": _uneven_blocks(rank, ranks),
+        "counts": _error(lambda: reduce_scatter(torch.ones(2, 8), counts=[3] * ranks)),
         "batches": _batches(rank),
         "mode": _error(lambda: all_reduce(x, collective="ring")),
         "auto": _error(lambda: all_reduce(x, collective="auto")),
@@ -62,6 +64,23 @@ def _scatter_gradient(rank: int, ranks: int) -> dict:
     whole = all_gather(shard)
     whole.backward(torch.arange(2.0 * ranks)[:, None].expand_as(whole).contiguous())
     return {"reduce_scatter": x.grad, "all_gather": shard.grad}
+
+
+def _uneven_blocks(rank: int, ranks: int) -> list[bool]:
+    """Blocks of any sizes, none for the last of several ranks, in one chunk and in many."""
+    counts = [5 + 3 * r for r in range(ranks)]
+    counts[-1] = counts[-1] if ranks == 1 else 0
+    start, stop = sum(counts[:rank]), sum(counts[: rank + 1])
+    same, chunk_values = [], transport.CHUNK_VALUES
+    for transport.CHUNK_VALUES in (chunk_values, 96):
+        x = sample("heavy-tailed", (sum(counts), 2, 48), rank).requires_grad_()
+        mine = reduce_scatter(x, counts=counts)
+        mine.backward(torch.full_like(mine, rank + 1.0))
+        blocks = [torch.full((n, 2, 48), r + 1.0) for r, n in enumerate(counts)]
+        whole = all_reduce(x.detach(), collective="one-shot")
+        same += [torch.equal(mine, whole[start:stop]), torch.equal(x.grad, torch.cat(blocks))]
+    transport.CHUNK_VALUES = chunk_values
+    return same
 
 
 def _batches(rank: int) -> bool:
@@ -125,6 +144,14 @@ def test_backward_of_the_sequence_parallel_pair(results):
         assert torch.equal(more["scattered"]["reduce_scatter"], gathered)
         mine = ranks * torch.arange(2.0 * rank, 2 * rank + 2)[:, None].expand(-1, 48)
         assert torch.equal(more["scattered"]["all_gather"], mine)
+
+
+def test_a_reduce_scatter_into_uneven_blocks(results):
+    """The bits of the all-reduce; the gradients of all blocks in their places."""
+    for more in results:
+        assert more["uneven_blocks"] == [True] * 4
+        ranks = len(results)
+        assert more["counts"] == f"counts {[3] * ranks} do not split 2 tokens over {ranks} ranks"
 
 
 def test_strided_input_is_taken_and_left_alone(results):

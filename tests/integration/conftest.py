@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from releases import ROOT, torchrun
+from releases import RELEASES, ROOT, torchrun
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,14 @@ def calibrated(checkpoint, tmp_path_factory) -> Path:
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Writes the cell of the support matrix that a test stands for into JUnit's report.
+
+    Where a mark names no release it is the one among the test's parameters.
+    """
+    for mark in item.iter_markers("support"):
+        capability, *named = mark.args
+        (release,) = named or [p for p in item.callspec.params.values() if p in RELEASES]
+        item.user_properties.append(("support", f"{capability} @ {release}"))

@@ -12,37 +12,51 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
+# The models of tiny_models.py, which is not imported here: it imports transformers.
+FAMILIES = ("mistral", "qwen2", "qwen2-tied", "qwen3", "gemma", "gemma-untied")
 # Checkpoint directory: its model, and the tensor-parallel size it is made for.
-CHECKPOINTS = {"tied-tp1": ("tied", 1), "tied-tp3": ("tied", 3), "untied-tp3": ("untied", 3)}
+CHECKPOINTS = {
+    "tied-tp1": ("tied", 1),
+    "tied-tp3": ("tied", 3),
+    "untied-tp3": ("untied", 3),
+    **{f"{name}-ckpt": (name, 1) for name in FAMILIES},
+}
+# These replace what another conversion wrote: a stale file would give other logits.
+REPLACED = "replaced"
+BF16 = "gemma-bf16"
 # Checkpoint, and the tensor-parallel size it is loaded at.
 LOADS = (
     ("tied-tp1", 3),
     ("tied-tp3", 3),
     ("untied-tp3", 1),
     ("untied-tp3", 3),
-    ("replaced", 1),
+    (REPLACED, 1),
+    *((f"{name}-ckpt", size) for name in FAMILIES for size in (1, 3)),
 )
+# What tokenizers treat differently: runs of spaces, lines, other scripts, special tokens in a text.
+TEXTS = ["two  spaces\n\nand lines\t", "naïve café 中文 🙂", "a <bos> <|im_end|> b", "f(x):\n    x"]
 PROMPTS = ["the quick brown fox", "a model of the world is"]
 NEW_TOKENS = 6
 
 
 def convert_all(directory: Path) -> None:
     """Converts at every size, the last over an existing checkpoint, and tries wrong arguments."""
-    from megatron_lowbit.integration.convert import convert, load_flags
+    from megatron_lowbit.integration.convert import convert
+    from megatron_lowbit.integration.translate import load_flags
 
     results = {}
     for save, (name, size) in CHECKPOINTS.items():
         args = convert(directory / name, save=directory / save, tensor_parallel=size, dtype="fp32")
         results[save] = load_flags(args, directory / save)
-    # Replaces what bf16 wrote: a stale file would give other logits.
-    save = directory / "replaced"
     for dtype in ("bf16", "fp32"):
-        convert(directory / "tied", save=save, dtype=dtype)
+        convert(directory / "tied", save=directory / REPLACED, dtype=dtype)
+    convert(directory / "gemma", save=directory / BF16, dtype="bf16")
     results["siblings"] = sorted(path.name for path in directory.iterdir())
     results["errors"] = parser_errors(directory)
     results["lowbit"] = lowbit_arguments(directory)
@@ -81,12 +95,12 @@ def parser_errors(directory: Path) -> dict[str, str]:
     return {name: _message(parse_megatron_args, argv) for name, argv in cases.items()}
 
 
-def _message(parse, argv: list[str]) -> str:
+def _message(call, *arguments) -> str:
     """The error of one command line, as type and text; for an exit, its code and stderr."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            parse(argv)
+            call(*arguments)
     except ValueError as error:
         return f"ValueError: {error}"
     except SystemExit as error:
@@ -96,9 +110,77 @@ def _message(parse, argv: list[str]) -> str:
 
 def load_all(directory: Path) -> None:
     """Loads every case; rank 0 writes logits, tokens and arguments."""
-    results = {f"{save}@{size}": run_case(directory, save, size) for save, size in LOADS}
+    cases = (*LOADS, (BF16, 1))
+    results = {f"{save}@{size}": run_case(directory, save, size) for save, size in cases}
+    save_legacy(directory, "untied-tp3")
+    for save in ("legacy", "fused"):
+        results[f"{save}@3"] = run_case(directory, save, 3)
+    results["errors"] = legacy_errors(directory)
     if os.environ["RANK"] == "0":
         torch.save(results, directory / "loaded.pt")
+
+
+class Foreign:
+    """Something that no Megatron checkpoint holds."""
+
+
+def save_legacy(directory: Path, save: str) -> None:
+    """Saves a checkpoint anew, at TP 3, as Megatron writes its legacy format, and variants of it.
+
+    Every rank makes its own file of each variant.
+    """
+    from megatron_lowbit.integration import megatron_args, runtime
+    from megatron_lowbit.integration.quiet import quiet
+
+    args = megatron_args.parse_megatron_args(["--load", str(directory / save)])
+    from megatron.training.checkpointing import get_checkpoint_name, save_checkpoint
+
+    runtime.initialize(args)
+    try:
+        model = runtime.load_model(args)
+        args.save, args.ckpt_format, args.use_dist_ckpt = str(directory / "legacy"), "torch", False
+        with quiet():
+            save_checkpoint(5, [model], None, None, 0)
+        path = Path(get_checkpoint_name(str(directory / "legacy"), 5))
+        for name, change in VARIANTS.items():
+            copy = directory / name / path.relative_to(directory / "legacy")
+            copy.parent.mkdir(parents=True)
+            tracker = directory / name / megatron_args.TRACKER
+            tracker.write_text("5")
+            state = torch.load(path)
+            change(state["model"])
+            torch.save(state, copy)
+        if args.rank == 1:
+            (directory / "damaged" / path.relative_to(directory / "legacy")).write_bytes(b"PK")
+            shutil.rmtree((directory / "fewer" / path.relative_to(directory / "legacy")).parent)
+        torch.distributed.barrier()
+    finally:
+        runtime.shutdown()
+
+
+def fuse_names(weights: dict) -> None:
+    """Gives the names that Transformer Engine's fused layers write."""
+    for name in list(weights):
+        fused = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+        fused = fused.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        weights[fused] = weights.pop(name)
+    weights["decoder.layers.0.self_attention.core_attention._extra_state"] = None
+
+
+# By directory: what is done to the weights of every rank.
+VARIANTS = {
+    "fused": fuse_names,
+    "foreign": lambda weights: weights.update(note=Foreign()),
+    "lacking": lambda weights: weights.pop("decoder.final_layernorm.weight"),
+    "damaged": lambda weights: None,
+    "fewer": lambda weights: None,
+}
+
+
+def legacy_errors(directory: Path) -> dict[str, str]:
+    """The message that each legacy checkpoint gets that cannot be loaded."""
+    cases = {"legacy": 1, "foreign": 3, "lacking": 3, "damaged": 3, "fewer": 3}
+    return {save: _message(run_case, directory, save, size) for save, size in cases.items()}
 
 
 def run_case(directory: Path, save: str, size: int) -> dict:
@@ -124,6 +206,7 @@ def run_case(directory: Path, save: str, size: int) -> dict:
             "logits": logits,
             "tokens": same_on_all_ranks([one.tokens for one in made]),
             "text": [one.text for one in made],
+            "tokenized": [list(tokenizer.tokenize(text)) for text in TEXTS],
             "args": {name: value for name, value in vars(args).items() if _plain(value)},
         }
     finally:

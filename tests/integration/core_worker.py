@@ -5,6 +5,7 @@ writes what it saw to OUT/rankN.pt; the assertions are in test_core.py.
 """
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 
@@ -58,15 +59,29 @@ def layer_spec(config: dict):
     return TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=RMSNorm)
 
 
-def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
-    """A small GPTModel of the local spec, with the same weights at any TP degree."""
+def seed_all(seed: int) -> None:
+    """Torch's generator and Megatron's, which 0.13 has no way to make anew: it is emptied."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    reset = {"force_reset_rng": True}
+    if "force_reset_rng" not in inspect.signature(model_parallel_cuda_manual_seed).parameters:
+        reset = {}
+    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, **reset)
+    torch.manual_seed(seed)
+
+
+def build(
+    dtype: torch.dtype, *, seed: int = 1, bias: bool = False, place: dict | None = None, **config
+):
+    """A small GPTModel of the local spec, with the same weights at any TP degree.
+
+    `place` is what GPTModel takes to be a stage of a pipeline.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True, force_reset_rng=True)
-    torch.manual_seed(seed)
+    seed_all(seed)
     fields = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
     transformer = TransformerConfig(
         **{**fields, **config},
@@ -86,6 +101,7 @@ def build(dtype: torch.dtype, *, seed: int = 1, bias: bool = False, **config):
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
         position_embedding_type="rope",
+        **(place or {}),
     )
     with torch.no_grad():  # norms and biases as a trained model has them: not all one or zero
         for name, parameter in model.named_parameters():
@@ -99,9 +115,16 @@ def whole_logits(model) -> torch.Tensor:
     from megatron_lowbit.integration.forward import logits
 
     tokens = torch.arange(LENGTH) * 7 % VOCAB
-    mine = logits(model, tokens[None])[0].contiguous()
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
+    return whole_vocabulary(logits(model, tokens[None])[0])
+
+
+def whole_vocabulary(mine: torch.Tensor) -> torch.Tensor:
+    """The parts of all tensor-parallel ranks side by side, ``[tokens, vocabulary]``."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine.contiguous(), group=group)
     return torch.cat(parts, dim=1)
 
 
@@ -111,11 +134,12 @@ def fp32_accumulation(model) -> torch.Tensor:
 
     def reduce(partial, scatter):
         total = partial.float()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         total = total.to(partial.dtype)
-        return total.chunk(dist.get_world_size())[dist.get_rank()] if scatter else total
+        return total.chunk(group.size())[group.rank()] if scatter else total
 
     points, _ = find_sync_points(model)
+    group = points[0].group
     attachment = Attachment(points, [reduce] * len(points))
     result = whole_logits(model)
     attachment.remove()
@@ -453,6 +477,61 @@ def with_rules(model, index, out: Path) -> dict:
     return result
 
 
+def folding(model, index) -> dict:
+    """Rotations folded into the weights: logits, what is saved, what is left, what is refused."""
+    from megatron.core import parallel_state
+
+    import megatron_lowbit
+
+    def message(step) -> str:
+        try:
+            step()
+        except LowbitError as error:
+            return str(error)
+        return "no error"
+
+    def fold(**wishes):
+        return megatron_lowbit.apply(
+            model, index, **{"collective": "one-shot", **wishes}, fold=True
+        )
+
+    groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    layer = model.decoder.layers[0].mlp
+    linear, weight = layer.linear_fc2, layer.linear_fc2.weight
+    before, native = weight.detach().clone(), whole_logits(model)
+    result = {
+        "one_rank" if dist.get_world_size() == 1 else "auto": message(
+            lambda: fold(collective="auto") if dist.get_world_size() > 1 else fold()
+        )
+    }
+    if dist.get_world_size() == 1:
+        return result
+    for mode in ("one-shot", "two-shot"):
+        handle = fold(collective=mode)
+        result[mode] = whole_logits(model)
+        result["text"], result["stats"] = str(handle), handle.stats()
+        result["rows"], result["same_parameter"] = len(weight), linear.weight is weight
+        saved = model.state_dict()["decoder.layers.0.mlp.linear_fc2.weight"]
+        sharded = linear.sharded_state_dict(prefix="x.", metadata=groups)["x.weight"].data
+        result["saved"] = torch.equal(saved, before) and torch.equal(sharded, before)
+        result["load"] = message(lambda: model.load_state_dict(model.state_dict()))
+        handle.remove()
+        handle.remove()
+        result["restored"] = torch.equal(weight, before) and torch.equal(
+            whole_logits(model), native
+        )
+        result["loads"] = str(model.load_state_dict(model.state_dict()))
+    result["static"] = message(lambda: fold(codec="static-hybrid"))
+    layer.other = torch.nn.Linear(1, 1)
+    layer.other.weight = weight
+    result["shared"] = message(fold)
+    del layer.other
+    weight.data = before.to(torch.float8_e4m3fn)
+    result["quantized"] = message(fold)
+    weight.data = before
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -478,6 +557,7 @@ def main() -> None:
         "progress": progress,
         "codecs": run_codecs(model, out),
         "rules": with_rules(model, index, out),
+        "folding": folding(model, index),
         "planning": planning(out / "planning"),
         "collectives": run_collectives(model, out),
         "sequence_parallel": sequence_parallel(out / "sp"),

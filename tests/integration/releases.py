@@ -1,6 +1,11 @@
-"""The megatron-core releases that tools/setup_env.sh installs, and how to run a script on each."""
+"""The megatron-core releases that are supported, and how to run a script on each.
+
+`tools/setup_env.sh` installs them. ``main`` is Megatron-LM's current main branch: a checkout that
+the environment variable MEGATRON_LM names.
+"""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,19 +13,52 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OLDER = "0.16.1"
-RELEASES = [OLDER, "0.19.2"]
+MAIN = "main"
+# The one that `import megatron.core` finds by itself, and the older ones, each in its folder.
+NEWEST = re.search(
+    r"^megatron-core==(\S+)", (ROOT / "tools" / "requirements.txt").read_text(), re.MULTILINE
+)[1]
+OLDER = re.findall(
+    r"^[\d.]+$", (ROOT / "tools" / "megatron_releases.txt").read_text(), re.MULTILINE
+)
+RELEASES = [*OLDER, NEWEST, MAIN]
 
 
-def environment(release: str) -> dict[str, str]:
+def environment(release: str = NEWEST) -> dict[str, str]:
     """Environment variables that make `import megatron.core` take `release`, or a skipped test."""
     path = [str(ROOT)]
-    if release == OLDER:
-        beside = Path(sys.prefix) / f"megatron-core-{OLDER}"
-        if not beside.is_dir():
-            pytest.skip(f"megatron-core {OLDER} is not in {sys.prefix}: run tests/run.sh")
-        path.insert(0, str(beside))
+    if release != NEWEST:
+        path.insert(0, str(folder_of(release)))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+
+
+def folder_of(release: str) -> Path:
+    """The folder that holds the package `megatron` of a release that is not the newest."""
+    if release == MAIN:
+        if not os.environ.get("MEGATRON_LM"):
+            pytest.skip("MEGATRON_LM does not name a checkout of Megatron-LM")
+        folder = Path(os.environ["MEGATRON_LM"]).resolve()
+    else:
+        folder = Path(sys.prefix) / f"megatron-core-{release}"
+    if not (folder / "megatron" / "core").is_dir():
+        pytest.skip(f"there is no megatron-core {release} in {folder}: run tests/run.sh")
+    return folder
+
+
+def is_release(version: str, release: str) -> bool:
+    """Whether `megatron.core.__version__`, which may name a commit, is that of `release`."""
+    return release == MAIN or version.startswith(release)
+
+
+def describe_main() -> str:
+    """Version and commit of the checkout that MEGATRON_LM names."""
+    folder = folder_of(MAIN)
+    text = (folder / "megatron" / "core" / "package_info.py").read_text()
+    version = ".".join(re.findall(r"^(?:MAJOR|MINOR|PATCH) = (\d+)", text, re.MULTILINE))
+    git = ["git", "-C", str(folder), "log", "-1", "--format=%h of %cs"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    is_checkout = (folder / ".git").exists() and done.returncode == 0
+    return f"Megatron-LM {version}" + (f", commit {done.stdout.strip()}" if is_checkout else "")
 
 
 def torchrun(ranks: int, *command: str | Path, env: dict[str, str] | None = None, timeout=300):
@@ -29,7 +67,7 @@ def torchrun(ranks: int, *command: str | Path, env: dict[str, str] | None = None
     return subprocess.run(
         [*runner, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         + [str(part) for part in command],
-        env=env or environment("0.19.2"),
+        env=env or environment(),
         capture_output=True,
         text=True,
         timeout=timeout,

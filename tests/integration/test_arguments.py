@@ -52,6 +52,7 @@ def test_bits():
         (["--lowbit-tp-comm", "x", "--lowbit-node-size", "0"], "--lowbit-node-size 0: not"),
         (["--lowbit-tp-comm", "x", "--lowbit-inside-node", "fp8"], "choose bf16 or low-bit"),
         (["--lowbit-tp-comm", "x", "--lowbit-all-gather", "9"], "no 9-bit version"),
+        (["--lowbit-tp-comm", "x", "--lowbit-experts", "9"], "no 9-bit version"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null/f.json"], "/dev/null"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev"], "/dev is a directory: name a file"),
         (["--lowbit-tp-comm", "x"], "no low-bit index at x"),

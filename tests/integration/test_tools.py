@@ -213,6 +213,26 @@ def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
+def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_path):
+    """Calibrated at 3, used at 2: tables that belong to ranks are refused, others work."""
+    output = tmp_path / "summary.json"
+    command = [sys.executable, EVALUATE, "--simulate-tp", "2", "--load", calibrated]
+    command += ["--data", TEXT, "--tokens", "64", "--seq-length", "32", "--output", output]
+    codecs = "shaped-hybrid,rotated-hybrid-2"
+    env = environment("0.19.2")
+    for more in ("", ",static-hybrid"):
+        asked = [*command, "--codecs", codecs + more]
+        done = subprocess.run(asked, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == (1 if more else 0), done.stderr[-4000:]
+        if more:
+            expected = f"size 3, this run has 2: {more[1:]} has tables per rank, calibrate at 2"
+            assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    summary = json.loads(output.read_text())
+    kl = {result["codec"]: result["kl"] for result in summary["texts"][0]["results"]}
+    assert summary["tp_size"] == 2
+    assert 0 < kl["shaped-hybrid"] < kl["rotated-hybrid-2"], kl
+
+
 def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     (tmp_path / "prompts.txt").write_text("a model of\n\nthe quick\n")
     prompts = ["--prompt-file", tmp_path / "prompts.txt", "--prompts", "the world"]

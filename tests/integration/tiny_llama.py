@@ -29,12 +29,17 @@ LLAMA3_ROPE = dict(
 
 def hugging_face_model(directory: Path, **settings) -> transformers.LlamaForCausalLM:
     """Saves a random Llama with a tokenizer and returns it."""
+    return save_random(transformers.LlamaConfig(**{**SHAPE, **settings}), directory)
+
+
+def save_random(config: transformers.PreTrainedConfig, directory: Path):
+    """Saves a random model of `config` with a tokenizer and returns it."""
     torch.manual_seed(5)
-    config = transformers.LlamaConfig(**{**SHAPE, **settings})
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones would hide a norm that went to the wrong place
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        # All ones (Gemma's are zeros) would hide a norm or a bias that went to the wrong place.
+        if "norm" in name or name.endswith("bias"):
+            parameter.data += torch.empty_like(parameter).uniform_(-0.5, 0.5)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return model

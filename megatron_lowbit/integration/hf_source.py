@@ -1,4 +1,4 @@
-"""Reading Llama-family models: a Hugging Face directory (safetensors) or a GGUF file.
+"""Reading models: a Hugging Face directory (safetensors) or a GGUF file.
 
 `read_config` gives the architecture and refuses what Megatron's GPTModel would not match;
 `open_weights` gives the weights one by one under their Hugging Face names.
@@ -7,22 +7,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_lowbit.errors import LowbitError
-
-# Megatron's rotary embedding has these Llama-3 constants in its code; only the factor is free.
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+from megatron_lowbit.integration.families import Architecture
 
 # GGUF's names of the parameters; "{}" is the layer.
 _GGUF_OUTER = {
@@ -41,95 +33,6 @@ _GGUF_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What Megatron has to know about a Llama model; sizes in features, heads or tokens."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    max_positions: int
-    norm_epsilon: float
-    rope_theta: int
-    rope_factor: float | None
-    tied: bool
-
-    @classmethod
-    def from_hf(cls, config: Any) -> Architecture:
-        """Reads a transformers configuration; refuses what Megatron's GPTModel would not match."""
-        _refuse_unsupported(config)
-        theta, factor = _rope(config)
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            ffn=config.intermediate_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            vocab=config.vocab_size,
-            max_positions=config.max_position_embeddings,
-            # GGUF keeps it in fp32: 1e-5 comes back as 9.999999747378752e-06.
-            norm_epsilon=float(f"{config.rms_norm_eps:.7g}"),
-            rope_theta=theta,
-            rope_factor=factor,
-            tied=bool(config.tie_word_embeddings),
-        )
-
-    def check_tensor_parallel(self, ranks: int) -> None:
-        """Raises LowbitError where `ranks` does not divide the heads, KV heads or FFN."""
-        common = math.gcd(self.heads, self.kv_heads, self.ffn)
-        if ranks < 1 or common % ranks:
-            allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-            raise LowbitError(
-                f"tensor parallel size {ranks} does not divide {self.heads} heads, "
-                f"{self.kv_heads} KV heads and {self.ffn} FFN features; allowed: {allowed}"
-            )
-
-
-def _refuse_unsupported(config: Any) -> None:
-    """Raises LowbitError naming the first thing of `config` that is not supported."""
-    names = getattr(config, "architectures", None) or [f"model type {config.model_type}"]
-    if config.model_type not in ("llama", "mistral"):
-        raise LowbitError(
-            f"{names[0]} is not supported: only LlamaForCausalLM and MistralForCausalLM are"
-        )
-    if getattr(config, "sliding_window", None):
-        raise LowbitError(f"sliding window attention ({config.sliding_window}) is not supported")
-    for name in ("attention_bias", "mlp_bias"):
-        if getattr(config, name, False):
-            raise LowbitError(f"{name} is not supported")
-    if config.hidden_act not in ("silu", "swish"):
-        raise LowbitError(f"activation {config.hidden_act!r} is not supported, only 'silu' is")
-
-
-def _rope(config: Any) -> tuple[int, float | None]:
-    """The rotary base, and the Llama-3 scaling factor or None."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    # transformers before 5 keeps the base beside the scaling instead of in it.
-    rope = rope or dict(getattr(config, "rope_scaling", None) or {})
-    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    if theta != int(theta):
-        raise LowbitError(f"rope_theta {theta} is not supported: Megatron wants a whole number")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise LowbitError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return int(theta), None
-    if kind != "llama3":
-        raise LowbitError(f"rope scaling {kind!r} is not supported, only 'llama3' is")
-    for name, value in _LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise LowbitError(
-                f"rope scaling {name}={rope.get(name)} is not supported, only {value}"
-            )
-    return int(theta), float(rope["factor"])
 
 
 @contextlib.contextmanager
@@ -161,7 +64,13 @@ def read_config(path: Path) -> Architecture:
 
         where, options = location(path)
         config = AutoConfig.from_pretrained(where, **options)
-    return Architecture.from_hf(config)
+    arch = Architecture.of(config)
+    if path.is_file() and not arch.family.gguf:
+        raise LowbitError(
+            f"{path}: GGUF files of {arch.family.model_class} are not supported: convert from the "
+            "Hugging Face directory"
+        )
+    return arch
 
 
 def location(path: Path) -> tuple[str, dict[str, str]]:
@@ -172,10 +81,21 @@ def location(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of the model at `path`."""
-    with one_line_errors(path):
-        from transformers import AutoTokenizer
+    """The transformers tokenizer of the model at `path`.
 
+    Raises:
+        LowbitError: It has none, or one that cannot be read here.
+    """
+    with one_line_errors(path):
+        from transformers import AutoTokenizer, utils
+
+        # transformers would ask for tiktoken, which cannot read it.
+        old = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+        if old and not utils.is_protobuf_available():
+            raise LowbitError(
+                f"{path}: its tokenizer is there only as tokenizer.model: install protobuf to "
+                "read it, or add its tokenizer.json"
+            )
         where, options = location(path)
         return AutoTokenizer.from_pretrained(where, **options)
 
@@ -199,13 +119,13 @@ class Weights:
         return self._read(name)
 
     def check_all_used(self) -> None:
-        """Raises LowbitError where a parameter was left over: the model is more than a Llama."""
+        """Raises LowbitError where a parameter was left over: it has no place in Megatron's."""
         # Old checkpoints store the rotary table; tied models may store the output layer again.
         spare = ("rotary_emb.inv_freq", "lm_head.weight")
         left = sorted(name for name in self.unused if not name.endswith(spare))
         if left:
             raise LowbitError(
-                f"{self.path}: {len(left)} parameters have no place in Megatron's Llama model, "
+                f"{self.path}: {len(left)} parameters have no place in Megatron's GPTModel, "
                 f"the first is {left[0]}"
             )
 
@@ -235,7 +155,7 @@ class SafetensorsWeights(Weights):
 
 
 class GgufWeights(Weights):
-    """A GGUF file, mapped into memory and dequantized to fp32 tensor by tensor."""
+    """A Llama's GGUF file, mapped into memory and dequantized to fp32 tensor by tensor."""
 
     def __init__(self, path: Path, arch: Architecture) -> None:
         from gguf import GGUFReader

@@ -1,0 +1,210 @@
+"""The low-bit path of one model, once it is on: what runs, what it sent, and the way back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables
+from megatron_lowbit.comm import all_reduce, reduce_scatter
+from megatron_lowbit.comm.choice import Chooser
+from megatron_lowbit.comm.traffic import Counters, Traffic
+from megatron_lowbit.integration.choices import Chosen
+from megatron_lowbit.integration.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.experts import ExpertAttachment, ExpertSum
+from megatron_lowbit.integration.folding import Folding
+from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer
+from megatron_lowbit.integration.stage import Stage
+from megatron_lowbit.integration.stats import Counted, stats
+from megatron_lowbit.integration.sync_points import Attachment
+
+
+@dataclass(frozen=True)
+class SyncPointStatus:
+    """What runs at one sync point of this rank.
+
+    Attributes:
+        layer: Megatron's layer number.
+        name: Path under the layer.
+        codec: The codec.
+        bf16_features: How many features travel in BF16.
+        traffic: What went through it so far; `stats()` has it by collective.
+    """
+
+    layer: int
+    name: str
+    codec: Codec
+    bf16_features: int
+    traffic: Counters
+
+
+class Reducer:
+    """Sums one sync point's partial through a codec and counts what it sends."""
+
+    def __init__(
+        self, codec: Codec, tables: Tables, group: dist.ProcessGroup, chooser: str | Chooser
+    ):
+        self.codec, self.tables, self.group, self.chooser = codec, tables, group, chooser
+        self.traffic = Traffic()
+
+    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
+        if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
+            self.tables = self.tables.to(partial.device)
+        call = {
+            "group": self.group,
+            "codec": self.codec,
+            "tables": self.tables,
+            "collective": self.chooser,
+            "traffic": self.traffic,
+        }
+        if scatter:
+            return reduce_scatter(partial, **call)
+        return all_reduce(partial, in_place=True, **call)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a user asked for on top of the sync points.
+
+    Attributes:
+        gatherers: All-gathers of sequence parallelism that go in low bits.
+        experts: Token dispatchers that sum routed experts' outputs in low bits.
+        folding: Rotations in the weights.
+    """
+
+    gatherers: Sequence[Gatherer] = ()
+    experts: Sequence[ExpertSum] = ()
+    folding: Folding | None = None
+
+    def attach(self) -> list:
+        """Switch it on; gives what has a `remove`."""
+        attached: list = [GatherAttachment(self.gatherers), ExpertAttachment(self.experts)]
+        if self.folding is not None:
+            self.folding.attach()
+            attached.append(self.folding)
+        return attached
+
+    def __str__(self) -> str:
+        text = ", rotations folded into the weights" if self.folding is not None else ""
+        if self.gatherers:
+            text += f"; {len(self.gatherers)} all-gathers in {self.gatherers[0].codec}"
+        if self.experts:
+            text += f"; {len(self.experts)} token dispatchers in {self.experts[0].codec}"
+        return text
+
+
+class Handle:
+    """The low-bit path of one model.
+
+    Attributes:
+        native: The row-parallel linears of this rank that stay native, with the reason.
+        layers: The numbers of this rank's layers, which under pipeline parallelism are not all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | list[nn.Module],
+        chosen: Chosen,
+        chooser: Chooser | None,
+        native: dict[str, str],
+        extras: Extras,
+        stage: Stage,
+    ):
+        self._model, taken = model, set(map(str, extras.experts))
+        self.native = {name: why for name, why in native.items() if name not in taken}
+        self.layers, self._where = stage.layers, stage.where()
+        self._points, self._origin = chosen.points, chosen.origin
+        self._extras, folding = extras, extras.folding
+        tables = chosen.tables if folding is None else folding.tables
+        self._reducers = [
+            Reducer(codec, table, point.group, chooser)
+            for codec, table, point in zip(chosen.codecs, tables, chosen.points, strict=True)
+        ]
+        self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
+        self._is_removed = False
+
+    def status(self) -> list[SyncPointStatus]:
+        """Each sync point of this rank that runs in low bits; `native` names the others."""
+        return [
+            SyncPointStatus(
+                point.layer,
+                point.name,
+                reducer.codec,
+                reducer.tables.bf16_index.numel(),
+                reducer.traffic.total(),
+            )
+            for point, reducer in zip(self._points, self._reducers, strict=True)
+        ]
+
+    def stats(self) -> dict:
+        """What this rank sent since `apply`, as JSON can hold it; see `integration.stats`."""
+        points = [
+            Counted(point.layer, point.name, reducer.codec, reducer.traffic)
+            for point, reducer in zip(self._points, self._reducers, strict=True)
+        ]
+        gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._extras.gatherers]
+        experts = [Counted(e.layer, e.name, e.codec, e.traffic) for e in self._extras.experts]
+        return stats(points, gathers, experts)
+
+    def remove(self) -> None:
+        """Give Megatron's own reduction back, exactly as it was. A second call does nothing.
+
+        Raises:
+            LowbitError: CUDA graphs were captured, which would go on in low bits.
+        """
+        if self._reducers:
+            check_no_graphs(self._model, "remove()")
+        for attachment in self._attachments:
+            attachment.remove()
+        self._points, self._reducers, self._extras = [], [], Extras()
+        self._is_removed = True
+
+    def __str__(self) -> str:
+        if self._is_removed:
+            return "low-bit communication: removed"
+        native = f"{len(self.native)} stay native" + _listed(self.native)
+        if not self._reducers:
+            return f"low-bit communication: no sync point{self._where} uses it; {native}"
+        chooser, ranks = self._reducers[0].chooser, dist.get_world_size(self._points[0].group)
+        text = (
+            f"low-bit communication: {len(self._reducers)} sync points{self._where} use "
+            f"{_codecs(self._reducers)} ({self._origin}), {chooser.mode} over {ranks} ranks"
+        )
+        if ranks == 1:
+            text += " (one rank: nothing is sent)"
+        elif chooser.mode == "auto":
+            text += f" ({chooser.spans()})"
+        return f"{text}{self._extras}; {native}"
+
+
+def _codecs(reducers: list[Reducer]) -> str:
+    """Codecs, bits and BF16 features of all sync points, in words."""
+    names = sorted({reducer.codec.name for reducer in reducers})
+    hidden = reducers[0].tables.hidden
+    kept = [reducer.tables.bf16_index.numel() for reducer in reducers]
+    rows = [r.codec.row_bytes(r.tables) for r in reducers]
+    sums = [r.codec.for_sum().row_bytes(r.tables.of_sum or r.tables) for r in reducers]
+    text = (
+        f"{', '.join(names)}, {_span(kept)} of {hidden} features in BF16, "
+        f"{8 * sum(rows) / len(rows) / hidden:.2f} bits a value"
+    )
+    if len(set(rows)) > 1:
+        low, high = 8 * min(rows) / hidden, 8 * max(rows) / hidden
+        text += f" on average ({low:.2f} to {high:.2f})"
+    if any(r.codec.name == CALIBRATED_CODEC and r.tables.center is None for r in reducers):
+        text += ", not centred (the index is of a TP size that this one does not divide)"
+    if any(r.codec.sum_bits != r.codec.bits for r in reducers):
+        text += f" ({8 * sum(sums) / len(sums) / hidden:.2f} for sums)"
+    return text
+
+
+def _span(counts: list[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)}-{max(counts)}"
+
+
+def _listed(native: dict[str, str]) -> str:
+    reasons: dict[str, int] = {}
+    for reason in native.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return "".join(f" ({count}: {reason})" for reason, count in reasons.items())

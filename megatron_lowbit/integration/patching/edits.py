@@ -1,0 +1,168 @@
+"""What the patch files change in Megatron: one purpose an edit, described by what it stands beside.
+
+A line of one function is the anchor, found by its text and not by its number, so that the same
+description serves every release: `tools/patchctl.py make TREE` finds it there, or says what is
+gone. The code that is put in only calls this package. Megatron's copyright stays with its owners;
+nothing of it is kept here but the anchors.
+"""
+
+import ast
+import textwrap
+from dataclasses import dataclass
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.patching.diffs import lines_of
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One purpose.
+
+    Attributes:
+        name: The patch file's, without its ending.
+        path: Of the file it changes, in a tree.
+        scope: The function that it changes, such as ``RowParallelLinear.forward``.
+        replacements: Pairs: a line of the function, and what takes its place, that line included.
+        context: Unchanged lines around each change in the patch file. Fewer than three where the
+            third differs between releases.
+        purpose: What it is for.
+        removal: When it is no longer needed.
+    """
+
+    name: str
+    path: str
+    scope: str
+    replacements: tuple[tuple[str, str], ...]
+    context: int
+    purpose: str
+    removal: str
+
+    def apply(self, text: str) -> str:
+        """A file's text with the edit in it.
+
+        Raises:
+            LowbitError: The function or an anchor is not there, or not once.
+        """
+        for anchor, replacement in self.replacements:
+            first, last = _span(text, self.scope, self.path)
+            lines = lines_of(text)
+            places = [n for n in range(first - 1, last) if lines[n].strip() == anchor]
+            if len(places) != 1:
+                raise LowbitError(
+                    f"{self.path}: {self.scope} has {len(places)} lines {anchor!r}, not one: "
+                    f"describe {self.name} anew in {__name__}"
+                )
+            (place,) = places
+            indent = lines[place][: -len(lines[place].lstrip())]
+            lines[place] = textwrap.indent(textwrap.dedent(replacement).strip() + "\n", indent)
+            text = "".join(lines)
+        return text
+
+    def check_place(self, text: str, added: list[int]) -> None:
+        """Raise LowbitError unless the patched `text` compiles and `added` lie in the scope.
+
+        Args:
+            text: The file with the patch in it.
+            added: Numbers of the lines that the patch put in, from 1.
+        """
+        first, last = _span(text, self.scope, self.path)
+        outside = [number for number in added if not first <= number <= last]
+        if outside:
+            raise LowbitError(
+                f"{self.name} would change line {outside[0]} of {self.path}, outside {self.scope} "
+                f"(lines {first} to {last}): make a patch for this release"
+            )
+
+
+def _span(text: str, scope: str, path: str) -> tuple[int, int]:
+    """First and last line of a function or class, by its dotted name."""
+    try:
+        node: ast.AST = ast.parse(text)
+    except SyntaxError as error:
+        raise LowbitError(f"{path} does not compile (line {error.lineno}: {error.msg})") from None
+    for name in scope.split("."):
+        found = [child for child in node.body if getattr(child, "name", None) == name]
+        if len(found) != 1:
+            raise LowbitError(f"{path} has {len(found)} {scope}, not one: not a Megatron we know")
+        (node,) = found
+    return node.lineno, node.end_lineno
+
+
+EDITS = (
+    Edit(
+        name="row_parallel_hook",
+        path="megatron/core/tensor_parallel/layers.py",
+        scope="RowParallelLinear.forward",
+        # vars: for a name that is not there, getattr of an nn.Module takes 20 times as long.
+        replacements=(
+            (
+                "if self.explicit_expert_comm:",
+                """
+                lowbit_reduce = vars(self).get('lowbit_reduce')  # set by megatron_lowbit
+                if lowbit_reduce is not None:
+                    output_ = lowbit_reduce(output_parallel, self.sequence_parallel)
+                elif self.explicit_expert_comm:
+                """,
+            ),
+        ),
+        context=3,
+        purpose="A row-parallel linear hands its partial to megatron_lowbit where one asks for it, "
+        "in the place of Megatron's own reduction; also where it adds its bias itself.",
+        removal="When Megatron lets a reduction be given to RowParallelLinear, or when the fork no "
+        "longer has linears with skip_bias_add=False among its sync points: without this patch "
+        "megatron_lowbit mutes the linear and sums in a forward hook.",
+    ),
+    Edit(
+        name="arguments",
+        path="megatron/training/arguments.py",
+        scope="add_megatron_arguments",
+        replacements=(
+            (
+                "parser = _add_distributed_args(parser)",
+                """
+                parser = _add_distributed_args(parser)
+                # Only who gives one of its arguments needs megatron_lowbit.
+                import importlib.util, sys
+                if importlib.util.find_spec('megatron_lowbit') or '--lowbit-' in ' '.join(sys.argv):
+                    from megatron_lowbit.integration import hooks  # missing: pip install it here
+                    parser = hooks.add_arguments(parser)
+                """,
+            ),
+        ),
+        context=3,
+        purpose="--lowbit-tp-comm and its companions among Megatron's own arguments.",
+        removal="When scripts are started by python -m megatron_lowbit.launch, or when Megatron "
+        "lets a package add arguments to all of its scripts.",
+    ),
+    Edit(
+        name="load_hook",
+        path="megatron/training/checkpointing.py",
+        scope="load_checkpoint",
+        replacements=(
+            (
+                "return 0, 0",
+                """
+                if hasattr(args, 'lowbit_tp_comm'):  # by megatron_lowbit: it says why not
+                    from megatron_lowbit.integration import hooks
+                    hooks.checkpoint_loaded(ddp_model)
+                return 0, 0
+                """,
+            ),
+            (
+                "# Some utilities want to load a checkpoint without distributed being initialized",
+                """
+                if hasattr(args, 'lowbit_tp_comm'):  # by megatron_lowbit
+                    from megatron_lowbit.integration import hooks
+                    hooks.checkpoint_loaded(ddp_model)
+
+                # Some utilities want to load a checkpoint without distributed being initialized
+                """,
+            ),
+        ),
+        context=2,
+        purpose="With --lowbit-tp-comm low bits are switched on as soon as the weights are there. "
+        "Needs arguments.patch: without its arguments nothing is called.",
+        removal="When scripts are started by python -m megatron_lowbit.launch, or when Megatron "
+        "calls a hook of the user's after it has loaded a checkpoint.",
+    ),
+)

@@ -1,0 +1,396 @@
+"""``rotated-hybrid`` and ``shaped-hybrid`` in Triton: one program a token, one pass over its data.
+
+The bits are those of `codecs.rotated_hybrid`, its plain-torch code, and the functions those of the
+C kernels; only the bits of a NaN in a sum may differ. Bytes moved a value at 4 bits: encode 2 in
+and 0.5 out; decode_sum 0.5 in for each rank and 2 out; reduce_encode 0.5 in for each rank and 0.5
+out. The tables, 4 bytes a feature each, stay in the caches.
+
+Each is a `torch.library` op, which torch.compile and CUDA graphs take whole: no host
+synchronisation, and nothing is allocated but the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import triton_parts as parts
+from megatron_lowbit.kernels.cells import cells
+from megatron_lowbit.kernels.triton_launch import (
+    Tile,
+    as_bits,
+    check_partial,
+    check_payloads,
+    is_compiled,
+    launch,
+    power_of_two,
+)
+
+_TRIAL = torch.tensor([-1.0, 0.0, 1.0])
+
+
+@triton.jit
+def _encode(
+    partial,  # fp32, fp16 or the bits of BF16 [tokens, hidden or more]
+    row_stride,
+    column_stride,
+    center,  # fp32 [hidden], or None
+    scale,  # fp32 [hidden], 0 for a BF16 feature
+    index,  # int64 [kept]
+    kept,
+    cells,  # int64 [CELLS]
+    payload,  # uint8 [tokens, row_bytes]
+    row_bytes,
+    HIDDEN: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,  # a power of two, at least `kept`; or 0
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CELLS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
+    partial += token * row_stride
+    payload += token * row_bytes
+    feature = tl.arange(0, 1 << LOG_TILE)
+    inside = feature < HIDDEN
+    row = parts.load_floats(partial + feature.to(tl.int64) * column_stride, inside)
+    if center is not None:
+        row -= tl.load(center + feature, mask=inside, other=0.0)
+    factor = tl.load(scale + feature, mask=inside, other=0.0)
+    row = tl.where(factor == 0, 0.0, row * factor)
+    finite = 1
+    if KEPT:
+        floats = payload + BODY_BYTES + BODY_BYTES % 2
+        finite = parts.write_kept(partial, column_stride, index, kept, floats, KEPT)
+    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
+    parts.write_body(
+        row, finite, payload, kept, cells, HIDDEN, BODY_BYTES, BITS, STEPS, CELLS, LOG_TILE
+    )
+
+
+@triton.jit
+def _decode_sum(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    center,  # fp32 [hidden], or None
+    scale,  # fp32 [hidden]
+    index,  # int64 [kept]
+    kept,
+    levels,  # fp32 [2**BITS]
+    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    out_row_stride,
+    out_column_stride,
+    HIDDEN: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    out += token * out_row_stride
+    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
+    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
+    feature = tl.arange(0, 1 << LOG_TILE)
+    inside = feature < HIDDEN
+    row *= tl.load(scale + feature, mask=inside, other=0.0)
+    if center is not None:
+        row += tl.load(center + feature, mask=inside, other=0.0)
+    place = out + feature.to(tl.int64) * out_column_stride
+    parts.store_floats(place, row, inside, NATIVE)
+    if KEPT:
+        floats = payloads + BODY_BYTES + BODY_BYTES % 2
+        total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
+        j = tl.arange(0, KEPT)
+        place = out + tl.load(index + j, mask=j < kept, other=0) * out_column_stride
+        tl.debug_barrier()  # the whole row was written, unmasked, to be written in wide pieces
+        parts.store_floats(place, total, j < kept, NATIVE)
+
+
+@triton.jit
+def _reduce_encode(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    kept,
+    levels,  # fp32 [2**BITS]
+    cells,  # int64 [CELLS]
+    payload,  # uint8 [tokens, row_bytes]
+    row_bytes,
+    HIDDEN: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    SUM_BODY_BYTES: tl.constexpr,
+    SUM_BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CELLS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    payload += token * row_bytes
+    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
+    row = tl.where(tl.arange(0, 1 << LOG_TILE) < HIDDEN, row, 0.0)
+    finite = 1
+    if KEPT:
+        floats = payloads + BODY_BYTES + BODY_BYTES % 2
+        j = tl.arange(0, KEPT)
+        bits = parts.wire_bits(parts.sum_kept(floats, rank_stride, ranks, kept, KEPT))
+        parts.store_u16(payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2 + 2 * j, bits, j < kept)
+        finite = parts.all_finite(bits, j < kept)
+    parts.write_body(
+        row,
+        finite,
+        payload,
+        kept,
+        cells,
+        HIDDEN,
+        SUM_BODY_BYTES,
+        SUM_BITS,
+        STEPS,
+        CELLS,
+        LOG_TILE,
+    )
+
+
+@torch.library.custom_op("megatron_lowbit::rotated_encode", mutates_args=())
+def encode(
+    partial: Tensor,
+    width: int,
+    center: Tensor | None,
+    scale: Tensor,
+    bf16_index: Tensor,
+    block: int,
+    thresholds: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> Tensor:
+    """Write a partial into a payload.
+
+    Args:
+        partial: BF16, fp16 or fp32 ``[tokens, width]``, any strides.
+        width: Hidden size, or k more with a body that the weight has rotated (`codecs.folding`).
+        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by then, 0 for the
+            features of the index.
+        bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
+        block: Values that the rotation mixes, a power of two that divides hidden.
+        thresholds: fp32 ``[2**bits - 1]``, ascending.
+        bits: 2 to 6.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Returns:
+        ``uint8 [tokens, row_bytes]``, contiguous.
+
+    Raises:
+        LowbitError: `partial` has another shape or type, or too many features.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    tile, search = Tile.of(hidden), cells(thresholds)
+    values = check_partial(partial, width)
+    payload = _new_payload(partial, len(partial), body_bytes, kept)
+    arguments = (values, *values.stride(), center, scale, bf16_index, kept, search.table, payload)
+    launch(
+        _encode,
+        len(partial),
+        tile,
+        partial,
+        *arguments,
+        payload.shape[1],
+        HIDDEN=hidden,
+        LOG_BLOCK=block.bit_length() - 1,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        STEPS=search.steps,
+        CELLS=len(search.table),
+    )
+    return payload
+
+
+@encode.register_fake
+def _(partial, width, center, scale, bf16_index, block, thresholds, bits, body_bytes):
+    return _new_payload(partial, partial.shape[0], body_bytes, bf16_index.numel())
+
+
+def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
+            new fp32 tensor if left out.
+        tables: As for `decode_sum_into`.
+
+    Returns:
+        `out`.
+    """
+    if out is None:
+        shape = (payloads.shape[1], tables["scale"].numel())
+        out = torch.empty(shape, dtype=torch.float32, device=payloads.device)
+    decode_sum_into(out, payloads, **tables)
+    return out
+
+
+@torch.library.custom_op("megatron_lowbit::rotated_decode_sum", mutates_args=("out",))
+def decode_sum_into(
+    out: Tensor,
+    payloads: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
+    bf16_index: Tensor,
+    block: int,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> None:
+    """The op behind `decode_sum`.
+
+    Args:
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        center: fp32 ``[hidden]``, contiguous: added last; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by before.
+        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
+        block: Values that the rotation mixes.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: 2 to 6.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, or too many features.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    tile = Tile.of(hidden)
+    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    ranks, tokens, _ = payloads.shape
+    if out.shape != (tokens, hidden):
+        raise LowbitError(f"a sum is [{tokens}, {hidden}], got {list(out.shape)}")
+    target = as_bits(out)
+    rows = (payloads, *payloads.stride()[:2], ranks)
+    tables = (center, scale, bf16_index, kept, levels)
+    launch(
+        _decode_sum,
+        tokens,
+        tile,
+        payloads,
+        *rows,
+        *tables,
+        target,
+        *target.stride(),
+        HIDDEN=hidden,
+        LOG_BLOCK=block.bit_length() - 1,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        NATIVE=is_compiled(_decode_sum),
+    )
+
+
+@decode_sum_into.register_fake
+def _(out, payloads, center, scale, bf16_index, block, levels, bits, body_bytes):
+    return None
+
+
+@torch.library.custom_op("megatron_lowbit::rotated_reduce_encode", mutates_args=())
+def reduce_encode(
+    payloads: Tensor,
+    hidden: int,
+    kept: int,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+    thresholds: Tensor,
+    sum_bits: int,
+    sum_body_bytes: int,
+) -> Tensor:
+    """Sum the partials of all ranks and write the sum into a payload, without turning it back.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        hidden: Features in a token.
+        kept: Features that travel in BF16.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: Of a value in `payloads`, 2 to 6.
+        body_bytes: Bytes of the packed codes of a row in `payloads`.
+        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
+        sum_bits: Of a value in the result, 2 to 6.
+        sum_body_bytes: Bytes of the packed codes of a row in the result.
+
+    Returns:
+        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
+
+    Raises:
+        LowbitError: `payloads` has another shape or type, or too many features.
+    """
+    tile, search = Tile.of(hidden), cells(thresholds)
+    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    ranks, tokens, _ = payloads.shape
+    payload = _new_payload(payloads, tokens, sum_body_bytes, kept)
+    rows = (payloads, *payloads.stride()[:2], ranks)
+    launch(
+        _reduce_encode,
+        tokens,
+        tile,
+        payloads,
+        *rows,
+        kept,
+        levels,
+        search.table,
+        payload,
+        payload.shape[1],
+        HIDDEN=hidden,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        SUM_BODY_BYTES=sum_body_bytes,
+        SUM_BITS=sum_bits,
+        STEPS=search.steps,
+        CELLS=len(search.table),
+    )
+    return payload
+
+
+@reduce_encode.register_fake
+def _(payloads, hidden, kept, levels, bits, body_bytes, thresholds, sum_bits, sum_body_bytes):
+    return _new_payload(payloads, payloads.shape[1], sum_body_bytes, kept)
+
+
+def try_out(device: str) -> None:
+    """Run the smallest encode and look at its result.
+
+    Raises:
+        Exception: Whatever Triton, its compilers or the driver raise; RuntimeError on other bytes
+            than a row of zeros must give.
+    """
+    payload = encode(
+        torch.zeros(1, 8, device=device),
+        width=8,
+        center=None,
+        scale=torch.ones(8, device=device),
+        bf16_index=torch.empty(0, dtype=torch.int64, device=device),
+        block=8,
+        thresholds=_TRIAL.to(device),
+        bits=2,
+        body_bytes=2,
+    )
+    if payload.tolist() != [[0x55, 0x55, 0, 0]]:  # 0 is above one threshold: codes 1, scale 0
+        raise RuntimeError(f"a row of zeros became {payload.tolist()}")
+
+
+def _row_bytes(body_bytes: int, kept: int) -> int:
+    """Codes, padded to an even number of bytes, the BF16 features and the scale."""
+    return body_bytes + body_bytes % 2 + 2 * (kept + 1)
+
+
+def _new_payload(like: Tensor, tokens: int, body_bytes: int, kept: int) -> Tensor:
+    return like.new_empty((tokens, _row_bytes(body_bytes, kept)), dtype=torch.uint8)

@@ -1,0 +1,273 @@
+"""``static-hybrid`` in Triton: one program a token, one pass over its data.
+
+The bits are those of `codecs.static_hybrid`, its plain-torch code; only the bits of a NaN in a sum
+may differ. At 4 bits encode moves 2 bytes a value in and 0.5 out, decode_sum 0.5 in for each rank
+and 2 out. The body is gathered and scattered by its table of features, 8 bytes a feature from the
+caches: the values of a row are neighbours but for the gaps that the BF16 features leave.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import triton_parts as parts
+from megatron_lowbit.kernels.triton_launch import (
+    Tile,
+    as_bits,
+    check_partial,
+    check_payloads,
+    is_compiled,
+    launch,
+    power_of_two,
+)
+
+
+@triton.jit
+def _encode(
+    partial,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    row_stride,
+    column_stride,
+    scale,  # fp32 [hidden]: the step of each feature
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    payload,  # uint8 [tokens, row_bytes]
+    row_bytes,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,  # a power of two, at least `kept`; or 0
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
+    partial += token * row_stride
+    payload += token * row_bytes
+    place = tl.arange(0, 1 << LOG_TILE)
+    inside = place < BODY
+    feature = tl.load(body_index + place, mask=inside, other=0)
+    values = parts.load_floats(partial + feature * column_stride, inside)
+    step = tl.load(scale + feature, mask=inside, other=0.0)
+    inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
+    codes = _round(values * inverse, (1 << (BITS - 1)) - 1)
+    finite = tl.abs(values) < float("inf")
+    codes = tl.where(finite, codes, -(1 << (BITS - 1))) & ((1 << BITS) - 1)
+    if KEPT:
+        floats = payload + BODY_BYTES + BODY_BYTES % 2
+        parts.write_kept(partial, column_stride, bf16_index, kept, floats, KEPT)
+        parts.pack(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
+    else:
+        parts.pack_bytes(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
+
+
+@triton.jit
+def _round(values, LARGEST: tl.constexpr):
+    """int32: to the nearest, ties to even, within -LARGEST and LARGEST; of NaN anything."""
+    values = tl.minimum(tl.maximum(values, -LARGEST + 0.0), LARGEST + 0.0)
+    shift: tl.constexpr = 12582912.0  # 1.5 * 2**23: fp32 has no fractions here
+    return ((values + shift) - shift).to(tl.int32)
+
+
+@triton.jit
+def _sum_row(
+    payloads,
+    rank_stride,
+    ranks,
+    scale,
+    feature,
+    inside,
+    HIDDEN: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    """fp32 [1 << LOG_TILE]: a token's body in rank order, each rank's by its own steps."""
+    total = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
+    total *= tl.load(scale + feature, mask=inside, other=0.0)
+    for _ in range(1, ranks):
+        payloads += rank_stride
+        scale += HIDDEN
+        values = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
+        total += values * tl.load(scale + feature, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _values(payload, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr):
+    """fp32 of the codes of a row: integers, and NaN for the lowest."""
+    half: tl.constexpr = 1 << (BITS - 1)
+    codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+    values = tl.where(codes >= half, codes - 2 * half, codes).to(tl.float32)
+    return tl.where(codes == half, float("nan"), values)
+
+
+@triton.jit
+def _decode_sum(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    scale,  # fp32 [ranks, hidden]
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    out_row_stride,
+    out_column_stride,
+    HIDDEN: tl.constexpr,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    out += token * out_row_stride
+    place = tl.arange(0, 1 << LOG_TILE)
+    inside = place < BODY
+    feature = tl.load(body_index + place, mask=inside, other=0)
+    total = _sum_row(
+        payloads, rank_stride, ranks, scale, feature, inside, HIDDEN, BODY_BYTES, BITS, LOG_TILE
+    )
+    parts.store_floats(out + feature * out_column_stride, total, inside, NATIVE)
+    if KEPT:
+        j = tl.arange(0, KEPT)
+        floats = payloads + BODY_BYTES + BODY_BYTES % 2
+        total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
+        feature = tl.load(bf16_index + j, mask=j < kept, other=0)
+        parts.store_floats(out + feature * out_column_stride, total, j < kept, NATIVE)
+
+
+@torch.library.custom_op("megatron_lowbit::static_encode", mutates_args=())
+def encode(
+    partial: Tensor,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> Tensor:
+    """Write a partial into a payload.
+
+    Args:
+        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        scale: fp32 ``[hidden]``, contiguous: the value of one step of each feature.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that become codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        bits: 3 to 8.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Returns:
+        ``uint8 [tokens, row_bytes]``, contiguous.
+
+    Raises:
+        LowbitError: `partial` has another shape or type, or too many features.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    tile, values = Tile.of(hidden), check_partial(partial, hidden)
+    payload = _new_payload(partial, body_bytes, kept)
+    launch(
+        _encode,
+        len(partial),
+        tile,
+        partial,
+        *(values, *values.stride(), scale, body_index, bf16_index, kept),
+        *(payload, payload.shape[1]),
+        BODY=hidden - kept,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+    )
+    return payload
+
+
+@encode.register_fake
+def _(partial, scale, body_index, bf16_index, bits, body_bytes):
+    return _new_payload(partial, body_bytes, bf16_index.numel())
+
+
+def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
+            new fp32 tensor if left out.
+        tables: As for `decode_sum_into`.
+
+    Returns:
+        `out`.
+    """
+    if out is None:
+        shape = (payloads.shape[1], tables["scale"].shape[1])
+        out = torch.empty(shape, dtype=torch.float32, device=payloads.device)
+    decode_sum_into(out, payloads, **tables)
+    return out
+
+
+@torch.library.custom_op("megatron_lowbit::static_decode_sum", mutates_args=("out",))
+def decode_sum_into(
+    out: Tensor,
+    payloads: Tensor,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> None:
+    """The op behind `decode_sum`.
+
+    Args:
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        scale: fp32 ``[at least ranks, hidden]``, contiguous.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that are codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        bits: 3 to 8.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, or too many features.
+    """
+    hidden, kept = scale.shape[1], bf16_index.numel()
+    tile = Tile.of(hidden)
+    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    ranks, tokens, _ = payloads.shape
+    if out.shape != (tokens, hidden) or len(scale) < ranks:
+        raise LowbitError(
+            f"a sum of {ranks} ranks is [{tokens}, {hidden}] with scales for each of them, got "
+            f"{list(out.shape)} and scales for {len(scale)}"
+        )
+    target = as_bits(out)
+    launch(
+        _decode_sum,
+        tokens,
+        tile,
+        payloads,
+        *(payloads, *payloads.stride()[:2], ranks),
+        *(scale, body_index, bf16_index, kept, target, *target.stride()),
+        HIDDEN=hidden,
+        BODY=hidden - kept,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        NATIVE=is_compiled(_decode_sum),
+    )
+
+
+@decode_sum_into.register_fake
+def _(out, payloads, scale, body_index, bf16_index, bits, body_bytes):
+    return None
+
+
+def _row_bytes(body_bytes: int, kept: int) -> int:
+    """Codes, padded to an even number of bytes where BF16 features follow."""
+    return body_bytes + (body_bytes % 2 + 2 * kept if kept else 0)
+
+
+def _new_payload(partial: Tensor, body_bytes: int, kept: int) -> Tensor:
+    shape = (partial.shape[0], _row_bytes(body_bytes, kept))
+    return partial.new_empty(shape, dtype=torch.uint8)

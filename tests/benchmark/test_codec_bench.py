@@ -1,0 +1,105 @@
+"""tools/bench_codecs.py: rows that add up, a check before every figure, refused options."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lowbit import kernels
+from megatron_lowbit.benchmark import codec_bench
+from megatron_lowbit.benchmark.codec_bench import Plan, parse_shapes
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.errors import LowbitError
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/bench_codecs.py"
+PLAN = Plan(
+    codecs=("rotated-hybrid-4", "fp8-g256"),
+    shapes=[(3, 96)],
+    ranks=2,
+    seconds=0.001,
+    device=torch.device("cpu"),
+)
+NONE = kernels.describe() if kernels.describe().startswith("none") else None
+needs_kernel = pytest.mark.skipif(NONE is not None, reason=str(NONE))
+
+
+@pytest.fixture(autouse=True)
+def a_small_copy(monkeypatch):
+    monkeypatch.setitem(codec_bench._COPY_BYTES, "cpu", 1 << 20)
+
+
+@needs_kernel
+def test_rows():
+    said = []
+    rows = codec_bench.run(PLAN, said.append)
+    assert len(said) == 2  # the copy's bandwidth, and a line for the shape
+    operations = ("encode", "decode_sum of 2", "reduce_encode of 2")
+    own = {("rotated-hybrid-4", o, path) for o in operations for path in ("torch", "kernel")}
+    peer = {("fp8-g256", operation, "torch") for operation in operations}
+    found = [(row["codec"], row["operation"], row["path"]) for row in rows]
+    assert set(found) == own | peer | {("bf16", "copy", "torch")}
+    assert len(found) == len(set(found))
+    for row in rows:
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["calls"] >= 7
+        assert row["gb_s"] == pytest.approx(
+            row["bytes"] / row["median_ms"] / 1e6, rel=0.1, abs=1e-3
+        )
+        assert ("speedup" in row) == (row["path"] == "kernel")
+    codec = get_codec("rotated-hybrid")
+    sent = 3 * codec.row_bytes(codec.tables(96))
+    moved = {row["operation"]: row["bytes"] for row in rows if row["codec"] == "rotated-hybrid-4"}
+    assert moved == dict(zip(operations, (576 + sent, 2 * sent + 576, 3 * sent), strict=True))
+    lines = codec_bench.table(rows).splitlines()
+    assert len(lines) == len(rows) + 1
+    assert len({len(line) for line in lines}) == 1
+
+
+@needs_kernel
+def test_a_wrong_kernel_gets_no_figure(monkeypatch):
+    class Wrong:
+        def __init__(self, module):
+            self._module = module
+
+        def __getattr__(self, name):
+            return lambda *a, **k: getattr(self._module, name)(*a, **k).add_(1)
+
+    right = RotatedHybrid.kernels
+
+    def kernels_of(self, *arguments, **others):
+        module = right(self, *arguments, **others)
+        return module and Wrong(module)
+
+    monkeypatch.setattr(RotatedHybrid, "kernels", kernels_of)
+    message = r"wrong result of rotated-hybrid-4 encode at 3 x 96: .* differ first at \[0, 0\]"
+    with pytest.raises(LowbitError, match=message):
+        codec_bench.run(PLAN, lambda text: None)
+
+
+def test_shapes():
+    assert parse_shapes("512x4096,1x8192") == [(512, 4096), (1, 8192)]
+    for bad in ("512", "0x64", "4096*512", "1x2x3", ""):
+        with pytest.raises(LowbitError, match="is no list of shapes: write it like 512x4096"):
+            parse_shapes(bad)
+
+
+def test_the_command(tmp_path):
+    output = tmp_path / "codecs.json"
+    small = ["--shapes", "2x64", "--codecs", "rotated-hybrid-3", "--seconds", "0.001"]
+    command = [sys.executable, str(TOOL), *small, "--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(output.read_bytes())
+    assert {row["codec"] for row in rows} == {"bf16", "rotated-hybrid-3"}
+    assert "2 x 64: checked and timed" in done.stdout
+    meta = json.loads(output.with_suffix(".meta.json").read_bytes())
+    assert meta["machine"]["kernels"] == kernels.describe()
+    assert meta["command"][2:4] == small[:2] and meta["commit"] and meta["versions"]["torch"]
+    command[command.index("rotated-hybrid-3")] = "rotated-hybrid-7"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench_codecs.py: error: codec rotated-hybrid has no 7-bit")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,110 @@
+"""Runs `triton_cases` where Triton can: in its interpreter, and on a GPU if there is one.
+
+In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lowbit import kernels
+from megatron_lowbit.kernels import select
+
+CASES = Path(__file__).with_name("triton_cases.py")
+ROOT = CASES.parents[2]
+
+
+def _run(*command: str, **environment: str) -> str:
+    """What a Python process says, once it has ended well."""
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    env = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def _run_cases(**environment: str) -> str:
+    options = ("-c", "tests/pytest.ini", "--rootdir=.", "-q", "-p", "no:cacheprovider")
+    return _run("-m", "pytest", *options, str(CASES), **environment)
+
+
+def test_in_the_interpreter():
+    assert " passed" in _run_cases(TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_on_a_gpu():
+    assert " passed" in _run_cases(TRITON_INTERPRET="0")
+
+
+def test_it_compiles_for_a_gpu(tmp_path):
+    """For sm_90, with or without one: nothing is fused, and no register is spilled."""
+    lines = _run(str(CASES.with_name("triton_compile.py")), TRITON_CACHE_DIR=str(tmp_path))
+    found = [line.split() for line in lines.splitlines()]
+    assert len(found) == 12  # six kernels at two shapes
+    for name, tile, registers, stack, *_ in found:
+        assert int(stack) == 0, f"{name} of {tile} values spills: {registers} registers"
+
+
+# What a process of its own does where GPU tensors have no kernels: CPU tensors stand for them.
+FALLBACK = """
+import sys, warnings
+if sys.argv[1] == "missing":
+    sys.modules["triton"] = None
+import torch
+
+from megatron_lowbit import kernels
+from megatron_lowbit.kernels import select
+from megatron_lowbit import kernels
+from megatron_lowbit.codecs import Statistics, get_codec
+from megatron_lowbit.kernels import select
+select._kind = lambda *tensors: "cuda"
+x = torch.randn(3, 64)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in ("rotated-hybrid", "static-hybrid"):
+        codec = get_codec(name)
+        tables = codec.tables(64, statistics=Statistics.of(x[None]))
+        for _ in range(2):
+            payload = codec.encode(x, tables)
+            with kernels.disabled():
+                assert torch.equal(payload, codec.encode(x, tables))
+            codec.decode_sum(payload[None], tables)
+for warning in caught:
+    print(warning.message)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("missing", "import of triton halted"),
+        pytest.param(
+            "broken",
+            "not compiled with CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
+        ),
+    ],
+)
+def test_without_triton_it_warns_once_and_gives_the_same(case, reason):
+    [warning] = _run("-c", FALLBACK, case, TRITON_INTERPRET="0").splitlines()
+    assert reason in warning
+    assert "plain torch" in warning and "MEGATRON_LOWBIT_KERNELS=0" in warning
+
+
+def test_kernels_that_are_off_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(select, "_kind", lambda *tensors: "cuda")
+    monkeypatch.setattr(select, "_try_out", lambda: pytest.fail("tried"))
+    x = torch.zeros(1)
+    with kernels.disabled():
+        assert select.kernels_for(select.ROTATED, x) is None
+        assert kernels.describe("cuda") == "none: disabled"
+    monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "0")
+    assert select.kernels_for(select.STATIC, x) is None
+    assert kernels.describe("cuda") == "none: switched off by MEGATRON_LOWBIT_KERNELS=0"

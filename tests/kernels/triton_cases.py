@@ -1,0 +1,348 @@
+"""The Triton kernels against the plain torch that specifies them, bit for bit.
+
+`test_triton_kernels` runs this in a process of its own: in Triton's interpreter, on CPU tensors, or
+on a GPU. Where a value is NaN only that it is NaN is compared.
+"""
+
+import os
+
+import pytest
+import torch
+from cases import DTYPES, sample
+from torch import Tensor
+
+from megatron_lowbit import kernels
+from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec, wire
+from megatron_lowbit.codecs.base import LowbitError
+from megatron_lowbit.codecs.folding import fold
+from megatron_lowbit.kernels import select
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ROTATED = ["rotated-hybrid", "shaped-hybrid"]
+BITS = [2, 3, 4, 5, 6]
+STATIC_BITS = [3, 4, 5, 6, 8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_everywhere():
+    """CPU tensors go the way of GPU tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(select, "_kind", lambda *tensors: "cuda")
+            patch.setattr(select, "_trouble", lambda: "")
+        yield
+
+
+def _tables(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
+    generator = torch.Generator().manual_seed(hidden)
+    index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
+    statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
+    return codec.tables(hidden, bf16_index=index, statistics=statistics).to(DEVICE)
+
+
+def _same(got: Tensor, expected: Tensor, case: str) -> None:
+    integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
+    bits = [x.contiguous().view(integer).masked_fill(x.isnan(), -1).cpu() for x in (got, expected)]
+    assert got.dtype == expected.dtype and got.shape == expected.shape, case
+    assert torch.equal(*bits), f"{case}: first at {(bits[0] != bits[1]).nonzero()[0].tolist()}"
+
+
+def _same_payload(got: Tensor, expected: Tensor, codec: Codec, tables: Tables) -> None:
+    case = f"{codec}, hidden {tables.hidden}"
+    assert got.shape == expected.shape and got.dtype == torch.uint8 and got.is_contiguous(), case
+    body = tables.hidden if tables.body_index is None else tables.body_index.numel()
+    body = wire.packed_bytes(body, codec.bits)
+    assert torch.equal(got[:, :body], expected[:, :body]), f"{case}: codes differ"
+    floats = [wire.split_row(payload, body)[1] for payload in (got, expected)]
+    _same(*floats, case)
+
+
+def _check(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:
+    """Encode and sum `partials`, each step against plain torch; gives the payloads."""
+    payloads = []
+    for rank, partial in enumerate(partials):
+        with kernels.disabled():
+            expected = codec.encode(partial.cpu(), tables.to("cpu"), rank=rank)
+        payloads.append(codec.encode(partial.to(DEVICE), tables, rank=rank))
+        _same_payload(payloads[-1].cpu(), expected, codec, tables)
+    payloads = torch.stack(payloads)
+    _check_sums(codec, payloads, tables)
+    return payloads
+
+
+def _check_sums(codec: Codec, payloads: Tensor, tables: Tables, dtypes=(None,)) -> None:
+    on_cpu = tables.to("cpu")
+    with kernels.disabled():
+        total = codec.decode_sum(payloads.cpu(), on_cpu)
+    for dtype in dtypes:
+        out = None if dtype is None else torch.empty(total.shape, dtype=dtype, device=DEVICE)
+        got = codec.decode_sum(payloads, tables, out=out)
+        assert out is None or got is out
+        _same(got.cpu(), total.to(dtype or torch.float32), f"{codec}, {tables.hidden}, {dtype}")
+    if codec.name in ROTATED:
+        with kernels.disabled():
+            of_sum = codec.reduce_encode(payloads.cpu(), on_cpu)
+        got = codec.reduce_encode(payloads, tables).cpu()
+        _same_payload(got, of_sum, codec.for_sum(), tables)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ROTATED)
+def test_bits_of_the_rotated(name, bits):
+    """Every number of bits in partials, and another one in the sum."""
+    codec = get_codec(name, bits=(bits, 8 - bits))
+    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
+    _check(codec, partials, _tables(codec, 96, 5))
+
+
+@pytest.mark.parametrize("bits", STATIC_BITS)
+def test_bits_of_static(bits):
+    codec = get_codec("static-hybrid", bits=bits)
+    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
+    _check(codec, partials, _tables(codec, 96, 5))
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_a_folded_weight(name):
+    """Rows that come rotated, with the BF16 features behind."""
+    codec = get_codec(name)
+    _, folded = fold(torch.ones(96, 2, device=DEVICE), _tables(codec, 96, 5))
+    partials = [sample("heavy-tailed", (2, 101), seed).bfloat16() for seed in range(2)]
+    _check(codec, partials, folded)
+
+
+@pytest.mark.parametrize("hidden", [1, 33, 64, 576])
+@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+def test_shapes(name, hidden):
+    """One feature, an odd size (no rotation), one block, several and a padded row."""
+    codec = get_codec(name, bits=3)
+    for tokens, kept in ((0, 1), (1, 0), (3, 7)):
+        partials = [sample("normal", (tokens, hidden), seed) for seed in range(2)]
+        _check(codec, partials, _tables(codec, hidden, kept))
+
+
+@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+def test_a_long_row(name):
+    codec = get_codec(name)
+    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, _tables(codec, 4096, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [ROTATED[0], "static-hybrid"])
+def test_types_and_strides(name, dtype):
+    codec = get_codec(name)
+    wide = sample("heavy-tailed", (48, 100), 3).to(dtype)
+    tables = _tables(codec, 48, 3)
+    views = [wide[:4:2, 3:51], wide[:, :2].T, wide[:1, 4:52].expand(2, 48)]
+    payloads = _check(codec, views, tables)
+    _check_sums(codec, payloads[:, :1], tables, dtypes=DTYPES)
+    row = payloads.shape[2]
+    wider = torch.empty(3, 2, row + 3, dtype=torch.uint8, device=DEVICE)[..., 1 : row + 1]
+    _check_sums(codec, wider.copy_(payloads), tables)  # and at odd addresses
+    _check_sums(codec, payloads[2:].expand(3, 2, row), tables)
+    _check_sums(codec, payloads.transpose(1, 2).contiguous().transpose(1, 2), tables)
+    out = torch.zeros(48, 2, dtype=dtype, device=DEVICE)
+    codec.decode_sum(payloads, tables, out=out.T)
+    _same(out.T.cpu(), codec.decode_sum(payloads, tables).to(dtype).cpu(), "a transposed result")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+def test_rows_that_are_not_finite(name, bad):
+    codec = get_codec(name)
+    tables = _tables(codec, 16, 4)
+    partials = [sample("normal", (17, 16), seed) for seed in range(2)]
+    partials[1][:16].fill_diagonal_(bad)  # every feature in some token, and a token without
+    payloads = _check(codec, partials, tables)
+    nan = codec.decode_sum(payloads, tables).isnan().any(dim=1)
+    assert nan.tolist() == [True] * 16 + [False]
+
+
+@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+def test_extreme_values(name):
+    """Zeros of both signs, constants, subnormal and huge numbers, every exponent of each type."""
+    codec = get_codec(name)
+    tables = _tables(codec, 32, 6)
+    rows = [torch.full((32,), value) for value in (0.0, -0.0, 0.7, 3.4e38, 1e-45, 6e-39)]
+    rows.append(2.0 ** torch.arange(-149.0, 128.0, 9)[:32].clone().resize_(32).nan_to_num(1.0))
+    _check(codec, [torch.stack(rows)], tables)
+    every = torch.arange(-(2**15), 2**15, 61, dtype=torch.int16)[:1056].view(33, 32)
+    for dtype in (torch.float16, torch.bfloat16):
+        _check(codec, [every[::4].view(dtype)], tables)
+
+
+def test_codes_of_random_bytes():
+    """Payloads that no encode makes: any scale, any BF16, as a damaged message has them."""
+    for name in (ROTATED[0], "static-hybrid"):
+        codec = get_codec(name, bits=5)
+        tables = _tables(codec, 40, 3)
+        shape = (3, 8, codec.row_bytes(tables))
+        generator = torch.Generator().manual_seed(0)
+        payloads = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        _check_sums(codec, payloads.to(DEVICE), tables, dtypes=DTYPES)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks(ranks):
+    for name in (ROTATED[1], "static-hybrid"):
+        codec = get_codec(name)
+        partials = [sample("normal", (1, 64), seed) * 3.0**seed for seed in range(ranks)]
+        _check(codec, partials, _tables(codec, 64, 2, ranks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [33, 96])
+def test_norm(hidden, dtype):
+    """Bias and residual or not, BF16 features or not, a token that is not finite."""
+    codec = get_codec("shaped-hybrid")
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(2, hidden, generator=generator) + 1).to(dtype)
+    residual = torch.randn(hidden, 3, generator=generator).to(dtype).T
+    for kept, more in ((5, {"bias": bias, "residual": residual}), (0, {"residual": residual})):
+        tables = _tables(codec, hidden, kept)
+        partials = [sample("normal", (3, hidden), seed) for seed in range(2)]
+        partials[0][1, 7] = torch.nan
+        payloads = torch.stack([codec.encode(x.to(DEVICE), tables) for x in partials])
+        more |= {"weight": weight, "epsilon": 1e-5}
+        with kernels.disabled():
+            expected = codec.decode_sum_norm(payloads.cpu(), tables.to("cpu"), **more)
+        more = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in more.items()}
+        for got, right in zip(
+            codec.decode_sum_norm(payloads, tables, **more), expected, strict=True
+        ):
+            _same(got.cpu(), right, f"hidden {hidden}, {dtype}, {kept} features in BF16")
+        assert right.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_norm_is_rms_norm():
+    """Close to torch's own, by the same sum."""
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 64, 2)
+    payloads = codec.encode(sample("normal", (3, 64), 0).to(DEVICE), tables)[None]
+    weight = sample("normal", (64,), 1).to(DEVICE)
+    normed, total = codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
+    assert torch.equal(total, codec.decode_sum(payloads, tables))
+    torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (64,), weight, 1e-5))
+    with pytest.raises(LowbitError, match=r"a residual is \[3, 64\], got \[64, 3\]"):
+        codec.decode_sum_norm(
+            payloads, tables, weight=weight, epsilon=1e-5, residual=torch.zeros(64, 3)
+        )
+
+
+def test_offsets_above_two_to_the_31():
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 64, 1)
+    row = codec.row_bytes(tables)
+    try:
+        far = torch.empty(2**32 + 4096, dtype=torch.uint8, device=DEVICE)  # reserved, not touched
+    except RuntimeError:
+        pytest.skip("no 4 GiB to reserve here")
+    partial = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
+    _check(codec, [partial.copy_(sample("normal", (2, 64), 0))], tables)
+    for strides in ((2**32, row, 1), (row, 2**32, 1)):
+        payloads = far.as_strided((2, 2, row), strides)
+        _check_sums(codec, payloads.random_(0, 256), tables)
+    out = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
+    payloads = torch.zeros(1, 2, row, dtype=torch.uint8, device=DEVICE)
+    codec.decode_sum(payloads, tables, out=out)
+    _same(out.cpu(), codec.decode_sum(payloads, tables).bfloat16().cpu(), "a far result")
+
+
+def test_what_is_not_supported_is_named():
+    for name in (ROTATED[0], "static-hybrid"):
+        codec = get_codec(name)
+        tables = _tables(codec, 64, 0)
+        row = codec.row_bytes(tables)
+        with pytest.raises(LowbitError, match=r"\[tokens, 64\], got \[2, 65\]"):
+            codec.encode(torch.zeros(2, 65, device=DEVICE), tables)
+        with pytest.raises(LowbitError, match="float64: the GPU kernels take bfloat16, float16"):
+            codec.encode(torch.zeros(2, 64, dtype=torch.float64, device=DEVICE), tables)
+        payloads = torch.zeros(1, 2, row, dtype=torch.uint8, device=DEVICE)
+        for bad in (payloads.float(), payloads[..., 1:], payloads[:0]):
+            with pytest.raises(LowbitError, match=rf"uint8 \[ranks, tokens, {row}\]"):
+                codec.decode_sum(bad, tables)
+        with pytest.raises(LowbitError, match=r"\[2, 64\].*got \[3, 64\]"):
+            codec.decode_sum(payloads, tables, out=torch.zeros(3, 64, device=DEVICE))
+    codec = get_codec("rotated-hybrid")
+    long = _tables(codec, (1 << 15) + 1, 0)
+    with pytest.raises(LowbitError, match="hidden size 32769: the GPU kernels take 1 to 32768"):
+        codec.encode(torch.zeros(1, (1 << 15) + 1, device=DEVICE), long)
+
+
+def _calls(family: str) -> dict:
+    """Arguments and result of a call of every function of a family, by its op's name."""
+    codec = get_codec("static-hybrid" if family == "static" else "rotated-hybrid")
+    tables = _tables(codec, 32, 2)
+    partial = sample("normal", (2, 32), 0).to(DEVICE)
+    payloads = codec.encode(partial, tables)[None]
+    recorder = _Recorder(select.kernels_for(family, partial))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "kernels_for", lambda *_: recorder)
+        if family == "norm":
+            weight = torch.ones(32, device=DEVICE)
+            codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
+        else:
+            codec.encode(partial, tables)
+            codec.decode_sum(payloads, tables)
+        if family == "rotated":
+            codec.reduce_encode(payloads, tables)
+    prefix = "static" if family == "static" else "rotated"
+    return {f"{prefix}_{name}": call for name, call in recorder.calls.items()}
+
+
+class _Recorder:
+    """Kernels that remember their calls."""
+
+    def __init__(self, kernels):
+        self._kernels, self.calls = kernels, {}
+
+    def __getattr__(self, name):
+        function = getattr(self._kernels, name)
+
+        def call(*arguments, **others):
+            result = function(*arguments, **others)
+            self.calls[name] = (arguments, others, result)
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("family", ["rotated", "static", "norm"])
+def test_ops_are_what_torch_expects(family):
+    """Schemas, fake implementations, aliasing; and torch.compile takes them without a break."""
+    for name, (arguments, others, result) in _calls(family).items():
+        if others.pop("out", 0) is None:  # the op writes into its first argument
+            arguments = (torch.empty_like(result), *arguments)
+        op = getattr(torch.ops.megatron_lowbit, name).default
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(op, arguments, others, test_utils=checks)
+
+        def call(*arguments, op=op, others=others):
+            given = op(*arguments, **others)
+            return arguments[0] if given is None else given
+
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(*arguments)
+        pairs = zip(got, result, strict=True) if isinstance(got, tuple) else [(got, result)]
+        assert all(torch.equal(a, b) for a, b in pairs), name
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_graph_replays_with_other_inputs():
+    codec = get_codec("rotated-hybrid")
+    tables = _tables(codec, 4096, 32)
+    partial = sample("normal", (16, 4096), 0).bfloat16().to(DEVICE)
+    out = torch.empty_like(partial)
+
+    def work() -> None:
+        codec.decode_sum(codec.encode(partial, tables).expand(2, -1, -1), tables, out=out)
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for seed in range(3):
+        partial.copy_(sample("heavy-tailed", (16, 4096), seed))
+        graph.replay()
+        replayed = out.clone()
+        work()
+        assert torch.equal(out, replayed)

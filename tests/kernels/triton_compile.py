@@ -1,0 +1,107 @@
+"""Compiles the Triton kernels for a GPU that need not be there, with the launches of real calls.
+
+`test_triton_kernels` runs this in a process of its own, without the interpreter. Prints a line for
+each kernel: its name, tile, registers a thread, bytes of stack (spilled registers) and of shared
+memory, and instructions a value.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from cases import sample, tables_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.kernels import (
+    select,
+    triton_launch,
+    triton_norm,
+    triton_rotated,
+    triton_static,
+)
+
+TARGET = GPUTarget("cuda", 90, 32)
+CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
+TYPES = {
+    **{torch.float32: "*fp32", torch.float16: "*fp16", torch.int16: "*i16"},
+    **{torch.int64: "*i64", torch.uint8: "*u8", float: "fp32", int: "i32"},
+}
+
+
+def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
+    """What `triton_launch.launch` would run, compiled as Triton's launcher would specialize it."""
+    values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
+    values["LOG_TILE"] = tile.log_tile
+    fixed = {k: v for k, v in values.items() if v is None or k.isupper() or _is_one(v)}
+    signature = {k: "constexpr" if k in fixed else _type(values[k]) for k in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in fixed and _is_aligned(values[name])
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
+    options = {"num_warps": tile.warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=TARGET, options=options)
+    ptx = compiled.asm["ptx"]
+    assert "fma.rn.f32" not in ptx, f"{kernel.__name__} fuses: its bits are others on a GPU"
+    count = ptx.count(";") * 32 * tile.warps / (1 << tile.log_tile)
+    registers, stack = _resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+    print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", flush=True)
+
+
+def _type(value) -> str:
+    return TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+
+
+def _is_one(value) -> bool:
+    return isinstance(value, int) and value == 1
+
+
+def _is_aligned(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    """Every kernel at every case."""
+    select._kind = lambda *tensors: "cuda"
+    select._trouble = lambda: ""
+    for module in (triton_launch, triton_norm, triton_rotated, triton_static):
+        module.launch = _compile
+    for hidden, bits in CASES:
+        for name in ("shaped-hybrid", "static-hybrid"):
+            codec = get_codec(name, bits=bits)
+            partial = sample("normal", (2, hidden), 0).bfloat16()
+            tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
+            payloads = codec.encode(partial, tables)[None]
+            codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
+            if name == "shaped-hybrid":
+                codec.reduce_encode(payloads, tables)
+                weight = partial[0].clone()
+                norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
+                codec.decode_sum_norm(payloads, tables, **norm)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Make README.md's support matrix from tests that ran.
+
+Runs the tests that are marked `support(capability, release)` (about 5 minutes), or reads the JUnit
+report of a run of them, and prints the table: a row for each capability, a column for each release
+of megatron-core; "main" is the checkout of Megatron-LM that MEGATRON_LM names. --write puts the
+table into README.md, between its two marker lines; a run with failures is not written.
+
+examples:
+  MEGATRON_LM=~/Megatron-LM tools/support_matrix.py --write
+  pytest -c tests/pytest.ini --rootdir=. -m support --junit-xml=support.xml tests/integration
+  tools/support_matrix.py --results support.xml
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+
+from megatron_lowbit import cli
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+PROPERTY, SEPARATOR = "support", " @ "
+BEGIN = "<!-- support matrix: made by tools/support_matrix.py -->"
+END = "<!-- end of the support matrix -->"
+# The outcome that tells most about a cell with several tests comes first.
+OUTCOMES = ("failed", "no", "yes", "not run")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is known of one capability on one release.
+
+    Attributes:
+        outcome: One of `OUTCOMES`.
+        reason: Of all but "yes".
+    """
+
+    outcome: str
+    reason: str = ""
+
+
+def run_tests(report: Path) -> None:
+    """Run the marked tests; those that fail are found in the report."""
+    command = [sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "--rootdir=.", "-q"]
+    command += ["-m", PROPERTY, f"--junit-xml={report}", "tests/integration"]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status > 1:
+        raise LowbitError(f"pytest could not run the tests (exit status {status}): see above")
+
+
+def read_report(report: Path) -> tuple[dict[tuple[str, str], Cell], str]:
+    """The cells of a JUnit report by (capability, release), and what "main" was there."""
+    try:
+        root = ElementTree.parse(report).getroot()
+    except ElementTree.ParseError as error:
+        raise LowbitError(f"{report} is not a JUnit report ({error})") from None
+    cells: dict[tuple[str, str], Cell] = {}
+    for case in root.iter("testcase"):
+        for value in (p.get("value") for p in case.iter("property") if p.get("name") == PROPERTY):
+            key, cell = tuple(value.split(SEPARATOR)), cell_of(case)
+            cells[key] = min(cells.get(key, cell), cell, key=lambda c: OUTCOMES.index(c.outcome))
+    if not cells:
+        raise LowbitError(f"{report} has no test with the mark {PROPERTY!r}")
+    main = root.find("testsuite/properties/property[@name='main']")
+    return cells, "" if main is None else main.get("value")
+
+
+def cell_of(case: ElementTree.Element) -> Cell:
+    """The outcome of one test: an expected failure is a "no" with a known reason."""
+    if case.find("failure") is not None or case.find("error") is not None:
+        return Cell("failed", f"{case.get('name')} fails")
+    skipped = case.find("skipped")
+    if skipped is None:
+        return Cell("yes")
+    outcome = "no" if skipped.get("type") == "pytest.xfail" else "not run"
+    return Cell(outcome, skipped.get("message").removeprefix("Skipped: "))
+
+
+def table(cells: dict[tuple[str, str], Cell], main: str) -> str:
+    """The table in Markdown, its reasons as numbered notes below."""
+    capabilities = dict.fromkeys(capability for capability, _ in cells)
+    releases = sorted(dict.fromkeys(release for _, release in cells), key=_by_version)
+    reasons: list[str] = []
+    lines = ["| | " + " | ".join(releases) + " |", "| --- |" + " --- |" * len(releases)]
+    for capability in capabilities:
+        row = [_text(cells.get((capability, r), Cell("not run")), reasons) for r in releases]
+        lines.append(f"| {capability} | " + " | ".join(row) + " |")
+    if main:
+        lines += ["", f"main: {main}."]
+    for number, reason in enumerate(reasons, start=1):
+        lines += ["", f"({number}) {reason}"]
+    return "\n".join(lines)
+
+
+def _by_version(release: str) -> tuple:
+    """Releases in order, then names such as main."""
+    numbers = [int(part) for part in re.findall(r"\d+", release)]
+    return (not numbers, numbers, release)
+
+
+def _text(cell: Cell, reasons: list[str]) -> str:
+    if not cell.reason:
+        return cell.outcome
+    if cell.reason not in reasons:
+        reasons.append(cell.reason)
+    return f"{cell.outcome} ({reasons.index(cell.reason) + 1})"
+
+
+def write(readme: Path, text: str) -> None:
+    """Put the table between the markers of `readme`."""
+    old = readme.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1:
+        raise LowbitError(f"{readme.name} needs one line {BEGIN!r} and, below it, one {END!r}")
+    before, rest = old.split(BEGIN)
+    after = rest.split(END)[1]
+    write_atomic(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+
+
+def parse() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="JUnit report of such a run")
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run or read, then print and write."""
+    options = parse()
+    with tempfile.TemporaryDirectory() as directory:
+        report = options.results or Path(directory) / "support.xml"
+        if options.results is None:
+            run_tests(report)
+        cells, main_is = read_report(report)
+    text = table(cells, main_is)
+    print(text)
+    failed = [cell.reason for cell in cells.values() if cell.outcome == "failed"]
+    if failed:
+        raise LowbitError(f"not written, since tests fail: {'; '.join(failed)}")
+    if options.write:
+        write(ROOT / "README.md", text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
