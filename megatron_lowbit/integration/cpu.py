@@ -190,6 +190,7 @@ def _stand_ins() -> dict[str, Any]:
         **{name: _returns(None) for name in nothing},
         **{name: _returns(0) for name in zero},
         "Event": CpuEvent,
+        "LongTensor": torch.LongTensor,
         "Stream": CpuStream,
         "current_device": _returns(_CPU),
         "current_stream": _returns(CpuStream()),
