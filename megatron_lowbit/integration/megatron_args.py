@@ -232,6 +232,10 @@ def reading_checkpoint(load: str) -> Iterator[None]:
     except CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
         raise LowbitError(f"--load {load}: a damaged checkpoint ({failure!r})") from error
+    except SystemExit as error:  # with status 0: it has printed why, and `quiet` drops that
+        raise LowbitError(
+            f"--load {load}: Megatron cannot read it; MEGATRON_LOWBIT_VERBOSE=1 shows why"
+        ) from error
     except (CheckpointingException, AssertionError) as error:
         raise LowbitError(f"--load {load}: not a whole checkpoint ({error})") from error
 

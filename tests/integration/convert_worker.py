@@ -8,12 +8,14 @@ Both leave their results in DIR, for the tests to look at.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -92,7 +94,25 @@ def parser_errors(directory: Path) -> dict[str, str]:
             "2",
         ],
     }
+    for name in ("no iteration", "no number", "hole"):
+        (directory / name).mkdir()
+        tracker = directory / name / "latest_checkpointed_iteration.txt"
+        tracker.write_text("five" if name == "no number" else "5")
+        cases[name] = ["--load", str(directory / name)]
+    save_with_a_hole(directory / "hole" / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt")
     return {name: _message(parse_megatron_args, argv) for name, argv in cases.items()}
+
+
+def save_with_a_hole(path: Path) -> None:
+    """A legacy checkpoint's file that lost a tensor's data."""
+    path.parent.mkdir(parents=True)
+    whole = path.with_name("whole.pt")
+    torch.save({"args": argparse.Namespace(), "iteration": 5, "model": torch.ones(9)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            if not name.endswith("data/0"):
+                target.writestr(name, source.read(name))
+    whole.unlink()
 
 
 def _message(call, *arguments) -> str:

@@ -213,6 +213,9 @@ def test_lowbit_arguments_in_megatron_s_own_parser(converted):
         ("value", ["exit 2", "--tensor-model-parallel-size", "many"]),
         ("world", ["ValueError", "world size 1", "by 3"]),
         ("heads", ["ValueError", "world size 1", "by 2"]),
+        ("no iteration", ["ValueError", "no iteration", "iter_0000005"]),
+        ("no number", ["ValueError", "its tracker file names no iteration"]),
+        ("hole", ["ValueError", "Megatron cannot read it", "MEGATRON_LOWBIT_VERBOSE=1"]),
     ],
 )
 def test_wrong_arguments_get_one_line(converted, case, words):
