@@ -7,6 +7,7 @@
 # each prompt, prints the answers, and stops the server.
 #
 #   CKPT=DIR   another checkpoint for TP 3, with an index in DIR/lowbit
+#   ARGS=...   more arguments of Megatron's, for what --use-checkpoint-args forgets
 #   PORT=N     default: 5000
 #   KEEP=1     leave the server running, until Ctrl-C
 
@@ -37,12 +38,13 @@ if [[ -e /sys/class/net/lo ]]; then
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 fi
 
-ARGS=(--load "$CKPT" --use-checkpoint-args --tensor-model-parallel-size 3 --bf16)
-ARGS+=(--micro-batch-size 1 --port "$PORT" --lowbit-tp-comm --lowbit-collective one-shot)
+ALL=(--load "$CKPT" --use-checkpoint-args --tensor-model-parallel-size 3 --bf16)
+ALL+=(--micro-batch-size 1 --port "$PORT" --lowbit-tp-comm --lowbit-collective one-shot)
+read -ra more <<<"${ARGS:-}"
 SCRIPT="$ROOT/examples/text_generation_server.py"
 
 "$ENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 3 \
-    -m megatron_lowbit.launch "$SCRIPT" "${ARGS[@]}" >"$LOG" 2>&1 &
+    -m megatron_lowbit.launch "$SCRIPT" "${ALL[@]}" "${more[@]}" >"$LOG" 2>&1 &
 SERVER=$!
 stop() {
     kill -INT "$SERVER" 2>/dev/null || true

@@ -443,7 +443,7 @@ def refusals(out: Path) -> dict:
     found = {
         "no_sync_point": message(lambda: megatron_lowbit.apply(routed, out / "none")),
         "bits": message(lambda: find_expert_sums(moe, 9)),
-        "dense": message(lambda: find_expert_sums(gpt_model(), 4)),
+        "dense": experts_error(gpt_model(), make_index(gpt_model(), out / "dense")),
         "pattern": message(lambda: local_stack_spec(moe.config, "M+D")),
     }
     first.shared_experts.config.use_grouped_gemm_for_shared_expert = True
@@ -484,14 +484,16 @@ def two_ranks(out: Path) -> dict:
     choice = {"moe_token_dispatcher_type": "allgather", "sequence_parallel": True}
     results["experts", "allgather", "ep"] = experts(out / "ep", **choice)
     whole = gpt_model(**{**SHARED, "moe_token_dispatcher_type": "alltoall"})
-    results["refusals"]["whole_experts"] = experts_error(whole)
+    from megatron_lowbit.integration.experts import find_expert_sums
+
+    results["whole_experts"] = [str(one) for one in find_expert_sums(whole, 4)]
     return results
 
 
-def experts_error(model: nn.Module) -> str:
-    from megatron_lowbit.integration.experts import find_expert_sums
+def experts_error(model: nn.Module, index) -> str:
+    import megatron_lowbit
 
-    return message(lambda: find_expert_sums(model, 4))
+    return message(lambda: megatron_lowbit.apply(model, index, experts_bits=4))
 
 
 def four_ranks(out: Path) -> dict:

@@ -171,7 +171,6 @@ def test_experts_that_split_their_tokens_unevenly(results):
         ("no_sync_point", "the model has no sync point that could use low bits: {'layer 1 mlp.tok"),
         ("bits", "codec rotated-hybrid has no 9-bit version"),
         ("dense", "--lowbit-experts has nothing to sum"),
-        ("whole_experts", "--lowbit-experts has nothing to sum"),
         ("flex", "layer 1 mlp.token_dispatcher is a MoEFlexTokenDispatcher, which sums inside"),
         ("pattern", "--hybrid-layer-pattern M+D: layers +, D need --transformer-impl"),
     ],
@@ -195,6 +194,11 @@ def test_tools_refuse_experts_over_data_parallel_ranks(tensor, expert_tensor, ex
         return
     with pytest.raises(LowbitError, match=f"expert-model-parallel-size {experts} .*pass {most}$"):
         refuse_pipeline(args)
+
+
+def test_experts_that_are_whole_on_their_ranks_are_not_summed(results):
+    for rank in results[2]:
+        assert rank["whole_experts"] == []
 
 
 def test_fused_shared_experts_are_listed(results):

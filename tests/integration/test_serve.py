@@ -19,6 +19,7 @@ def test_the_server_says_what_generate_py_says(calibrated):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(calibrated)}
+    env["ARGS"] = "--norm-epsilon 3e-05"
     command = ["bash", ROOT / "examples" / "serve.sh", PROMPT]
     served = subprocess.run(
         command, env={**env, "PORT": str(port)}, capture_output=True, text=True, timeout=300
