@@ -21,7 +21,7 @@ from weakref import WeakSet
 import torch.distributed as dist
 from torch import nn
 
-from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.apply import Handle
 from megatron_lowbit.integration.arguments import (
@@ -95,7 +95,8 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
         return None
     chunks = [model] if isinstance(model, nn.Module) else list(model)
     layers = on_every_rank(lambda: transformer_layers(chunks)).values()
-    if all(layer in _layers for layer in layers):
+    # Asked of all ranks: a pipeline stage may have no layers, and all must do the same.
+    if all(gather_values(all(layer in _layers for layer in layers))):
         _say(
             "> low-bit communication is on already for this model, and was not switched on again: "
             "this Megatron is patched and the launcher runs it (one of them is enough), or its "

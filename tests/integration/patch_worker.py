@@ -126,13 +126,13 @@ def training(checkpoint: Path, out: Path) -> dict:
     runtime.initialize(args)
     model = runtime.load_model(args)
     tokens = torch.arange(LENGTH)[None] * 7 % VOCAB
-    result = {"handles": [str(handle) for handle in hooks.handles()]}
+    result = {"handles": [str(model.handle) for model in hooks._on]}
     result["hooked"] = logits(model, tokens)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result["again"] = hooks.checkpoint_loaded(model)  # what the launcher does after loading
     result["said"] = said.getvalue()
     result["hooked again"] = logits(model, tokens)
-    hooks.handles()[0].remove()
+    hooks._on[0].handle.remove()
     with mock.patch.object(routes, "ROUTES", UNPATCHED):
         handle = megatron_lowbit.apply(model, checkpoint / "lowbit", collective="two-shot")
         result["unpatched"] = logits(model, tokens)
@@ -150,7 +150,7 @@ def training(checkpoint: Path, out: Path) -> dict:
             parameter.mul_(0.5)
     with contextlib.redirect_stdout(io.StringIO()):
         result["not found"] = message(lambda: load_checkpoint([other], None, None))
-    result["made"] = len(hooks.handles())
+    result["made"] = len(hooks._on)
     runtime.shutdown()
     return result
 
