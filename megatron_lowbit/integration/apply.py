@@ -26,7 +26,7 @@ from megatron_lowbit.integration.experts import find_expert_sums
 from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import find_gathers
 from megatron_lowbit.integration.handle import Extras, Handle
-from megatron_lowbit.integration.stage import stage_of
+from megatron_lowbit.integration.stage import require_same_points, stage_of
 from megatron_lowbit.integration.sync_points import SyncPoint, sync_points_here, why_none
 
 
@@ -78,6 +78,7 @@ def apply(
     model = model if isinstance(model, nn.Module) else list(model)
     points, native = on_every_rank(lambda: sync_points_here(model))
     require_some(points, why_none(model, native))
+    require_same_points(model, points)
     on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
