@@ -36,6 +36,11 @@ MOE = {
     "moe_aux_loss_coeff": 0.01,
 }
 SHARED = {**MOE, "moe_shared_expert_intermediate_size": 96}
+OVERLAP = {
+    **SHARED,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_shared_expert_overlap": True,
+}
 MLA = {
     "multi_latent_attention": True,
     "q_lora_rank": 24,
@@ -434,6 +439,7 @@ def refusals(out: Path) -> dict:
     """Models without sums to take over."""
     import megatron_lowbit
     from megatron_lowbit.integration.experts import find_expert_sums
+    from megatron_lowbit.integration.folding import check_foldable
     from megatron_lowbit.integration.hybrid import local_stack_spec
     from megatron_lowbit.integration.sync_points import find_sync_points
 
@@ -445,6 +451,7 @@ def refusals(out: Path) -> dict:
         "bits": message(lambda: find_expert_sums(moe, 9)),
         "dense": experts_error(gpt_model(), make_index(gpt_model(), out / "dense")),
         "pattern": message(lambda: local_stack_spec(moe.config, "M+D")),
+        "fold": message(lambda: check_foldable([], find_sync_points(gpt_model(**OVERLAP))[0])),
     }
     first.shared_experts.config.use_grouped_gemm_for_shared_expert = True
     found["fused"] = find_sync_points(moe)[1]
@@ -457,7 +464,6 @@ def two_ranks(out: Path) -> dict:
     parallel(tensor_model_parallel_size=2)
     tied = {"share_embeddings_and_output_weights": True}
     mla = {**MLA, "attention": CausalAttention}
-    overlap = {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True}
     results = {
         "hybrid": exercise(hybrid_model(PATTERN, **SHARED), out / "hybrid"),
         "hybrid_mtp": exercise(hybrid_model("*-/*-", mtp_num_layers=1), out / "hybrid_mtp"),
@@ -466,10 +472,8 @@ def two_ranks(out: Path) -> dict:
         "mla_moe": exercise(gpt_model(**mla, **SHARED), out / "mla_moe"),
         "tied": exercise(gpt_model(model=tied), out / "tied"),
         "tied_sp": exercise(gpt_model(model=tied, sequence_parallel=True), out / "tied_sp"),
-        "overlap": exercise(gpt_model(**{**SHARED, **overlap}), out / "overlap"),
-        "overlap_sp": exercise(
-            gpt_model(**{**SHARED, **overlap}, sequence_parallel=True), out / "overlap_sp"
-        ),
+        "overlap": exercise(gpt_model(**OVERLAP), out / "overlap"),
+        "overlap_sp": exercise(gpt_model(**OVERLAP, sequence_parallel=True), out / "overlap_sp"),
         "refusals": refusals(out),
     }
     for kind in ("allgather", "alltoall"):

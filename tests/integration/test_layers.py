@@ -171,6 +171,7 @@ def test_experts_that_split_their_tokens_unevenly(results):
         ("no_sync_point", "the model has no sync point that could use low bits: {'layer 1 mlp.tok"),
         ("bits", "codec rotated-hybrid has no 9-bit version"),
         ("dense", "--lowbit-experts has nothing to sum"),
+        ("fold", "layer 1 mlp.shared_experts.linear_fc2 is a RowParallelLinear whose partials go"),
         ("flex", "layer 1 mlp.token_dispatcher is a MoEFlexTokenDispatcher, which sums inside"),
         ("pattern", "--hybrid-layer-pattern M+D: layers +, D need --transformer-impl"),
     ],
