@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_lowbit.kernels.layout import row_bytes as row_bytes
+
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
@@ -81,11 +83,6 @@ def split_row(rows: Tensor, body_bytes: int) -> tuple[Tensor, Tensor]:
     if floats.shape[-1] == 0:
         return rows, floats.float()
     return rows[..., :body_bytes], floats.contiguous().view(torch.bfloat16).float()
-
-
-def row_bytes(body_bytes: int, floats: int) -> int:
-    """Bytes of a row with a body of `body_bytes` and `floats` BF16 values."""
-    return body_bytes + (body_bytes % 2 + 2 * floats if floats else 0)
 
 
 def _group(bits: int) -> tuple[int, int]:

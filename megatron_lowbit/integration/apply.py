@@ -27,7 +27,12 @@ from megatron_lowbit.integration.folding import Folding, check_foldable
 from megatron_lowbit.integration.gathers import find_gathers
 from megatron_lowbit.integration.handle import Extras, Handle
 from megatron_lowbit.integration.stage import require_same_points, stage_of
-from megatron_lowbit.integration.sync_points import SyncPoint, sync_points_here, why_none
+from megatron_lowbit.integration.sync_points import (
+    SyncPoint,
+    modules_of,
+    sync_points_here,
+    why_none,
+)
 
 
 def apply(
@@ -138,5 +143,4 @@ def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
                 f"--lowbit-fold: {codec.name} has no rotation to fold, use shaped-hybrid or "
                 "rotated-hybrid"
             )
-    chunks = [model] if isinstance(model, nn.Module) else model
-    check_foldable([module for chunk in chunks for module in chunk.modules()], chosen.points)
+    check_foldable([module for _, module in modules_of(model)], chosen.points)

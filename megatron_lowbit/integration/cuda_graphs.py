@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.sync_points import transformer_layers
+from megatron_lowbit.integration.sync_points import modules_of, transformer_layers
 
 
 def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) -> None:
@@ -41,14 +41,13 @@ def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) 
 
 def check_no_graphs(model: nn.Module | Iterable[nn.Module], doing: str) -> None:
     """Raise `LowbitError` if a graph of `model` is captured, which `doing` could not reach."""
-    for chunk in [model] if isinstance(model, nn.Module) else model:
-        for path, module in chunk.named_modules():
-            if _has_graphs(module):
-                raise LowbitError(
-                    f"{doing} would not reach the CUDA graphs that {path or 'the model'} has "
-                    "captured already: call it before the engine is made, or after Megatron's "
-                    "delete_cuda_graphs()"
-                )
+    for path, module in modules_of(model):
+        if _has_graphs(module):
+            raise LowbitError(
+                f"{doing} would not reach the CUDA graphs that {path or 'the model'} has captured "
+                "already: call it before the engine is made, or after Megatron's "
+                "delete_cuda_graphs()"
+            )
 
 
 def _is_graphed(layer: nn.Module) -> bool:

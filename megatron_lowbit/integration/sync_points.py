@@ -66,7 +66,7 @@ def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.M
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
     layers = {}
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         if not isinstance(module, (BaseTransformerLayer, MambaLayer)) or _in_prediction_head(path):
             continue
         if layers.setdefault(module.layer_number, module) is not module:
@@ -194,7 +194,7 @@ def _is_row_parallel(name: str, module: nn.Module) -> bool:
     return by_class or name.rpartition(".")[2] in ("linear_proj", "linear_fc2", "out_proj")
 
 
-def _modules(model: nn.Module | Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(model: nn.Module | Iterable[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of all that is in a model or in a list of model chunks."""
     for chunk in [model] if isinstance(model, nn.Module) else model:
         yield from chunk.named_modules()
@@ -214,7 +214,7 @@ def _outside_of_layers(
     be refused.
     """
     found = {}
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         if module in seen or not _is_row_parallel(path, module):
             continue
         if _in_prediction_head(path):

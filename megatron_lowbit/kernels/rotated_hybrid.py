@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.build import library
+from megatron_lowbit.kernels.layout import row_bytes
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum dtype` in numbers.h
 _VALUES_A_THREAD = 1 << 17  # about 0.1 ms of work, several times what handing it over costs
@@ -75,7 +76,7 @@ def encode(
     if partial.stride(1) != 1:
         partial = partial.contiguous()
     tokens = len(partial)
-    payload = torch.empty((tokens, _row_bytes(body_bytes, kept)), dtype=torch.uint8)
+    payload = torch.empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)
     function = _function("encode")
     source, stride = partial.data_ptr(), partial.stride(0) * partial.element_size()
     target, row = payload.data_ptr(), payload.shape[1]
@@ -124,7 +125,7 @@ def decode_sum(
         LowbitError: `payloads` has another shape or type.
     """
     hidden, kept = scale.numel(), bf16_index.numel()
-    payloads = _check_payloads(payloads, _row_bytes(body_bytes, kept))
+    payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     total = out
     if out is None or not _writable(out, tokens, hidden):
@@ -175,9 +176,9 @@ def reduce_encode(
     Raises:
         LowbitError: `payloads` has another shape or type.
     """
-    payloads = _check_payloads(payloads, _row_bytes(body_bytes, kept))
+    payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
-    payload = torch.empty((tokens, _row_bytes(sum_body_bytes, kept)), dtype=torch.uint8)
+    payload = torch.empty((tokens, row_bytes(sum_body_bytes, kept + 1)), dtype=torch.uint8)
     function = _function("reduce_encode")
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, sum_row = payload.data_ptr(), payload.shape[1]
@@ -190,11 +191,6 @@ def reduce_encode(
 
     _run(part, tokens, hidden * ranks)
     return payload
-
-
-def _row_bytes(body_bytes: int, kept: int) -> int:
-    """Codes, padded to an even number of bytes, the BF16 features and the scale."""
-    return body_bytes + body_bytes % 2 + 2 * (kept + 1)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

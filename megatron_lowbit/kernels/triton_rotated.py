@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import triton_parts as parts
 from megatron_lowbit.kernels.cells import cells
+from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton_launch import (
     Tile,
     as_bits,
@@ -271,7 +272,7 @@ def decode_sum_into(
     """
     hidden, kept = scale.numel(), bf16_index.numel()
     tile = Tile.of(hidden)
-    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     if out.shape != (tokens, hidden):
         raise LowbitError(f"a sum is [{tokens}, {hidden}], got {list(out.shape)}")
@@ -333,7 +334,7 @@ def reduce_encode(
         LowbitError: `payloads` has another shape or type, or too many features.
     """
     tile, search = Tile.of(hidden), cells(thresholds)
-    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     payload = _new_payload(payloads, tokens, sum_body_bytes, kept)
     rows = (payloads, *payloads.stride()[:2], ranks)
@@ -387,10 +388,5 @@ def try_out(device: str) -> None:
         raise RuntimeError(f"a row of zeros became {payload.tolist()}")
 
 
-def _row_bytes(body_bytes: int, kept: int) -> int:
-    """Codes, padded to an even number of bytes, the BF16 features and the scale."""
-    return body_bytes + body_bytes % 2 + 2 * (kept + 1)
-
-
 def _new_payload(like: Tensor, tokens: int, body_bytes: int, kept: int) -> Tensor:
-    return like.new_empty((tokens, _row_bytes(body_bytes, kept)), dtype=torch.uint8)
+    return like.new_empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)

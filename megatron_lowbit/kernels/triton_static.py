@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import triton_parts as parts
+from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton_launch import (
     Tile,
     as_bits,
@@ -234,7 +235,7 @@ def decode_sum_into(
     """
     hidden, kept = scale.shape[1], bf16_index.numel()
     tile = Tile.of(hidden)
-    payloads = check_payloads(payloads, _row_bytes(body_bytes, kept))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept))
     ranks, tokens, _ = payloads.shape
     if out.shape != (tokens, hidden) or len(scale) < ranks:
         raise LowbitError(
@@ -263,11 +264,6 @@ def _(out, payloads, scale, body_index, bf16_index, bits, body_bytes):
     return None
 
 
-def _row_bytes(body_bytes: int, kept: int) -> int:
-    """Codes, padded to an even number of bytes where BF16 features follow."""
-    return body_bytes + (body_bytes % 2 + 2 * kept if kept else 0)
-
-
 def _new_payload(partial: Tensor, body_bytes: int, kept: int) -> Tensor:
-    shape = (partial.shape[0], _row_bytes(body_bytes, kept))
+    shape = (partial.shape[0], row_bytes(body_bytes, kept))
     return partial.new_empty(shape, dtype=torch.uint8)

@@ -363,6 +363,15 @@ def simulated(out: Path) -> dict:
     return result
 
 
+def message(step) -> str:
+    """The user's error that `step` raises."""
+    try:
+        step()
+    except LowbitError as error:
+        return str(error)
+    return "no error"
+
+
 def gradients(model, out: Path) -> dict:
     """Weight gradients with and without the low-bit path."""
     import megatron_lowbit
@@ -401,13 +410,6 @@ def errors(model, index, out: Path) -> dict[str, str]:
     import megatron_lowbit
     from megatron_lowbit.comm.choice import Settings
     from megatron_lowbit.integration.sync_points import find_sync_points
-
-    def message(step) -> str:
-        try:
-            step()
-        except LowbitError as error:
-            return str(error)
-        return "no error"
 
     def changed(**changes):
         return dataclasses.replace(index, manifest={**index.manifest, **changes})
@@ -482,13 +484,6 @@ def folding(model, index) -> dict:
     from megatron.core import parallel_state
 
     import megatron_lowbit
-
-    def message(step) -> str:
-        try:
-            step()
-        except LowbitError as error:
-            return str(error)
-        return "no error"
 
     def fold(**wishes):
         return megatron_lowbit.apply(

@@ -16,12 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from core_worker import HIDDEN, VOCAB, build, make_index
+from core_worker import HIDDEN, VOCAB, build, make_index, message
 
 import megatron_lowbit
 from megatron_lowbit.comm.choice import Settings
 from megatron_lowbit.comm.tuning import Tuning, this_machine, write_tuning
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu_attention import enable_cpu_engines
 
 BLOCK, LONGEST, NEW_TOKENS = 8, 112, 12
@@ -402,13 +401,6 @@ def graphs(model, index) -> dict[str, str]:
     from types import SimpleNamespace
 
     from megatron.core.transformer import cuda_graphs
-
-    def message(step) -> str:
-        try:
-            step()
-        except LowbitError as error:
-            return str(error)
-        return "no error"
 
     layer = model.decoder.layers[0]
     manager = cuda_graphs.CudaGraphManager.__new__(cuda_graphs.CudaGraphManager)

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kernel_stand_ins
 import torch
 import torch.distributed as dist
+from core_worker import message
 from torch import Tensor, nn
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
 
 HIDDEN, HEADS, VOCAB, LENGTH = 96, 6, 120, 24
@@ -350,14 +350,6 @@ def parallel(**sizes) -> None:
 
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**sizes)
-
-
-def message(step: Callable) -> str:
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return "no error"
 
 
 def trained(model: nn.Module) -> Tensor:

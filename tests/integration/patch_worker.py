@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from core_worker import LENGTH, VOCAB, build, make_index, whole_logits
+from core_worker import LENGTH, VOCAB, build, make_index, message, whole_logits
 
 import megatron_lowbit
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration import routes
 from megatron_lowbit.integration.cpu import enable_cpu
 from megatron_lowbit.integration.sync_points import find_sync_points
@@ -104,15 +103,6 @@ def refusals(model, index) -> dict:
     result["muted"] = find_sync_points(model)[1]
     point.module.explicit_expert_comm = False
     return result
-
-
-def message(step) -> str:
-    """The user's error that `step` raises."""
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return "no error"
 
 
 def training(checkpoint: Path, out: Path) -> dict:

@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from core_worker import HIDDEN, LAYERS, LENGTH, VOCAB, build, make_index, whole_logits
+from core_worker import HIDDEN, LAYERS, LENGTH, VOCAB, build, make_index, message, whole_logits
 
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu import enable_cpu
 
 FUSED_NORMS = {
@@ -251,14 +250,6 @@ def run_linear(linear) -> dict:
     if bias is not None:
         tensors.append(bias.detach().clone())
     return {"tensors": tensors, "calls": calls, "scattered": out.shape[0] < LENGTH}
-
-
-def message(step) -> str:
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return "no error"
 
 
 def refusals(out: Path) -> dict:
