@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import triton_parts as parts
+from megatron_lowbit.kernels import triton_rows as rows
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton_launch import (
@@ -55,20 +55,23 @@ def _encode(
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     partial += token * row_stride
     payload += token * row_bytes
-    feature = tl.arange(0, 1 << LOG_TILE)
-    inside = feature < HIDDEN
-    row = parts.load_floats(partial + feature.to(tl.int64) * column_stride, inside)
-    if center is not None:
-        row -= tl.load(center + feature, mask=inside, other=0.0)
-    factor = tl.load(scale + feature, mask=inside, other=0.0)
-    row = tl.where(factor == 0, 0.0, row * factor)
-    finite = 1
-    if KEPT:
-        floats = payload + BODY_BYTES + BODY_BYTES % 2
-        finite = parts.write_kept(partial, column_stride, index, kept, floats, KEPT)
-    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
-    parts.write_body(
-        row, finite, payload, kept, cells, HIDDEN, BODY_BYTES, BITS, STEPS, CELLS, LOG_TILE
+    rows.encode_row(
+        partial,
+        column_stride,
+        center,
+        scale,
+        index,
+        kept,
+        cells,
+        payload,
+        HIDDEN,
+        LOG_BLOCK,
+        KEPT,
+        BODY_BYTES,
+        BITS,
+        STEPS,
+        CELLS,
+        LOG_TILE,
     )
 
 
@@ -97,22 +100,25 @@ def _decode_sum(
     token = tl.program_id(0).to(tl.int64)
     payloads += token * row_stride
     out += token * out_row_stride
-    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
-    feature = tl.arange(0, 1 << LOG_TILE)
-    inside = feature < HIDDEN
-    row *= tl.load(scale + feature, mask=inside, other=0.0)
-    if center is not None:
-        row += tl.load(center + feature, mask=inside, other=0.0)
-    place = out + feature.to(tl.int64) * out_column_stride
-    parts.store_floats(place, row, inside, NATIVE)
-    if KEPT:
-        floats = payloads + BODY_BYTES + BODY_BYTES % 2
-        total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
-        j = tl.arange(0, KEPT)
-        place = out + tl.load(index + j, mask=j < kept, other=0) * out_column_stride
-        tl.debug_barrier()  # the whole row was written, unmasked, to be written in wide pieces
-        parts.store_floats(place, total, j < kept, NATIVE)
+    rows.decode_row(
+        payloads,
+        rank_stride,
+        ranks,
+        center,
+        scale,
+        index,
+        kept,
+        levels,
+        out,
+        out_column_stride,
+        HIDDEN,
+        LOG_BLOCK,
+        KEPT,
+        BODY_BYTES,
+        BITS,
+        NATIVE,
+        LOG_TILE,
+    )
 
 
 @triton.jit
@@ -139,22 +145,18 @@ def _reduce_encode(
     token = tl.program_id(0).to(tl.int64)
     payloads += token * row_stride
     payload += token * row_bytes
-    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    row = tl.where(tl.arange(0, 1 << LOG_TILE) < HIDDEN, row, 0.0)
-    finite = 1
-    if KEPT:
-        floats = payloads + BODY_BYTES + BODY_BYTES % 2
-        j = tl.arange(0, KEPT)
-        bits = parts.wire_bits(parts.sum_kept(floats, rank_stride, ranks, kept, KEPT))
-        parts.store_u16(payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2 + 2 * j, bits, j < kept)
-        finite = parts.all_finite(bits, j < kept)
-    parts.write_body(
-        row,
-        finite,
-        payload,
+    rows.reduce_row(
+        payloads,
+        rank_stride,
+        ranks,
         kept,
+        levels,
         cells,
+        payload,
         HIDDEN,
+        KEPT,
+        BODY_BYTES,
+        BITS,
         SUM_BODY_BYTES,
         SUM_BITS,
         STEPS,
@@ -277,14 +279,14 @@ def decode_sum_into(
     if out.shape != (tokens, hidden):
         raise LowbitError(f"a sum is [{tokens}, {hidden}], got {list(out.shape)}")
     target = as_bits(out)
-    rows = (payloads, *payloads.stride()[:2], ranks)
+    received = (payloads, *payloads.stride()[:2], ranks)
     tables = (center, scale, bf16_index, kept, levels)
     launch(
         _decode_sum,
         tokens,
         tile,
         payloads,
-        *rows,
+        *received,
         *tables,
         target,
         *target.stride(),
@@ -337,13 +339,13 @@ def reduce_encode(
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     payload = _new_payload(payloads, tokens, sum_body_bytes, kept)
-    rows = (payloads, *payloads.stride()[:2], ranks)
+    received = (payloads, *payloads.stride()[:2], ranks)
     launch(
         _reduce_encode,
         tokens,
         tile,
         payloads,
-        *rows,
+        *received,
         kept,
         levels,
         search.table,
