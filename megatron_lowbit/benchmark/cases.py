@@ -49,13 +49,14 @@ class Choosers:
 
     def _make(self, variant: Variant) -> Chooser:
         mode, plan = variant.collective, self._plan
-        if mode in ("one-shot", "two-shot", "reduce-scatter"):
-            return Chooser("one-shot" if mode == "reduce-scatter" else mode)
+        if mode == "reduce-scatter":
+            return Chooser("one-shot")
         tuning = plan.tuning if mode == "auto" else None
+        node_size = plan.node_size if mode in ("auto", "hierarchical") else None
         codec = parse_codec(variant.codec)
         partials = Partials(dist.get_world_size(), 1, plan.hidden, self._device)
         return make_chooser(
-            Settings(mode, tuning=tuning, node_size=plan.node_size),
+            Settings(mode, tuning=tuning, node_size=node_size),
             group=dist.group.WORLD,
             codec=codec,
             tables=partials.tables(codec),

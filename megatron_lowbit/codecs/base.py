@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels.peer_memory import PeerMemory
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,33 @@ class Codec(abc.ABC):
     def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
         """The module of kernels that serves these tensors; None where plain torch does."""
         return None
+
+    def symmetric_kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        """The module of kernels behind `all_reduce_in`; None where there is none for these."""
+        return None
+
+    def all_reduce_in(
+        self,
+        memory: PeerMemory,
+        partial: Tensor,
+        tables: Tables,
+        *,
+        two_shot: bool,
+        out: Tensor,
+        trap: bool = True,
+    ) -> None:
+        """Sum `partial` over the ranks that share a memory, in one kernel, where there is one.
+
+        Args:
+            memory: Shared by the ranks, and large enough (`PeerMemory.holds`).
+            partial: Floating point ``[tokens, hidden]``, the same shape on every rank.
+            tables: Of this sync point.
+            two_shot: Each rank sums a share of the tokens and sends the sum, instead of all.
+            out: Floating point ``[tokens, hidden]`` that the sum is rounded into: the bits that
+                encoding, sending and decoding give. It may be `partial`.
+            trap: Whether a rank that does not come in time ends the kernel with an error.
+        """
+        raise NotImplementedError(f"{self.name} has no kernels for symmetric memory")
 
     def for_sum(self) -> "Codec":
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""

@@ -31,6 +31,7 @@ from megatron_lowbit.codecs.base import (
     sum_in_rank_order,
 )
 from megatron_lowbit.kernels import select
+from megatron_lowbit.kernels.peer_memory import PeerMemory
 
 
 class RotatedHybrid(Codec):
@@ -69,50 +70,40 @@ class RotatedHybrid(Codec):
         module = self.kernels(partial, tables)
         if module is None:
             return self._reference_encode(partial, tables, rank)
-        folded = tables.folded_index is not None
-        return module.encode(
-            partial,
-            width=tables.width,
-            center=None if tables.center is None else tables.center[rank],
-            scale=tables.encode_scale,
-            bf16_index=tables.folded_index if folded else tables.bf16_index,
-            block=1 if folded else rotation.block_size(tables.hidden),
-            thresholds=codebook.thresholds(self.bits, partial.device),
-            bits=self.bits,
-            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
-        )
+        return module.encode(partial, **self._encoding(tables, rank))
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         module = self.kernels(payloads, tables)
         if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return module.decode_sum(
-            payloads,
-            center=tables.center_sum,
-            scale=tables.decode_scale,
-            bf16_index=tables.bf16_index,
-            block=rotation.block_size(tables.hidden),
-            levels=codebook.levels(self.bits, payloads.device),
-            bits=self.bits,
-            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
-            out=out,
-        )
+        return module.decode_sum(payloads, out=out, **self._decoding(tables))
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
         module = self.kernels(payloads, tables)
         if module is None:
             return self._reference_reduce_encode(payloads, tables)
-        return module.reduce_encode(
-            payloads,
-            hidden=tables.hidden,
-            kept=tables.bf16_index.numel(),
-            levels=codebook.levels(self.bits, payloads.device),
-            bits=self.bits,
-            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
-            thresholds=codebook.thresholds(self.sum_bits, payloads.device),
-            sum_bits=self.sum_bits,
-            sum_body_bytes=wire.packed_bytes(tables.hidden, self.sum_bits),
-        )
+        return module.reduce_encode(payloads, **self._reduction(tables))
+
+    def symmetric_kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        return self.kernels(values, tables, family=select.SYMMETRIC)
+
+    def all_reduce_in(
+        self,
+        memory: PeerMemory,
+        partial: Tensor,
+        tables: Tables,
+        *,
+        two_shot: bool,
+        out: Tensor,
+        trap: bool = True,
+    ) -> None:
+        module = self.symmetric_kernels(partial, tables)
+        call = {"encode": self._encoding(tables, memory.rank), "trap": trap}
+        if not two_shot:
+            module.one_shot(memory, partial, out, decode=self._decoding(tables), **call)
+            return
+        decode = self.for_sum()._decoding(self.sum_tables(tables))
+        module.two_shot(memory, partial, out, reduce=self._reduction(tables), decode=decode, **call)
 
     def decode_sum_norm(
         self,
@@ -151,14 +142,49 @@ class RotatedHybrid(Codec):
             epsilon,
             residual,
             bias,
-            center=tables.center_sum,
-            scale=tables.decode_scale,
-            bf16_index=tables.bf16_index,
-            block=rotation.block_size(tables.hidden),
-            levels=codebook.levels(self.bits, payloads.device),
-            bits=self.bits,
-            body_bytes=wire.packed_bytes(tables.hidden, self.bits),
+            **self._decoding(tables),
         )
+
+    def _encoding(self, tables: Tables, rank: int) -> dict:
+        """What kernels take to encode a rank's partial, besides it."""
+        folded = tables.folded_index is not None
+        device = tables.encode_scale.device
+        return {
+            "width": tables.width,
+            "center": None if tables.center is None else tables.center[rank],
+            "scale": tables.encode_scale,
+            "bf16_index": tables.folded_index if folded else tables.bf16_index,
+            "block": 1 if folded else rotation.block_size(tables.hidden),
+            "thresholds": codebook.thresholds(self.bits, device),
+            "bits": self.bits,
+            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
+        }
+
+    def _decoding(self, tables: Tables) -> dict:
+        """What kernels take to decode and sum payloads, besides them."""
+        return {
+            "center": tables.center_sum,
+            "scale": tables.decode_scale,
+            "bf16_index": tables.bf16_index,
+            "block": rotation.block_size(tables.hidden),
+            "levels": codebook.levels(self.bits, tables.decode_scale.device),
+            "bits": self.bits,
+            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
+        }
+
+    def _reduction(self, tables: Tables) -> dict:
+        """What kernels take to sum payloads and encode the sum, besides them."""
+        device = tables.encode_scale.device
+        return {
+            "hidden": tables.hidden,
+            "kept": tables.bf16_index.numel(),
+            "levels": codebook.levels(self.bits, device),
+            "bits": self.bits,
+            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
+            "thresholds": codebook.thresholds(self.sum_bits, device),
+            "sum_bits": self.sum_bits,
+            "sum_body_bytes": wire.packed_bytes(tables.hidden, self.sum_bits),
+        }
 
     def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED

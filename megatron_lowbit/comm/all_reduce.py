@@ -8,6 +8,7 @@ for the all-reduce, an all-gather for the reduce-scatter, a reduce-scatter for t
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -232,7 +233,7 @@ class _AllReduce(torch.autograd.Function):
         clock, partial = Clock(x.device), x.reshape(-1, x.shape[-1])
         # In place too: a chunk's sum is written after its partial was encoded.
         out = x if call.in_place else call.output(x)
-        sent = _send(choice.collective, partial, call, out.view(len(partial), call.tables.hidden))
+        choice, sent = _send(choice, partial, call, out.view(len(partial), call.tables.hidden))
         payload = call.payload_bytes(choice.collective, len(partial))
         call.count(choice, x, payload, sent, clock)
         return out
@@ -256,13 +257,16 @@ def _native(x: Tensor, group, choice: Choice, traffic: Traffic | None) -> Tensor
     return x
 
 
-def _send(collective: str, partial: Tensor, call: _Call, out: Tensor) -> int:
-    """Sum `partial` into `out` by a low-bit collective; the bytes that were sent."""
-    if collective == "hierarchical":
-        nodes = call.chooser.nodes
-        return hierarchical(partial, call.tables, codec=call.codec, nodes=nodes, out=out)
-    step = {"one-shot": one_shot, "two-shot": two_shot}[collective]
-    return step(partial, call.tables, codec=call.codec, group=call.group, out=out)
+def _send(choice: Choice, partial: Tensor, call: _Call, out: Tensor) -> tuple[Choice, int]:
+    """Sum `partial` into `out` in low bits: what was chosen in the end, and the bytes sent."""
+    codec, tables, chooser = call.codec, call.tables, call.chooser
+    if choice.collective == "hierarchical":
+        return choice, hierarchical(partial, tables, codec=codec, nodes=chooser.nodes, out=out)
+    if chooser.symmetric.takes(choice.collective, partial, codec, tables):
+        sent = chooser.symmetric.all_reduce(choice.collective, partial, codec, tables, out)
+        return replace(choice, why=f"{choice.why}, over symmetric memory"), sent
+    step = {"one-shot": one_shot, "two-shot": two_shot}[choice.collective]
+    return choice, step(partial, tables, codec=codec, group=call.group, out=out)
 
 
 class _ReduceScatter(torch.autograd.Function):

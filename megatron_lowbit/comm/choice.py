@@ -21,6 +21,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.comm.cost_model import BF16_BYTES, Message
 from megatron_lowbit.comm.hierarchical import Nodes, make_nodes, node_size, spans_nodes
 from megatron_lowbit.comm.probe import probe
+from megatron_lowbit.comm.symmetric import NOT_OPENED, Symmetric, open_symmetric
 from megatron_lowbit.comm.traffic import Choice
 from megatron_lowbit.comm.tuning import Tuning, read_tuning
 from megatron_lowbit.errors import LowbitError
@@ -68,6 +69,7 @@ class Chooser:
     Attributes:
         mode: One of `MODES`.
         nodes: The two levels of the group, where hierarchical is possible.
+        symmetric: The memory that short messages go through, or why there is none.
     """
 
     def __init__(
@@ -78,8 +80,9 @@ class Chooser:
         seconds: Seconds | None = None,
         source: str = "",
         candidates: tuple[str, ...] = (),
+        symmetric: Symmetric = NOT_OPENED,
     ):
-        self.mode, self.nodes = mode, nodes
+        self.mode, self.nodes, self.symmetric = mode, nodes, symmetric
         self._seconds, self._source, self._candidates = seconds, source, candidates
         self._known: dict[tuple[str, int], Choice] = {}
 
@@ -149,8 +152,11 @@ def make_chooser(
     nodes = None
     if size is not None:
         nodes = make_nodes(group, size=size, low_bit_inside=settings.low_bit_inside)
-    if settings.mode != "auto":
+    if settings.mode in ("native", "hierarchical"):
         return Chooser(settings.mode, nodes=nodes)
+    symmetric = open_symmetric(group, device)
+    if settings.mode != "auto":
+        return Chooser(settings.mode, nodes=nodes, symmetric=symmetric)
     candidates = ["one-shot"]
     if not codec.needs_statistics or tables.of_sum is not None:
         candidates += ["two-shot"] if nodes is None else ["two-shot", "hierarchical"]
@@ -161,7 +167,12 @@ def make_chooser(
         require_equal("tuning file", sorted(tuning.times.items()), group=group)
         seconds, source = _by_tuning(tuning, codec, nodes), settings.tuning.name
     return Chooser(
-        "auto", nodes=nodes, seconds=seconds, source=source, candidates=tuple(candidates)
+        "auto",
+        nodes=nodes,
+        seconds=seconds,
+        source=source,
+        candidates=tuple(candidates),
+        symmetric=symmetric,
     )
 
 

@@ -29,6 +29,8 @@ class SyncPointStatus:
         name: Path under the layer.
         codec: The codec.
         bf16_features: How many features travel in BF16.
+        symmetric_memory: Whether its short messages go over memory that GPUs share: ``on``, or
+            ``off: `` and the reason.
         traffic: What went through it so far; `stats()` has it by collective.
     """
 
@@ -36,6 +38,7 @@ class SyncPointStatus:
     name: str
     codec: Codec
     bf16_features: int
+    symmetric_memory: str
     traffic: Counters
 
 
@@ -132,6 +135,7 @@ class Handle:
                 point.name,
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
+                reducer.chooser.symmetric.status(reducer.codec, reducer.tables),
                 reducer.traffic.total(),
             )
             for point, reducer in zip(self._points, self._reducers, strict=True)
@@ -175,6 +179,9 @@ class Handle:
             text += " (one rank: nothing is sent)"
         elif chooser.mode == "auto":
             text += f" ({chooser.spans()})"
+        if self._reducers[0].tables.bf16_index.is_cuda:
+            states = {status.symmetric_memory for status in self.status()}
+            text += f", symmetric memory {', '.join(sorted(states))}"
         return f"{text}{self._extras}; {native}"
 
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
-ROTATED, STATIC, NORM = "rotated", "static", "norm"
+ROTATED, STATIC, NORM, SYMMETRIC = "rotated", "static", "norm", "symmetric"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
     NORM: "megatron_lowbit.kernels.triton_norm",
+    SYMMETRIC: "megatron_lowbit.kernels.triton_symmetric",
 }
 _lock = threading.Lock()
 _tried: list[str] = []  # what the trial said, once there was one
@@ -33,7 +34,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED`, `STATIC` or `NORM`.
+        family: `ROTATED`, `STATIC`, `NORM` or `SYMMETRIC`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)

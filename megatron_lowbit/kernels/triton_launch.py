@@ -43,16 +43,16 @@ class Tile:
         return cls(log_tile, min(max((1 << log_tile) >> 10, 1), 16))
 
 
-def launch(kernel: Any, tokens: int, tile: Tile, on: Tensor, *arguments, **constants) -> None:
-    """Run a program for each token on the device of `on`, with nothing fused.
+def launch(kernel: Any, programs: int, tile: Tile, on: Tensor, *arguments, **constants) -> None:
+    """Run so many programs, most often one a token, on the device of `on`, with nothing fused.
 
     Without `enable_fp_fusion=False` the compiler would make one rounding of a multiplication and an
     addition, and the bits would not be those of plain torch.
     """
-    if not tokens:
+    if not programs:
         return
     with torch.cuda.device_of(on):
-        kernel[(tokens,)](
+        kernel[(programs,)](
             *arguments,
             **constants,
             LOG_TILE=tile.log_tile,

@@ -17,21 +17,32 @@ from cases import sample, tables_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs import Codec, get_codec
 from megatron_lowbit.kernels import (
     select,
     triton_launch,
     triton_norm,
     triton_rotated,
     triton_static,
+    triton_symmetric,
 )
+from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
 
 TARGET = GPUTarget("cuda", 90, 32)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
 TYPES = {
     **{torch.float32: "*fp32", torch.float16: "*fp16", torch.int16: "*i16"},
-    **{torch.int64: "*i64", torch.uint8: "*u8", float: "fp32", int: "i32"},
+    **{torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", float: "fp32"},
 }
+# Of 8 ranks, which are not there as nothing is run, and of the one that is a constant in Triton.
+MEMORY = PeerMemory(
+    peers=torch.zeros(8, dtype=torch.int64),
+    calls=torch.zeros(PROGRAMS, dtype=torch.int32),
+    late=torch.zeros(1, dtype=torch.int32),
+    rank=1,
+    size=1 << 23,
+    seconds=600,
+)
 
 
 def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
@@ -50,6 +61,9 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     assert "fma.rn.f32" not in ptx, f"{kernel.__name__} fuses: its bits are others on a GPU"
+    if kernel.__module__.endswith("symmetric"):
+        for atomic in ("atom.global.sys.release.exch.b32", "atom.global.sys.acquire.add.u32"):
+            assert atomic in ptx, f"{kernel.__name__} has no {atomic}"
     count = ptx.count(";") * 32 * tile.warps / (1 << tile.log_tile)
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
@@ -58,6 +72,8 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
 
 
 def _type(value) -> str:
+    if isinstance(value, int):
+        return "i32" if value < 2**31 else "i64"
     return TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
 
 
@@ -83,11 +99,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _all_reduce(codec: Codec, partial: torch.Tensor) -> None:
+    tables = tables_for(codec, [partial] * 8, codec.default_bf16_features(partial.shape[1]))
+    for two_shot in (False, True):
+        codec.all_reduce_in(MEMORY, partial, tables, two_shot=two_shot, out=partial)
+
+
 def main() -> None:
     """Every kernel at every case."""
     select._kind = lambda *tensors: "cuda"
     select._trouble = lambda: ""
-    for module in (triton_launch, triton_norm, triton_rotated, triton_static):
+    for module in (triton_launch, triton_norm, triton_rotated, triton_static, triton_symmetric):
         module.launch = _compile
     for hidden, bits in CASES:
         for name in ("shaped-hybrid", "static-hybrid"):
@@ -98,6 +120,7 @@ def main() -> None:
             codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
             if name == "shaped-hybrid":
                 codec.reduce_encode(payloads, tables)
+                _all_reduce(codec, partial)
                 weight = partial[0].clone()
                 norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
                 codec.decode_sum_norm(payloads, tables, **norm)

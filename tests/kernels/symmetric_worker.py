@@ -1,0 +1,211 @@
+"""What a rank does in the tests of the symmetric-memory kernels in Triton's interpreter.
+
+Ranks are processes, and the memory that all can write is files that all of them map: the rows, the
+flags and the atomics are real, only the GPUs are not.
+"""
+
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import sample
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
+from megatron_lowbit.codecs.folding import fold
+from megatron_lowbit.comm import all_reduce, symmetric
+from megatron_lowbit.comm.choice import Chooser
+from megatron_lowbit.comm.simulated import simulated_all_reduce
+from megatron_lowbit.comm.traffic import Traffic
+from megatron_lowbit.kernels import select
+from megatron_lowbit.kernels.build import disabled
+from megatron_lowbit.kernels.peer_memory import PeerMemory
+
+SIZE = 1 << 13
+
+
+def interpret() -> None:
+    """CPU tensors go the way of GPU tensors."""
+    select._kind = lambda *tensors: "cuda"
+    select._trouble = lambda: ""
+
+
+def mapped(rank: int, ranks: int, directory: Path, *, programs: int, seconds: float) -> PeerMemory:
+    """The memory of a group, mapped by this process; rubbish where nothing must be zero."""
+    blocks = []
+    for owner in range(ranks):
+        path = directory / f"block{owner}"
+        if owner == rank:
+            zeros = 4 * programs * ranks
+            path.write_bytes(bytes(zeros) + b"\xa5" * (SIZE - zeros))
+        dist.barrier()
+        blocks.append(torch.from_file(str(path), shared=True, size=SIZE, dtype=torch.uint8))
+    memory = PeerMemory(
+        peers=torch.tensor([block.data_ptr() for block in blocks]),
+        calls=torch.zeros(programs, dtype=torch.int32),
+        late=torch.zeros(1, dtype=torch.int32),
+        rank=rank,
+        size=SIZE,
+        seconds=seconds,
+    )
+    memory.calls.blocks = blocks  # kept as long as the memory
+    return memory
+
+
+def tables_of(codec: Codec, hidden: int, kept: int, ranks: int) -> Tables:
+    """Tables with a BF16 index in no order, and centred where the codec is."""
+    index = torch.randperm(hidden, generator=torch.Generator().manual_seed(hidden))[:kept]
+    statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
+    return codec.tables(hidden, bf16_index=index, statistics=statistics)
+
+
+def expected(partials: Tensor, tables: Tables, codec: Codec, collective: str) -> Tensor:
+    """The sum, by plain torch."""
+    with disabled():
+        return simulated_all_reduce(
+            partials, tables, codec=codec, collective=collective, traffic=Traffic()
+        )
+
+
+# Codec, bits, collective, tokens, hidden, BF16 features, dtype.
+CALLS = [
+    ("rotated-hybrid", 4, "one-shot", 1, 96, 5, torch.bfloat16),
+    ("rotated-hybrid", 4, "two-shot", 1, 96, 5, torch.bfloat16),
+    ("shaped-hybrid", (3, 5), "two-shot", 7, 96, 3, torch.float32),
+    ("shaped-hybrid", 3, "one-shot", 5, 96, 3, torch.float16),
+    ("rotated-hybrid", 2, "one-shot", 0, 64, 0, torch.bfloat16),
+    ("rotated-hybrid", 6, "two-shot", 3, 33, 0, torch.bfloat16),
+    ("rotated-hybrid", (4, 6), "two-shot", 9, 64, 1, torch.bfloat16),
+    ("rotated-hybrid", 5, "one-shot", 3, 200, 7, torch.bfloat16),
+]
+
+
+def run_calls(rank: int, directory: Path) -> list[bool]:
+    """Every call, with ranks that come at other times: whether its bits are those of plain torch.
+
+    More calls than halves, of changing sizes, so that rows lie where others lay before.
+    """
+    interpret()
+    return _run_calls(mapped(rank, dist.get_world_size(), directory, programs=2, seconds=60))
+
+
+def run_calls_on_a_gpu(rank: int) -> list[bool]:
+    """The same over torch's symmetric memory, all ranks on one GPU; then as a CUDA graph."""
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    memory = symmetric._allocate(dist.group.WORLD, device).memory
+    same = _run_calls(memory)
+    codec = get_codec("rotated-hybrid")
+    tables = tables_of(codec, 4096, 32, memory.ranks).to(device)
+    partial, out = torch.empty(2, 8, 4096, dtype=torch.bfloat16, device=device)
+    for two_shot in (False, True):
+        # What is compiled or made at the first call cannot be captured.
+        codec.all_reduce_in(memory, partial, tables, two_shot=two_shot, out=out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):  # an odd number: the halves change from replay to replay
+                codec.all_reduce_in(memory, partial, tables, two_shot=two_shot, out=out)
+        for seed in range(4):
+            partials = sample("heavy-tailed", (memory.ranks, 8, 4096), seed).bfloat16()
+            partial.copy_(partials[rank])
+            graph.replay()
+            collective = "two-shot" if two_shot else "one-shot"
+            right = expected(partials, tables.to("cpu"), codec, collective)
+            same.append(_is_same(out.cpu(), right))
+    return same
+
+
+def _run_calls(memory: PeerMemory) -> list[bool]:
+    same, rank, ranks = [], memory.rank, memory.ranks
+    device = memory.calls.device
+    for seed, (name, bits, collective, tokens, hidden, kept, dtype) in enumerate(CALLS):
+        codec = get_codec(name, bits=bits)
+        tables = tables_of(codec, hidden, kept, ranks)
+        shape = (ranks, tokens, hidden)
+        partials = sample("heavy-tailed", shape, seed).to(dtype)
+        if tokens > 1:
+            partials[-1, 1, 0] = torch.nan
+        right = expected(partials, tables, codec, collective)
+        partial = partials[rank].to(device).T.contiguous().T  # strided; the sum goes there, too
+        time.sleep(0.05 * ((rank + seed) % ranks))
+        is_two_shot = collective == "two-shot"
+        on_device = tables.to(device)
+        codec.all_reduce_in(memory, partial, on_device, two_shot=is_two_shot, out=partial)
+        assert memory.late.item() == 0
+        same.append(_is_same(partial.cpu(), right))
+    return same
+
+
+def run_folded(rank: int, directory: Path) -> bool:
+    """A partial that comes rotated, wider than its sum."""
+    interpret()
+    ranks = dist.get_world_size()
+    memory = mapped(rank, ranks, directory, programs=2, seconds=60)
+    codec = get_codec("shaped-hybrid")
+    _, tables = fold(torch.ones(96, 2), tables_of(codec, 96, 5, ranks))
+    partials = sample("heavy-tailed", (ranks, 3, 101), 0).bfloat16()
+    out = torch.empty(3, 96, dtype=torch.bfloat16)
+    codec.all_reduce_in(memory, partials[rank], tables, two_shot=True, out=out)
+    return _is_same(out, expected(partials, tables, codec, "two-shot"))
+
+
+def run_opened(rank: int, directory: Path, fault: str) -> dict:
+    """Open a group's memory, with its trial, and all-reduce over it."""
+    interpret()
+    ranks, group, device = dist.get_world_size(), dist.group.WORLD, torch.device("cpu")
+
+    def allocate(*_) -> symmetric.Symmetric:
+        memory = mapped(rank, ranks, directory, programs=2, seconds=60)
+        if fault == "no memory" and rank == 1:
+            raise RuntimeError("no peer\naccess")
+        if fault == "wrong block" and rank == 0:
+            memory.peers[1] = memory.peers[0] + SIZE // 2
+        return symmetric.Symmetric(memory)
+
+    symmetric._allocate = allocate
+    symmetric._obstacle = lambda device: "no GPU" if fault == "no GPU" and rank == 1 else ""
+    symmetric._TRIAL_SECONDS = 0.0001 if fault else 60  # polls, in the interpreter
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opened = symmetric._open(group, device)
+    codec, traffic = get_codec("shaped-hybrid", bits=(4, 6)), Traffic()
+    tables = tables_of(codec, 96, 5, ranks)
+    same = []
+    for collective, tokens in (("one-shot", 2), ("two-shot", 5), ("two-shot", 30)):
+        partials = sample("heavy-tailed", (ranks, tokens, 96), tokens).bfloat16()
+        chooser = Chooser(collective, symmetric=opened)
+        out = all_reduce(
+            partials[rank], codec=codec, tables=tables, collective=chooser, traffic=traffic
+        )
+        same.append(_is_same(out, expected(partials, tables, codec, collective)))
+    return {
+        "same": same,
+        "status": opened.status(codec, tables),
+        "other codec": opened.status(get_codec("int4-g32"), tables),
+        "warned": [str(warning.message) for warning in caught],
+        "sent": {(c.collective, c.why): k.sent_bytes for c, k in traffic.by_choice.items()},
+    }
+
+
+def run_late(rank: int, directory: Path) -> tuple[int, str]:
+    """The last rank never comes: how often the others gave up, and what they said of it."""
+    interpret()
+    ranks = dist.get_world_size()
+    memory = mapped(rank, ranks, directory, programs=2, seconds=0.0005)
+    codec = get_codec("rotated-hybrid")
+    tables, partial, said = codec.tables(32), torch.ones(2, 32), ""
+    if rank < ranks - 1:
+        codec.all_reduce_in(memory, partial, tables, two_shot=True, out=partial, trap=False)
+        try:
+            codec.all_reduce_in(memory, partial, tables, two_shot=False, out=partial)
+        except Exception as error:  # the interpreter wraps what a kernel raises
+            said = f"{error} {error.__cause__}"
+    dist.barrier()
+    return memory.late.item(), said
+
+
+def _is_same(got: Tensor, right: Tensor) -> bool:
+    """Equal, NaN for NaN, and of one type."""
+    return got.dtype == right.dtype and torch.equal(got.nan_to_num(12345), right.nan_to_num(12345))
