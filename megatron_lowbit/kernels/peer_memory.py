@@ -27,8 +27,8 @@ class PeerMemory:
     """One rank's view of the memory of its group.
 
     Attributes:
-        peers: int64 ``[ranks]`` on the GPU: the address of every rank's block, this one's included;
-            all zero at first, as each rank must see them zero before any rank writes.
+        peers: int64 ``[ranks]`` on the GPU: the address of every rank's block, this one's included.
+            Their flags are zero before any rank writes one.
         calls: int32 ``[PROGRAMS]`` on the GPU, zero at first: calls that each program has ended.
         late: int32 ``[1]`` on the GPU, zero at first: counts programs that gave up waiting.
         rank: This rank.

@@ -61,7 +61,7 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     assert "fma.rn.f32" not in ptx, f"{kernel.__name__} fuses: its bits are others on a GPU"
-    if kernel.__module__.endswith("symmetric"):
+    if "symmetric" in kernel.__module__:
         for atomic in ("atom.global.sys.release.exch.b32", "atom.global.sys.acquire.add.u32"):
             assert atomic in ptx, f"{kernel.__name__} has no {atomic}"
     count = ptx.count(";") * 32 * tile.warps / (1 << tile.log_tile)
