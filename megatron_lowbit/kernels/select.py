@@ -19,10 +19,11 @@ from torch import Tensor
 from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
-ROTATED, STATIC, NORM = "rotated", "static", "norm"
+ROTATED, STATIC, SCALED, NORM = "rotated", "static", "scaled", "norm"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
+    SCALED: "megatron_lowbit.kernels.triton_scaled",
     NORM: "megatron_lowbit.kernels.triton_norm",
 }
 _lock = threading.Lock()
@@ -33,7 +34,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED`, `STATIC` or `NORM`.
+        family: `ROTATED`, `STATIC`, `SCALED` or `NORM`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)

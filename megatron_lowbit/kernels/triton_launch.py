@@ -95,6 +95,18 @@ def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
     return payloads if payloads.stride(2) == 1 else payloads.contiguous()
 
 
+def new_payload(like: Tensor, tokens: int, row_bytes: int) -> Tensor:
+    """uint8 ``[tokens, row_bytes]`` where `like` is; also of a fake tensor."""
+    return like.new_empty((tokens, row_bytes), dtype=torch.uint8)
+
+
+def sum_into(out: Tensor | None, payloads: Tensor, hidden: int) -> Tensor:
+    """Where the sum of `payloads` goes: `out`, or a new fp32 ``[tokens, hidden]`` if left out."""
+    if out is not None:
+        return out
+    return payloads.new_empty((payloads.shape[1], hidden), dtype=torch.float32)
+
+
 def as_bits(values: Tensor) -> Tensor:
     """`values`; of BF16 the bits as int16, see `triton_parts`.
 

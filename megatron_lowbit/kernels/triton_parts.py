@@ -97,8 +97,9 @@ def sum_of_squares(values, LOG_TILE: tl.constexpr):
 
 @triton.jit
 def root_mean_square(values, COUNT: tl.constexpr, LOG_TILE: tl.constexpr):
-    """Of fp32 [1 << LOG_TILE], zero from COUNT on."""
-    return tl.sqrt_rn(tl.div_rn(sum_of_squares(values, LOG_TILE), COUNT + 0.0))
+    """Of fp32 [1 << LOG_TILE], zero from COUNT on; of no values it is 0."""
+    count: tl.constexpr = COUNT if COUNT else 1
+    return tl.sqrt_rn(tl.div_rn(sum_of_squares(values, LOG_TILE), count + 0.0))
 
 
 @triton.jit
@@ -157,14 +158,21 @@ def sum_rows(
         kept: BF16 features, which lie between codes and scale.
         levels: fp32 [2**BITS].
     """
-    at: tl.constexpr = BODY_BYTES + BODY_BYTES % 2
-    codes = unpack(payloads, BODY_BYTES, BITS, LOG_TILE)
-    total = tl.load(levels + codes) * load_bf16(payloads + at + 2 * kept, None)
+    total = row_values(payloads, kept, levels, BODY_BYTES, BITS, LOG_TILE)
     for _ in range(1, ranks):
         payloads += rank_stride
-        codes = unpack(payloads, BODY_BYTES, BITS, LOG_TILE)
-        total += tl.load(levels + codes) * load_bf16(payloads + at + 2 * kept, None)
+        total += row_values(payloads, kept, levels, BODY_BYTES, BITS, LOG_TILE)
     return total
+
+
+@triton.jit
+def row_values(
+    payload, kept, levels, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr
+):
+    """fp32 [1 << LOG_TILE]: the levels of one rank's row times its scale; as for `sum_rows`."""
+    codes = unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+    place = BODY_BYTES + BODY_BYTES % 2 + 2 * kept
+    return tl.load(levels + codes) * load_bf16(payload + place, None)
 
 
 @triton.jit

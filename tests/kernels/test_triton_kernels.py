@@ -47,7 +47,7 @@ def test_it_compiles_for_a_gpu(tmp_path):
     """For sm_90, with or without one: nothing is fused, and no register is spilled."""
     lines = _run(str(CASES.with_name("triton_compile.py")), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    assert len(found) == 12  # six kernels at two shapes
+    assert len(found) == 16  # eight kernels at two shapes
     for name, tile, registers, stack, *_ in found:
         assert int(stack) == 0, f"{name} of {tile} values spills: {registers} registers"
 
@@ -60,15 +60,13 @@ if sys.argv[1] == "missing":
 import torch
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import select
-from megatron_lowbit import kernels
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.kernels import select
 select._kind = lambda *tensors: "cuda"
 x = torch.randn(3, 64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for name in ("rotated-hybrid", "static-hybrid"):
+    for name in ("rotated-hybrid", "static-hybrid", "scaled-hybrid"):
         codec = get_codec(name)
         tables = codec.tables(64, statistics=Statistics.of(x[None]))
         for _ in range(2):

@@ -5,6 +5,7 @@ on a GPU. Where a value is NaN only that it is NaN is compared.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron_lowbit.kernels import select
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROTATED = ["rotated-hybrid", "shaped-hybrid"]
+GATHERED = ["static-hybrid", "scaled-hybrid"]  # the body without the BF16 features
 BITS = [2, 3, 4, 5, 6]
 STATIC_BITS = [3, 4, 5, 6, 8]
 
@@ -102,6 +104,23 @@ def test_bits_of_static(bits):
     _check(codec, partials, _tables(codec, 96, 5))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_of_scaled(bits):
+    codec = get_codec("scaled-hybrid", bits=bits)
+    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
+    _check(codec, partials, _tables(codec, 96, 5))
+
+
+def test_scaled_without_means():
+    """Statistics that know the variance only: nothing is centred."""
+    codec = get_codec("scaled-hybrid")
+    partials = [sample("heavy-tailed", (2, 40), seed) + 1 for seed in range(2)]
+    statistics = replace(Statistics.of(torch.stack(partials)), mean=None)
+    tables = codec.tables(40, bf16_index=torch.tensor([3]), statistics=statistics).to(DEVICE)
+    assert tables.center is None
+    _check(codec, partials, tables)
+
+
 @pytest.mark.parametrize("name", ROTATED)
 def test_a_folded_weight(name):
     """Rows that come rotated, with the BF16 features behind."""
@@ -112,7 +131,7 @@ def test_a_folded_weight(name):
 
 
 @pytest.mark.parametrize("hidden", [1, 33, 64, 576])
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_shapes(name, hidden):
     """One feature, an odd size (no rotation), one block, several and a padded row."""
     codec = get_codec(name, bits=3)
@@ -121,14 +140,14 @@ def test_shapes(name, hidden):
         _check(codec, partials, _tables(codec, hidden, kept))
 
 
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_a_long_row(name):
     codec = get_codec(name)
     _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, _tables(codec, 4096, 32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [ROTATED[0], "static-hybrid"])
+@pytest.mark.parametrize("name", [ROTATED[0], *GATHERED])
 def test_types_and_strides(name, dtype):
     codec = get_codec(name)
     wide = sample("heavy-tailed", (48, 100), 3).to(dtype)
@@ -147,7 +166,7 @@ def test_types_and_strides(name, dtype):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_rows_that_are_not_finite(name, bad):
     codec = get_codec(name)
     tables = _tables(codec, 16, 4)
@@ -158,7 +177,7 @@ def test_rows_that_are_not_finite(name, bad):
     assert nan.tolist() == [True] * 16 + [False]
 
 
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_extreme_values(name):
     """Zeros of both signs, constants, subnormal and huge numbers, every exponent of each type."""
     codec = get_codec(name)
@@ -173,7 +192,7 @@ def test_extreme_values(name):
 
 def test_codes_of_random_bytes():
     """Payloads that no encode makes: any scale, any BF16, as a damaged message has them."""
-    for name in (ROTATED[0], "static-hybrid"):
+    for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name, bits=5)
         tables = _tables(codec, 40, 3)
         shape = (3, 8, codec.row_bytes(tables))
@@ -184,7 +203,7 @@ def test_codes_of_random_bytes():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_ranks(ranks):
-    for name in (ROTATED[1], "static-hybrid"):
+    for name in (ROTATED[1], *GATHERED):
         codec = get_codec(name)
         partials = [sample("normal", (1, 64), seed) * 3.0**seed for seed in range(ranks)]
         _check(codec, partials, _tables(codec, 64, 2, ranks))
@@ -249,7 +268,7 @@ def test_offsets_above_two_to_the_31():
 
 
 def test_what_is_not_supported_is_named():
-    for name in (ROTATED[0], "static-hybrid"):
+    for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name)
         tables = _tables(codec, 64, 0)
         row = codec.row_bytes(tables)
@@ -271,7 +290,8 @@ def test_what_is_not_supported_is_named():
 
 def _calls(family: str) -> dict:
     """Arguments and result of a call of every function of a family, by its op's name."""
-    codec = get_codec("static-hybrid" if family == "static" else "rotated-hybrid")
+    prefix = "rotated" if family == "norm" else family
+    codec = get_codec(f"{prefix}-hybrid")
     tables = _tables(codec, 32, 2)
     partial = sample("normal", (2, 32), 0).to(DEVICE)
     payloads = codec.encode(partial, tables)[None]
@@ -286,7 +306,6 @@ def _calls(family: str) -> dict:
             codec.decode_sum(payloads, tables)
         if family == "rotated":
             codec.reduce_encode(payloads, tables)
-    prefix = "static" if family == "static" else "rotated"
     return {f"{prefix}_{name}": call for name, call in recorder.calls.items()}
 
 
@@ -307,7 +326,7 @@ class _Recorder:
         return call
 
 
-@pytest.mark.parametrize("family", ["rotated", "static", "norm"])
+@pytest.mark.parametrize("family", ["rotated", "static", "scaled", "norm"])
 def test_ops_are_what_torch_expects(family):
     """Schemas, fake implementations, aliasing; and torch.compile takes them without a break."""
     for name, (arguments, others, result) in _calls(family).items():

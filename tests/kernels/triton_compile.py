@@ -18,13 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.kernels import (
-    select,
-    triton_launch,
-    triton_norm,
-    triton_rotated,
-    triton_static,
-)
+from megatron_lowbit.kernels import select, triton_gathered, triton_norm, triton_rotated
 
 TARGET = GPUTarget("cuda", 90, 32)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
@@ -87,10 +81,10 @@ def main() -> None:
     """Every kernel at every case."""
     select._kind = lambda *tensors: "cuda"
     select._trouble = lambda: ""
-    for module in (triton_launch, triton_norm, triton_rotated, triton_static):
+    for module in (triton_gathered, triton_norm, triton_rotated):
         module.launch = _compile
     for hidden, bits in CASES:
-        for name in ("shaped-hybrid", "static-hybrid"):
+        for name in ("shaped-hybrid", "static-hybrid", "scaled-hybrid"):
             codec = get_codec(name, bits=bits)
             partial = sample("normal", (2, hidden), 0).bfloat16()
             tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
