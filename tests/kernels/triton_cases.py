@@ -13,7 +13,7 @@ from cases import DTYPES, sample
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec, wire
+from megatron_lowbit.codecs import Codec, Statistics, Tables, codebook, get_codec, wire
 from megatron_lowbit.codecs.base import LowbitError
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.kernels import select
@@ -119,6 +119,27 @@ def test_scaled_without_means():
     tables = codec.tables(40, bf16_index=torch.tensor([3]), statistics=statistics).to(DEVICE)
     assert tables.center is None
     _check(codec, partials, tables)
+
+
+def test_scaled_divides():
+    """Values on a threshold, which the product with a rounded reciprocal puts on its other side."""
+    codec = get_codec("scaled-hybrid")
+    generator = torch.Generator().manual_seed(0)
+    scale, values = torch.full((64,), 1.0), torch.empty(64)
+    thresholds = codebook.thresholds(4, torch.device("cpu"))
+    for place, threshold in enumerate(thresholds[thresholds != 0].repeat(2)):
+        tried = torch.rand(1000, generator=generator) + 0.5
+        near = threshold * tried
+        tells = (near / tried > threshold) != (near * (1 / tried) > threshold)
+        [[chosen], *_] = tells.nonzero()
+        scale[place], values[place] = tried[chosen], near[chosen]
+    rest = 64 - (values[: place + 1] / scale[: place + 1]).square().sum()
+    values[place + 1 :] = (
+        rest / (63 - place)
+    ).sqrt()  # a root mean square of 1: nothing else moves
+    tables = _tables(codec, 64, 0)
+    tables = replace(tables, scale=scale.to(DEVICE)[None], center=None, center_sum=None)
+    _check(codec, [values[None]], tables)
 
 
 @pytest.mark.parametrize("name", ROTATED)
