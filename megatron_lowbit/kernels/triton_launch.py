@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.build import SWITCH
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -64,6 +65,13 @@ def launch(kernel: Any, tokens: int, tile: Tile, on: Tensor, *arguments, **const
 def is_compiled(kernel: Any) -> bool:
     """Whether `kernel` runs on GPUs, and not in Triton's interpreter."""
     return isinstance(kernel, triton.runtime.JITFunction)
+
+
+def dot_type(kernel: Any) -> str:
+    """How `kernel` is to rotate: the `DOT` of `triton_rotation.rotate`."""
+    if select.rotation() == select.BUTTERFLIES:
+        return ""
+    return "bf16" if is_compiled(kernel) else "fp32"
 
 
 def power_of_two(count: int) -> int:

@@ -4,10 +4,6 @@ A row is a tile of 1 << LOG_TILE values in registers: the features in order, the
 next power of two. The bits are those of plain torch: fp32, the same operands in every addition,
 division and square root correctly rounded, and nothing fused (`triton_launch.launch` sees to that).
 
-A butterfly is a reshape, a split and a join: which values change threads is the compiler's
-business. Compiled by Triton 3.9 for sm_90, a row of 8192 in 4 warps takes one shuffle a value over
-all 13 strides, and 0.7 loads and as many stores of shared memory, most of them of several values.
-
 BF16 tensors come as int16, since Triton's interpreter converts BF16 wrongly: it truncates, and it
 loses subnormal numbers.
 """
@@ -73,17 +69,6 @@ def store_u16(pointers, bits, mask):
     """The two bytes of int32 `bits` at byte `pointers`, aligned or not."""
     tl.store(pointers, (bits & 255).to(tl.uint8), mask=mask)
     tl.store(pointers + 1, (bits >> 8).to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def hadamard(values, LOG_TILE: tl.constexpr, LOG_BLOCK: tl.constexpr):
-    """Butterflies of strides 1, 2, .. on fp32 [1 << LOG_TILE], in blocks of 1 << LOG_BLOCK."""
-    for step in tl.static_range(LOG_BLOCK):
-        pairs = tl.reshape(values, [1 << (LOG_TILE - step - 1), 2, 1 << step])
-        first, second = tl.split(tl.permute(pairs, [0, 2, 1]))
-        pairs = tl.permute(tl.join(first + second, first - second), [0, 2, 1])
-        values = tl.reshape(pairs, [1 << LOG_TILE])
-    return values
 
 
 @triton.jit

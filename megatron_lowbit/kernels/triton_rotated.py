@@ -1,9 +1,10 @@
 """``rotated-hybrid`` and ``shaped-hybrid`` in Triton: one program a token, one pass over its data.
 
 The bits are those of `codecs.rotated_hybrid`, its plain-torch code, and the functions those of the
-C kernels; only the bits of a NaN in a sum may differ. Bytes moved a value at 4 bits: encode 2 in
-and 0.5 out; decode_sum 0.5 in for each rank and 2 out; reduce_encode 0.5 in for each rank and 0.5
-out. The tables, 4 bytes a feature each, stay in the caches.
+C kernels; only the bits of a NaN in a sum may differ. Not so on the tensor cores, which the user
+may have rotate (``MEGATRON_LOWBIT_ROTATION=tensor-cores``): see `triton_rotation`. Bytes moved a
+value at 4 bits: encode 2 in and 0.5 out; decode_sum 0.5 in for each rank and 2 out; reduce_encode
+0.5 in for each rank and 0.5 out. The tables, 4 bytes a feature each, stay in the caches.
 
 Each is a `torch.library` op, which torch.compile and CUDA graphs take whole: no host
 synchronisation, and nothing is allocated but the result.
@@ -21,6 +22,7 @@ from megatron_lowbit.kernels.triton_launch import (
     as_bits,
     check_partial,
     check_payloads,
+    dot_type,
     is_compiled,
     launch,
     new_payload,
@@ -82,6 +84,7 @@ def encode(
         BITS=bits,
         STEPS=search.steps,
         CELLS=len(search.table),
+        DOT=dot_type(kernels.encode),
     )
     return payload
 
@@ -161,6 +164,7 @@ def decode_sum_into(
         BODY_BYTES=body_bytes,
         BITS=bits,
         NATIVE=is_compiled(kernels.decode_sum),
+        DOT=dot_type(kernels.decode_sum),
     )
 
 
@@ -241,15 +245,15 @@ def try_out(device: str) -> None:
             than a row of zeros must give.
     """
     payload = encode(
-        torch.zeros(1, 8, device=device),
-        width=8,
+        torch.zeros(1, 256, device=device),  # as few as go to the tensor cores
+        width=256,
         center=None,
-        scale=torch.ones(8, device=device),
+        scale=torch.ones(256, device=device),
         bf16_index=torch.empty(0, dtype=torch.int64, device=device),
-        block=8,
+        block=256,
         thresholds=_TRIAL.to(device),
         bits=2,
-        body_bytes=2,
+        body_bytes=64,
     )
-    if payload.tolist() != [[0x55, 0x55, 0, 0]]:  # 0 is above one threshold: codes 1, scale 0
+    if payload.tolist() != [[0x55] * 64 + [0, 0]]:  # 0 is above one threshold: codes 1, scale 0
         raise RuntimeError(f"a row of zeros became {payload.tolist()}")

@@ -29,6 +29,7 @@ def encode(
     STEPS: tl.constexpr,
     CELLS: tl.constexpr,
     LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,  # as for `triton_rotation.rotate`
 ):
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     partial += token * row_stride
@@ -50,6 +51,7 @@ def encode(
         STEPS,
         CELLS,
         LOG_TILE,
+        DOT,
     )
 
 
@@ -74,6 +76,7 @@ def decode_sum(
     BITS: tl.constexpr,
     NATIVE: tl.constexpr,
     LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,  # as for `triton_rotation.rotate`
 ):
     token = tl.program_id(0).to(tl.int64)
     payloads += token * row_stride
@@ -96,6 +99,7 @@ def decode_sum(
         BITS,
         NATIVE,
         LOG_TILE,
+        DOT,
     )
 
 

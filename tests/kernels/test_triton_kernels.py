@@ -1,4 +1,4 @@
-"""Runs `triton_cases` where Triton can: in its interpreter, and on a GPU if there is one.
+"""Runs `triton_cases` and `triton_rotation_cases` where Triton can: in its interpreter, on a GPU.
 
 In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
 """
@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from megatron_lowbit import kernels
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import select
 
-CASES = Path(__file__).with_name("triton_cases.py")
-ROOT = CASES.parents[2]
+CASES = [Path(__file__).with_name(f"triton_{name}.py") for name in ("cases", "rotation_cases")]
+ROOT = CASES[0].parents[2]
 
 
 def _run(*command: str, **environment: str) -> str:
@@ -31,7 +33,7 @@ def _run(*command: str, **environment: str) -> str:
 
 def _run_cases(**environment: str) -> str:
     options = ("-c", "tests/pytest.ini", "--rootdir=.", "-q", "-p", "no:cacheprovider")
-    return _run("-m", "pytest", *options, str(CASES), **environment)
+    return _run("-m", "pytest", *options, *map(str, CASES), **environment)
 
 
 def test_in_the_interpreter():
@@ -44,10 +46,13 @@ def test_on_a_gpu():
 
 
 def test_it_compiles_for_a_gpu(tmp_path):
-    """For sm_90, with or without one: nothing is fused, and no register is spilled."""
-    lines = _run(str(CASES.with_name("triton_compile.py")), TRITON_CACHE_DIR=str(tmp_path))
+    """For sm_90, with or without one: nothing is fused, and no register is spilled.
+
+    Nor are there products where none were asked for, or none where they were.
+    """
+    lines = _run(str(CASES[0].with_name("triton_compile.py")), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    assert len(found) == 16  # eight kernels at two shapes
+    assert len(found) == 22  # eight kernels at two shapes, and three on tensor cores
     for name, tile, registers, stack, *_ in found:
         assert int(stack) == 0, f"{name} of {tile} values spills: {registers} registers"
 
@@ -106,3 +111,51 @@ def test_kernels_that_are_off_are_not_looked_for(monkeypatch):
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "0")
     assert select.kernels_for(select.STATIC, x) is None
     assert kernels.describe("cuda") == "none: switched off by MEGATRON_LOWBIT_KERNELS=0"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As if the environment had not been read yet."""
+    monkeypatch.setattr(select, "_rotation", None)
+    return monkeypatch
+
+
+def test_the_rotation_is_chosen_by_the_environment_once(unread):
+    unread.delenv(select.ROTATION_SWITCH, raising=False)
+    assert select.rotation() == "butterflies"
+    unread.setenv(select.ROTATION_SWITCH, "tensor-cores")
+    assert select.rotation() == "butterflies"
+    unread.setattr(select, "_rotation", None)
+    assert select.rotation() == "tensor-cores"
+    with select.rotating_by("butterflies"):
+        assert select.rotation() == "butterflies"
+    assert select.rotation() == "tensor-cores"
+
+
+def test_an_unknown_rotation_is_refused(unread):
+    """By every call, and never as a trouble of Triton's, which would mean plain torch."""
+    unread.setattr(select, "_kind", lambda *tensors: "cuda")
+    unread.setattr(select, "_tried", [])
+    unread.setenv(select.ROTATION_SWITCH, "tensorcores")
+    message = "MEGATRON_LOWBIT_ROTATION=tensorcores: choose butterflies or tensor-cores"
+    codec, x = get_codec("rotated-hybrid"), torch.zeros(1, 64)
+    for _ in range(2):
+        with pytest.raises(LowbitError, match=message):
+            codec.encode(x, codec.tables(64))
+    with pytest.raises(LowbitError, match=message):
+        select.rotation_on(torch.device("cpu"))
+
+
+def test_what_ranks_must_have_in_common(monkeypatch):
+    """On tensor cores the GPU and Triton's release, too; or that one rank has no Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "_tried", [""])
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert select.rotation_on(gpu) == "butterflies"
+    with select.rotating_by("tensor-cores"):
+        assert select.rotation_on(cpu) == "tensor-cores"
+        assert kernels.describe("cuda").endswith(", rotating on tensor cores")
+        assert select.rotation_on(gpu) == f"tensor-cores (a GPU, {kernels.describe('cuda')})"
+        monkeypatch.setattr(select, "_tried", ["broken"])
+        assert select.rotation_on(gpu) == "tensor-cores (a GPU, none: broken)"

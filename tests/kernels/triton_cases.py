@@ -35,7 +35,7 @@ def triton_everywhere():
         yield
 
 
-def _tables(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
+def tables_of(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
     generator = torch.Generator().manual_seed(hidden)
     index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
     statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
@@ -94,21 +94,21 @@ def test_bits_of_the_rotated(name, bits):
     """Every number of bits in partials, and another one in the sum."""
     codec = get_codec(name, bits=(bits, 8 - bits))
     partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, _tables(codec, 96, 5))
+    _check(codec, partials, tables_of(codec, 96, 5))
 
 
 @pytest.mark.parametrize("bits", STATIC_BITS)
 def test_bits_of_static(bits):
     codec = get_codec("static-hybrid", bits=bits)
     partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, _tables(codec, 96, 5))
+    _check(codec, partials, tables_of(codec, 96, 5))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_of_scaled(bits):
     codec = get_codec("scaled-hybrid", bits=bits)
     partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, _tables(codec, 96, 5))
+    _check(codec, partials, tables_of(codec, 96, 5))
 
 
 def test_scaled_without_means():
@@ -137,7 +137,7 @@ def test_scaled_divides():
     values[place + 1 :] = (
         rest / (63 - place)
     ).sqrt()  # a root mean square of 1: nothing else moves
-    tables = _tables(codec, 64, 0)
+    tables = tables_of(codec, 64, 0)
     tables = replace(tables, scale=scale.to(DEVICE)[None], center=None, center_sum=None)
     _check(codec, [values[None]], tables)
 
@@ -146,7 +146,7 @@ def test_scaled_divides():
 def test_a_folded_weight(name):
     """Rows that come rotated, with the BF16 features behind."""
     codec = get_codec(name)
-    _, folded = fold(torch.ones(96, 2, device=DEVICE), _tables(codec, 96, 5))
+    _, folded = fold(torch.ones(96, 2, device=DEVICE), tables_of(codec, 96, 5))
     partials = [sample("heavy-tailed", (2, 101), seed).bfloat16() for seed in range(2)]
     _check(codec, partials, folded)
 
@@ -158,13 +158,13 @@ def test_shapes(name, hidden):
     codec = get_codec(name, bits=3)
     for tokens, kept in ((0, 1), (1, 0), (3, 7)):
         partials = [sample("normal", (tokens, hidden), seed) for seed in range(2)]
-        _check(codec, partials, _tables(codec, hidden, kept))
+        _check(codec, partials, tables_of(codec, hidden, kept))
 
 
 @pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_a_long_row(name):
     codec = get_codec(name)
-    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, _tables(codec, 4096, 32))
+    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, tables_of(codec, 4096, 32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,7 +172,7 @@ def test_a_long_row(name):
 def test_types_and_strides(name, dtype):
     codec = get_codec(name)
     wide = sample("heavy-tailed", (48, 100), 3).to(dtype)
-    tables = _tables(codec, 48, 3)
+    tables = tables_of(codec, 48, 3)
     views = [wide[:4:2, 3:51], wide[:, :2].T, wide[:1, 4:52].expand(2, 48)]
     payloads = _check(codec, views, tables)
     _check_sums(codec, payloads[:, :1], tables, dtypes=DTYPES)
@@ -190,7 +190,7 @@ def test_types_and_strides(name, dtype):
 @pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_rows_that_are_not_finite(name, bad):
     codec = get_codec(name)
-    tables = _tables(codec, 16, 4)
+    tables = tables_of(codec, 16, 4)
     partials = [sample("normal", (17, 16), seed) for seed in range(2)]
     partials[1][:16].fill_diagonal_(bad)  # every feature in some token, and a token without
     payloads = _check(codec, partials, tables)
@@ -202,7 +202,7 @@ def test_rows_that_are_not_finite(name, bad):
 def test_extreme_values(name):
     """Zeros of both signs, constants, subnormal and huge numbers, every exponent of each type."""
     codec = get_codec(name)
-    tables = _tables(codec, 32, 6)
+    tables = tables_of(codec, 32, 6)
     rows = [torch.full((32,), value) for value in (0.0, -0.0, 0.7, 3.4e38, 1e-45, 6e-39)]
     rows.append(2.0 ** torch.arange(-149.0, 128.0, 9)[:32].clone().resize_(32).nan_to_num(1.0))
     _check(codec, [torch.stack(rows)], tables)
@@ -215,7 +215,7 @@ def test_codes_of_random_bytes():
     """Payloads that no encode makes: any scale, any BF16, as a damaged message has them."""
     for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name, bits=5)
-        tables = _tables(codec, 40, 3)
+        tables = tables_of(codec, 40, 3)
         shape = (3, 8, codec.row_bytes(tables))
         generator = torch.Generator().manual_seed(0)
         payloads = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -227,7 +227,7 @@ def test_ranks(ranks):
     for name in (ROTATED[1], *GATHERED):
         codec = get_codec(name)
         partials = [sample("normal", (1, 64), seed) * 3.0**seed for seed in range(ranks)]
-        _check(codec, partials, _tables(codec, 64, 2, ranks))
+        _check(codec, partials, tables_of(codec, 64, 2, ranks))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +239,7 @@ def test_norm(hidden, dtype):
     weight, bias = (torch.randn(2, hidden, generator=generator) + 1).to(dtype)
     residual = torch.randn(hidden, 3, generator=generator).to(dtype).T
     for kept, more in ((5, {"bias": bias, "residual": residual}), (0, {"residual": residual})):
-        tables = _tables(codec, hidden, kept)
+        tables = tables_of(codec, hidden, kept)
         partials = [sample("normal", (3, hidden), seed) for seed in range(2)]
         partials[0][1, 7] = torch.nan
         payloads = torch.stack([codec.encode(x.to(DEVICE), tables) for x in partials])
@@ -257,7 +257,7 @@ def test_norm(hidden, dtype):
 def test_norm_is_rms_norm():
     """Close to torch's own, by the same sum."""
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 2)
+    tables = tables_of(codec, 64, 2)
     payloads = codec.encode(sample("normal", (3, 64), 0).to(DEVICE), tables)[None]
     weight = sample("normal", (64,), 1).to(DEVICE)
     normed, total = codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
@@ -271,7 +271,7 @@ def test_norm_is_rms_norm():
 
 def test_offsets_above_two_to_the_31():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 1)
+    tables = tables_of(codec, 64, 1)
     row = codec.row_bytes(tables)
     try:
         far = torch.empty(2**32 + 4096, dtype=torch.uint8, device=DEVICE)  # reserved, not touched
@@ -291,7 +291,7 @@ def test_offsets_above_two_to_the_31():
 def test_what_is_not_supported_is_named():
     for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name)
-        tables = _tables(codec, 64, 0)
+        tables = tables_of(codec, 64, 0)
         row = codec.row_bytes(tables)
         with pytest.raises(LowbitError, match=r"\[tokens, 64\], got \[2, 65\]"):
             codec.encode(torch.zeros(2, 65, device=DEVICE), tables)
@@ -304,7 +304,7 @@ def test_what_is_not_supported_is_named():
         with pytest.raises(LowbitError, match=r"\[2, 64\].*got \[3, 64\]"):
             codec.decode_sum(payloads, tables, out=torch.zeros(3, 64, device=DEVICE))
     codec = get_codec("rotated-hybrid")
-    long = _tables(codec, (1 << 15) + 1, 0)
+    long = tables_of(codec, (1 << 15) + 1, 0)
     with pytest.raises(LowbitError, match="hidden size 32769: the GPU kernels take 1 to 32768"):
         codec.encode(torch.zeros(1, (1 << 15) + 1, device=DEVICE), long)
 
@@ -313,7 +313,7 @@ def _calls(family: str) -> dict:
     """Arguments and result of a call of every function of a family, by its op's name."""
     prefix = "rotated" if family == "norm" else family
     codec = get_codec(f"{prefix}-hybrid")
-    tables = _tables(codec, 32, 2)
+    tables = tables_of(codec, 32, 2)
     partial = sample("normal", (2, 32), 0).to(DEVICE)
     payloads = codec.encode(partial, tables)[None]
     recorder = _Recorder(select.kernels_for(family, partial))
@@ -369,7 +369,7 @@ def test_ops_are_what_torch_expects(family):
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_graph_replays_with_other_inputs():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 4096, 32)
+    tables = tables_of(codec, 4096, 32)
     partial = sample("normal", (16, 4096), 0).bfloat16().to(DEVICE)
     out = torch.empty_like(partial)
 

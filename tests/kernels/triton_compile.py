@@ -2,7 +2,7 @@
 
 `test_triton_kernels` runs this in a process of its own, without the interpreter. Prints a line for
 each kernel: its name, tile, registers a thread, bytes of stack (spilled registers) and of shared
-memory, and instructions a value.
+memory, instructions a value, and those on tensor cores.
 """
 
 import re
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 import triton
 from cases import sample, tables_for
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.kernels import select, triton_gathered, triton_norm, triton_rotated
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -44,11 +45,13 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
     compiled = triton.compile(source, target=TARGET, options=options)
     ptx = compiled.asm["ptx"]
     assert "fma.rn.f32" not in ptx, f"{kernel.__name__} fuses: its bits are others on a GPU"
+    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx))
+    assert bool(products) == bool(constants.get("DOT")), f"{kernel.__name__}: {products} products"
     count = ptx.count(";") * 32 * tile.warps / (1 << tile.log_tile)
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-    print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", flush=True)
+    print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", products, flush=True)
 
 
 def _type(value) -> str:
@@ -84,17 +87,30 @@ def main() -> None:
     for module in (triton_gathered, triton_norm, triton_rotated):
         module.launch = _compile
     for hidden, bits in CASES:
-        for name in ("shaped-hybrid", "static-hybrid", "scaled-hybrid"):
-            codec = get_codec(name, bits=bits)
-            partial = sample("normal", (2, hidden), 0).bfloat16()
-            tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
-            payloads = codec.encode(partial, tables)[None]
-            codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
-            if name == "shaped-hybrid":
-                codec.reduce_encode(payloads, tables)
-                weight = partial[0].clone()
-                norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
-                codec.decode_sum_norm(payloads, tables, **norm)
+        for name in ("static-hybrid", "scaled-hybrid"):
+            _encode_and_sum(name, hidden, bits)
+        _rotated(hidden, bits, and_reduce=True)
+        with select.rotating_by(select.TENSOR_CORES):
+            _rotated(hidden, bits, and_reduce=False)  # which rotates nothing
+
+
+def _encode_and_sum(name: str, hidden: int, bits: int) -> tuple[Codec, Tables, Tensor, Tensor]:
+    """Two kernels of a codec; gives it, its tables, a partial and its payload as of one rank."""
+    codec = get_codec(name, bits=bits)
+    partial = sample("normal", (2, hidden), 0).bfloat16()
+    tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
+    payloads = codec.encode(partial, tables)[None]
+    codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
+    return codec, tables, partial, payloads
+
+
+def _rotated(hidden: int, bits: int, *, and_reduce: bool) -> None:
+    codec, tables, partial, payloads = _encode_and_sum("shaped-hybrid", hidden, bits)
+    if and_reduce:
+        codec.reduce_encode(payloads, tables)
+    weight = partial[0].clone()
+    norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
+    codec.decode_sum_norm(payloads, tables, **norm)
 
 
 if __name__ == "__main__":
