@@ -10,6 +10,7 @@ from torch import Tensor
 from triton_cases import DEVICE, tables_of, triton_everywhere  # noqa: F401 (a fixture)
 
 from megatron_lowbit import kernels
+from megatron_lowbit.benchmark import codec_bench
 from megatron_lowbit.benchmark.closeness import (
     MOST_CODES,
     MOST_DECIBELS,
@@ -106,3 +107,21 @@ def test_a_row_that_is_not_finite_stays_alone(bad):
         total = codec.decode_sum(codec.encode(partial, tables)[None], tables)
     assert total.isnan().any(dim=1).tolist() == [False, True, False]
     assert total[1].isnan().all()
+
+
+def test_the_benchmark_measures_both(monkeypatch):
+    monkeypatch.setitem(codec_bench._COPY_BYTES, DEVICE, 1 << 20)
+    plan = codec_bench.Plan(
+        codecs=("rotated-hybrid-4", "scaled-hybrid"),
+        shapes=[(2, 256)],
+        ranks=2,
+        seconds=0.001,
+        device=torch.device(DEVICE),
+    )
+    rows = codec_bench.run(plan, lambda text: None)
+    on_tensor_cores = {
+        (row["codec"], row["operation"]) for row in rows if row["path"] == "tensor-cores"
+    }
+    operations = ("encode", "decode_sum of 2", "encode + decode_sum of 2")
+    assert on_tensor_cores == {("rotated-hybrid-4", operation) for operation in operations}
+    assert {row["operation"] for row in rows if row["path"] == "kernel"} > set(operations)
