@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Measure the codecs alone: encode, decode_sum and reduce_encode, by kernels and in plain torch.
+"""Measure the codecs alone: encode, decode_sum, both and reduce_encode, by kernels and plain torch.
 
 Every result of a kernel is checked first, bit for bit against plain torch; then the calls are
-timed. Prints medians with p10 and p90, GB/s of the bytes that must move, their share of a plain
-copy's bandwidth in the same run, and the speedup over plain torch. fp8-g256, in plain torch, is
-what others send.
+timed. On a GPU the rotated codecs are measured twice, whatever MEGATRON_LOWBIT_ROTATION says: by
+butterflies and, checked to be close, on tensor cores. Prints medians with p10 and p90, GB/s of the
+bytes that must move, their share of a plain copy's bandwidth in the same run, and the speedup over
+plain torch. fp8-g256, in plain torch, is what others send.
 
 examples:
   python tools/bench_codecs.py --output codecs.json
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
         "--codecs",
         metavar="LIST",
         help="with bits as in rotated-hybrid-3 (default: rotated-hybrid at 4, 3 and 6 bits, "
-        "static-hybrid, fp8-g256)",
+        "static-hybrid, scaled-hybrid, fp8-g256)",
     )
     parser.add_argument(
         "--ranks", type=cli.positive, default=8, metavar="N", help="payloads of a sum (default: 8)"

@@ -1,25 +1,44 @@
-"""Times of the codecs alone: encode, decode_sum and reduce_encode, by kernels and in plain torch.
+"""Times of the codecs alone, in plain torch and by kernels: what `codec_cases` lists.
 
 A case is checked before it is timed: the kernels' bytes and sums must be those of plain torch, or
-there is no figure. What counts is the bytes that must move, each input and output once, as a share
-of the bandwidth of a plain copy in the same run. On a GPU every call takes another input, so many
-that they do not fit its L2 cache, and short messages are timed under a CUDA graph, too.
+there is no figure; where they rotate on tensor cores, within the bounds of `closeness`. What counts
+is the bytes that must move, each input and output once, as a share of the bandwidth of a plain copy
+in the same run. On a GPU every call takes other inputs, so many that they do not fit its L2 cache,
+and short messages are timed under a CUDA graph, too, which replays on the same.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit import kernels
+from megatron_lowbit.benchmark.codec_cases import (
+    Case,
+    Results,
+    cases,
+    check_close,
+    check_equal,
+    make_partials,
+    make_tables,
+)
 from megatron_lowbit.benchmark.timing import Call, Times, time_alone
-from megatron_lowbit.codecs import Codec, Statistics, Tables, parse_codec
+from megatron_lowbit.codecs import Codec, parse_codec
 from megatron_lowbit.comm.tuning import cpu_name
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import select
 
-CODECS = ("rotated-hybrid-4", "rotated-hybrid-3", "rotated-hybrid-6", "static-hybrid", "fp8-g256")
+CODECS = (
+    "rotated-hybrid-4",
+    "rotated-hybrid-3",
+    "rotated-hybrid-6",
+    "static-hybrid",
+    "scaled-hybrid",
+    "fp8-g256",
+)
 SHAPES = {
     "cpu": [(1, 4096), (64, 4096), (512, 4096)],
     "cuda": list(itertools.product((1, 16, 64, 512, 4096, 16384), (576, 2048, 4096, 5120, 8192))),
@@ -27,8 +46,6 @@ SHAPES = {
 SHAPES["cuda"] += [(tokens, 12288) for tokens in (1, 16, 64, 512, 4096)]
 _GRAPH_TOKENS = 64  # up to so many a launch costs more than the work
 _COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}  # beyond the caches
-_PERIOD = 257  # tokens of the partials, which repeat: a prime, so that a wrong row is seen
-
 _MOST_COPIES = 4096
 
 Row = dict
@@ -53,16 +70,6 @@ class Plan:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One operation of a codec at one shape: what it takes, and the bytes that it must move."""
-
-    name: str
-    call: Callable[[Tensor], Tensor]
-    given: Tensor
-    moved: int
-
-
 def run(plan: Plan, say: Callable[[str], None]) -> list[Row]:
     """Measure `plan`; a dict a case: shape, codec, operation, path, times, GB/s and shares.
 
@@ -75,7 +82,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> list[Row]:
         say(f"copy: {bandwidth / 1e9:.1f} GB/s, read and written")
         rows = []
         for shape in plan.shapes:
-            partials = _partials(plan, shape)
+            partials = make_partials(shape, plan.ranks, plan.device)
             rows.append(_row(shape, "bf16", "copy", "torch", *_copy(plan, partials[0]), bandwidth))
             for name, codec in codecs.items():
                 rows += _measure(plan, shape, name, codec, partials, bandwidth)
@@ -111,18 +118,25 @@ def table(rows: list[Row]) -> str:
 
 
 def _measure(plan, shape, name: str, codec: Codec, partials: list[Tensor], bandwidth) -> list[Row]:
-    """Every operation of one codec at one shape: by kernels, in plain torch, in a CUDA graph."""
-    tables = _tables(codec, partials)
-    has_kernel = codec.kernels(partials[0], tables) is not None
+    """Every operation of one codec at one shape: in plain torch, and by kernels in every way."""
+    tables = make_tables(codec, partials)
+    module = codec.kernels(partials[0], tables)
     rows = []
-    for case in _cases(codec, tables, partials):
+    for case in cases(codec, tables, partials):
         plain = _unhelped(case.call)
-        _check(case, plain, f"{name} {case.name} at {shape[0]} x {shape[1]}")
+        expected = tuple(result.clone() for result in plain(*case.given))
         calls = {"torch": _rotating(plain, case.given)}
-        if has_kernel:
-            calls["kernel"] = _rotating(case.call, case.given)
-        if has_kernel and plan.device.type == "cuda" and shape[0] <= _GRAPH_TOKENS:
-            calls["graph"] = _graph(case)
+        what = f"{name} {case.name} at {shape[0]} x {shape[1]}"
+        for path, way in _ways(module, case).items():
+            call = _by(way, case.call)
+            if way == select.TENSOR_CORES:
+                exact = torch.stack(partials).sum(dim=0, dtype=torch.float64)
+                check_close(call(*case.given), expected, codec, tables, exact, what)
+            else:
+                check_equal(call(*case.given), expected, what)
+            calls[path] = _rotating(call, case.given)
+            if plan.device.type == "cuda" and shape[0] <= _GRAPH_TOKENS:
+                calls["graph" if path == "kernel" else f"{path} graph"] = _graph(call, case.given)
         times = time_alone(list(calls.values()), seconds=plan.seconds, device=plan.device)
         of_path = dict(zip(calls, times, strict=True))
         for path, t in of_path.items():
@@ -133,70 +147,57 @@ def _measure(plan, shape, name: str, codec: Codec, partials: list[Tensor], bandw
     return rows
 
 
-def _cases(codec: Codec, tables: Tables, partials: list[Tensor]) -> list[_Case]:
-    payloads = torch.stack([codec.encode(x, tables, rank=r) for r, x in enumerate(partials)])
-    partial, out = partials[0], torch.empty_like(partials[0])
-    sent, received, dense = payloads[0].nbytes, payloads.nbytes, partial.nbytes
-    cases = [
-        _Case("encode", lambda x: codec.encode(x, tables), partial, dense + sent),
-        _Case(
-            f"decode_sum of {len(partials)}",
-            lambda rows: codec.decode_sum(rows, tables, out=out),
-            payloads,
-            received + dense,
-        ),
-    ]
-    if not codec.needs_statistics or tables.of_sum is not None:
-        cases.append(
-            _Case(
-                f"reduce_encode of {len(partials)}",
-                lambda rows: codec.reduce_encode(rows, tables),
-                payloads,
-                received + sent,
-            )
-        )
-    return cases
+def _ways(module: ModuleType | None, case: Case) -> dict[str, str]:
+    """The rotation of each path by kernels: both, whichever the environment chooses."""
+    if module is None:
+        return {}
+    ways = {"kernel": select.BUTTERFLIES}
+    if case.rotates and select.can_rotate_on_tensor_cores(module):
+        ways["tensor-cores"] = select.TENSOR_CORES
+    return ways
 
 
-def _unhelped(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def plain(given: Tensor) -> Tensor:
+def _by(way: str, call: Callable[..., Results]) -> Callable[..., Results]:
+    def rotated(*given: Tensor) -> Results:
+        with select.rotating_by(way):
+            return call(*given)
+
+    return rotated
+
+
+def _unhelped(call: Callable[..., Results]) -> Callable[..., Results]:
+    def plain(*given: Tensor) -> Results:
         with kernels.disabled():
-            return call(given)
+            return call(*given)
 
     return plain
 
 
-def _check(case: _Case, plain: Callable[[Tensor], Tensor], what: str) -> None:
-    expected = plain(case.given).clone()
-    got = case.call(case.given)
-    if not torch.equal(got, expected):
-        place = (got != expected).nonzero()[0].tolist()
-        raise LowbitError(f"wrong result of {what}: kernel and plain torch differ first at {place}")
-
-
-def _rotating(call: Callable[[Tensor], Tensor], given: Tensor) -> Call:
-    """`call` with another copy of its input each time: on a GPU so many that none is in the L2."""
+def _rotating(call: Callable[..., object], given: tuple[Tensor, ...]) -> Call:
+    """`call` with other copies of its inputs each time: on a GPU so many that none is in the L2."""
     copies = [given]
-    if given.is_cuda:
-        cache = 2 * torch.cuda.get_device_properties(given.device).L2_cache_size
-        copies += [given.clone() for _ in range(min(cache // max(given.nbytes, 1), _MOST_COPIES))]
+    if given[0].is_cuda:
+        cache = 2 * torch.cuda.get_device_properties(given[0].device).L2_cache_size
+        count = cache // max(sum(x.nbytes for x in given), 1)
+        copies += [tuple(x.clone() for x in given) for _ in range(min(count, _MOST_COPIES))]
     inputs = itertools.cycle(copies)
-    return lambda: call(next(inputs))
+    return lambda: call(*next(inputs))
 
 
-def _graph(case: _Case) -> Call:
-    """The case as a CUDA graph, which replays without the cost of a launch from Python."""
-    case.call(case.given)
+def _graph(call: Callable[..., object], given: tuple[Tensor, ...]) -> Call:
+    """The call as a CUDA graph, which replays without the cost of a launch from Python."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        case.call(case.given)
+        call(*given)
     return graph.replay
 
 
 def _copy(plan: Plan, values: Tensor) -> tuple[Times, int]:
     """A plain copy of `values`: its times, and the bytes that it moves."""
     out = torch.empty_like(values)
-    [times] = time_alone([_rotating(out.copy_, values)], seconds=plan.seconds, device=plan.device)
+    [times] = time_alone(
+        [_rotating(out.copy_, (values,))], seconds=plan.seconds, device=plan.device
+    )
     return times, 2 * values.nbytes
 
 
@@ -205,28 +206,6 @@ def _copy_bandwidth(plan: Plan) -> float:
     count = _COPY_BYTES[plan.device.type] // 2
     times, moved = _copy(plan, torch.zeros(count, dtype=torch.bfloat16, device=plan.device))
     return 1000 * moved / times.median
-
-
-def _partials(plan: Plan, shape: tuple[int, int]) -> list[Tensor]:
-    """BF16 ``[tokens, hidden]`` of each rank, seeded."""
-    tokens, hidden = shape
-    period = min(tokens, _PERIOD)
-    partials = []
-    for rank in range(plan.ranks):
-        generator = torch.Generator().manual_seed(rank)
-        base = torch.randn(period, hidden, generator=generator).to(torch.bfloat16)
-        partials.append(base.repeat(-(-tokens // period), 1)[:tokens].to(plan.device))
-    return partials
-
-
-def _tables(codec: Codec, partials: list[Tensor]) -> Tables:
-    """Tables as a calibration on the first tokens of these partials makes them."""
-    statistics = Statistics.of(torch.stack([x[:_PERIOD].cpu() for x in partials]))
-    hidden = partials[0].shape[1]
-    count = codec.default_bf16_features(hidden)
-    index = statistics.ranges.sum(dim=0).argsort(descending=True)[:count]
-    tables = codec.tables(hidden, bf16_index=index, statistics=statistics)
-    return tables.to(partials[0].device)
 
 
 def _row(

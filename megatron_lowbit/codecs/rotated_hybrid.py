@@ -14,7 +14,7 @@ transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / 
 
 The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
 same bits: on CPUs `kernels.rotated_hybrid`, about 30 times faster (512 x 4096 on one thread of an
-AMD EPYC), on GPUs `kernels.triton_rotated`.
+AMD EPYC), on GPUs `kernels.triton_rotated`, unless the user has these rotate on tensor cores.
 """
 
 from types import ModuleType

@@ -33,6 +33,7 @@ from megatron_lowbit.integration.sync_points import (
     sync_points_here,
     why_none,
 )
+from megatron_lowbit.kernels.select import ROTATION_SWITCH, rotation, rotation_on
 
 
 def apply(
@@ -75,7 +76,8 @@ def apply(
             another model, hidden size, layer count, or (where the codec's tables depend on it) TP
             degree; a bad recipe; an unknown codec or collective; a tuning file for another machine;
             a sync point that cannot be reached; CUDA graphs that are captured already, or settings
-            of theirs that our work cannot be captured with; ranks that disagree.
+            of theirs that our work cannot be captured with; an unknown MEGATRON_LOWBIT_ROTATION;
+            ranks that disagree.
     """
     settings = on_every_rank(
         lambda: collective if isinstance(collective, Settings) else Settings(collective)
@@ -102,6 +104,7 @@ def apply(
         "summed over ranks (--moe-token-dispatcher-type allgather, or expert tensor parallelism)",
     )
     on_every_rank(lambda: _check_fold(model, chosen, settings) if fold else None)
+    on_every_rank(rotation)  # a bad value is said before ranks wait for each other
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
     wanted = (all_gather_bits, experts_bits, fold)
     chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, wanted))
@@ -123,6 +126,7 @@ def _agreed_chooser(
     codecs = sorted({repr(codec) for codec in chosen.codecs})
     agreed = (codecs, wanted, str(weight.dtype), chosen.digest())
     require_equal("codec, dtype or index", agreed, group=group)
+    require_equal(ROTATION_SWITCH, rotation_on(weight.device), group=group)
     if not chosen.points:
         return None
     codec, tables = chosen.typical()

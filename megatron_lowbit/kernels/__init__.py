@@ -1,8 +1,9 @@
 """Kernels: the same bits as the plain-torch codecs, faster.
 
 For CPUs, C compiled at first use on the user's machine (`build`) and called by ctypes
-(`rotated_hybrid`); for GPUs, Triton (`triton_rotated`, `triton_static`). Codecs ask `select` for
-kernels and run their own plain-torch code where there are none; kernels know nothing of codecs.
+(`rotated_hybrid`); for GPUs, Triton (`triton_rotated`, `triton_static`, `triton_scaled`). Codecs
+ask `select` for kernels and run their own plain-torch code where there are none; kernels know
+nothing of codecs.
 `describe()` says what runs; ``MEGATRON_LOWBIT_KERNELS=0`` in the environment or `disabled()` around
 a call leaves all of them out.
 """

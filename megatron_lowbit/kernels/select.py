@@ -8,25 +8,34 @@ kernels that are compiled at first use need anyway.
 """
 
 import importlib
+import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
-ROTATED, STATIC, NORM, SYMMETRIC = "rotated", "static", "norm", "symmetric"
+ROTATED, STATIC, SCALED, NORM = "rotated", "static", "scaled", "norm"
+SYMMETRIC = "symmetric"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
+    SCALED: "megatron_lowbit.kernels.triton_scaled",
     NORM: "megatron_lowbit.kernels.triton_norm",
     SYMMETRIC: "megatron_lowbit.kernels.triton_symmetric",
 }
+ROTATION_SWITCH = "MEGATRON_LOWBIT_ROTATION"
+ROTATIONS = BUTTERFLIES, TENSOR_CORES = "butterflies", "tensor-cores"
 _lock = threading.Lock()
+_rotation: str | None = None  # as the environment has it, once that was read
 _tried: list[str] = []  # what the trial said, once there was one
 
 
@@ -34,7 +43,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED`, `STATIC`, `NORM` or `SYMMETRIC`.
+        family: `ROTATED`, `STATIC`, `SCALED`, `NORM` or `SYMMETRIC`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)
@@ -54,10 +63,60 @@ def describe(kind: str = "cpu") -> str:
     off = build.switched_off()
     if not off and not torch.cuda.is_available():
         off = "torch sees no GPU"
-    reason = off or _trouble()
-    return (
-        f"none: {reason}" if reason else f"Triton {importlib.import_module('triton').__version__}"
-    )
+    if reason := off or _trouble():
+        return f"none: {reason}"
+    way = ", rotating on tensor cores" if rotation() == TENSOR_CORES else ""
+    return f"Triton {importlib.import_module('triton').__version__}{way}"
+
+
+def rotation() -> str:
+    """How the GPU kernels rotate: ``butterflies``, or ``tensor-cores`` where the user says so.
+
+    The environment is read once.
+
+    Raises:
+        LowbitError: It names another way.
+    """
+    global _rotation
+    if _rotation is None:
+        asked = os.environ.get(ROTATION_SWITCH) or BUTTERFLIES
+        if asked not in ROTATIONS:
+            raise LowbitError(f"{ROTATION_SWITCH}={asked}: choose {' or '.join(ROTATIONS)}")
+        _rotation = asked
+    return _rotation
+
+
+@contextmanager
+def rotating_by(way: str | None) -> Iterator[None]:
+    """Have the GPU kernels rotate by one of `ROTATIONS` inside, in all threads of this process.
+
+    None: by what the environment says, read anew.
+    """
+    global _rotation
+    before, _rotation = _rotation, way
+    try:
+        yield
+    finally:
+        _rotation = before
+
+
+def rotation_on(device: torch.device) -> str:
+    """What a rotation on `device` depends on: ranks that sum must have it in common.
+
+    Butterflies and plain torch give the same bits everywhere. How a product is summed is up to the
+    GPU and to Triton, and plain torch in its place would be a third way.
+
+    Raises:
+        LowbitError: The environment names another way.
+    """
+    if rotation() == BUTTERFLIES or device.type != "cuda":
+        return rotation()
+    return f"{TENSOR_CORES} ({torch.cuda.get_device_name(device)}, {describe('cuda')})"
+
+
+def can_rotate_on_tensor_cores(module: ModuleType) -> bool:
+    """Whether `rotating_by` changes anything in a module that `kernels_for` gave."""
+    return module.__name__ in (_TRITON[ROTATED], _TRITON[NORM])
 
 
 def _kind(*tensors: Tensor) -> str | None:
@@ -78,6 +137,7 @@ def _trouble() -> str:
 
 
 def _try_out() -> str:
+    rotation()  # a bad value is no trouble of Triton's
     try:
         _module(ROTATED).try_out("cuda")
     # Triton has no common class of errors: no compiler for its launcher, no ptxas, a driver that is

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.build import SWITCH
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -66,6 +67,13 @@ def is_compiled(kernel: Any) -> bool:
     return isinstance(kernel, triton.runtime.JITFunction)
 
 
+def dot_type(kernel: Any) -> str:
+    """How `kernel` is to rotate: the `DOT` of `triton_rotation.rotate`."""
+    if select.rotation() == select.BUTTERFLIES:
+        return ""
+    return "bf16" if is_compiled(kernel) else "fp32"
+
+
 def power_of_two(count: int) -> int:
     """The smallest one that is not less than `count`; 0 for 0."""
     return 1 << (count - 1).bit_length() if count else 0
@@ -93,6 +101,18 @@ def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
         wanted = f"uint8 [ranks, tokens, {row_bytes}]"
         raise LowbitError(f"payloads are {wanted}, got {payloads.dtype} {list(shape)}")
     return payloads if payloads.stride(2) == 1 else payloads.contiguous()
+
+
+def new_payload(like: Tensor, tokens: int, row_bytes: int) -> Tensor:
+    """uint8 ``[tokens, row_bytes]`` where `like` is; also of a fake tensor."""
+    return like.new_empty((tokens, row_bytes), dtype=torch.uint8)
+
+
+def sum_into(out: Tensor | None, payloads: Tensor, hidden: int) -> Tensor:
+    """Where the sum of `payloads` goes: `out`, or a new fp32 ``[tokens, hidden]`` if left out."""
+    if out is not None:
+        return out
+    return payloads.new_empty((payloads.shape[1], hidden), dtype=torch.float32)
 
 
 def as_bits(values: Tensor) -> Tensor:

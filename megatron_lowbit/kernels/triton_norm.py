@@ -16,10 +16,12 @@ from megatron_lowbit.kernels.triton_launch import (
     Tile,
     as_bits,
     check_payloads,
+    dot_type,
     is_compiled,
     launch,
     power_of_two,
 )
+from megatron_lowbit.kernels.triton_rotation import rotate
 
 
 @triton.jit
@@ -58,6 +60,7 @@ def _decode_sum_norm(
     BITS: tl.constexpr,
     NATIVE: tl.constexpr,
     LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,  # as for `triton_rotation.rotate`
 ):
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     payloads += token * row_stride
@@ -68,7 +71,7 @@ def _decode_sum_norm(
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
     row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
+    row = rotate(row, LOG_TILE, LOG_BLOCK, DOT)
     factor = tl.load(scale + feature, mask=inside, other=0.0)
     row *= factor
     if center is not None:
@@ -157,6 +160,7 @@ def decode_sum_norm(
         BODY_BYTES=body_bytes,
         BITS=bits,
         NATIVE=is_compiled(_decode_sum_norm),
+        DOT=dot_type(_decode_sum_norm),
     )
     return normed, total
 

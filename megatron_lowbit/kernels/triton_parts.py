@@ -4,10 +4,6 @@ A row is a tile of 1 << LOG_TILE values in registers: the features in order, the
 next power of two. The bits are those of plain torch: fp32, the same operands in every addition,
 division and square root correctly rounded, and nothing fused (`triton_launch.launch` sees to that).
 
-A butterfly is a reshape, a split and a join: which values change threads is the compiler's
-business. Compiled by Triton 3.9 for sm_90, a row of 8192 in 4 warps takes one shuffle a value over
-all 13 strides, and 0.7 loads and as many stores of shared memory, most of them of several values.
-
 BF16 tensors come as int16, since Triton's interpreter converts BF16 wrongly: it truncates, and it
 loses subnormal numbers.
 """
@@ -76,17 +72,6 @@ def store_u16(pointers, bits, mask):
 
 
 @triton.jit
-def hadamard(values, LOG_TILE: tl.constexpr, LOG_BLOCK: tl.constexpr):
-    """Butterflies of strides 1, 2, .. on fp32 [1 << LOG_TILE], in blocks of 1 << LOG_BLOCK."""
-    for step in tl.static_range(LOG_BLOCK):
-        pairs = tl.reshape(values, [1 << (LOG_TILE - step - 1), 2, 1 << step])
-        first, second = tl.split(tl.permute(pairs, [0, 2, 1]))
-        pairs = tl.permute(tl.join(first + second, first - second), [0, 2, 1])
-        values = tl.reshape(pairs, [1 << LOG_TILE])
-    return values
-
-
-@triton.jit
 def sum_of_squares(values, LOG_TILE: tl.constexpr):
     """By the pairwise tree: the upper half is added to the lower one until one value is left."""
     values = values * values
@@ -97,8 +82,9 @@ def sum_of_squares(values, LOG_TILE: tl.constexpr):
 
 @triton.jit
 def root_mean_square(values, COUNT: tl.constexpr, LOG_TILE: tl.constexpr):
-    """Of fp32 [1 << LOG_TILE], zero from COUNT on."""
-    return tl.sqrt_rn(tl.div_rn(sum_of_squares(values, LOG_TILE), COUNT + 0.0))
+    """Of fp32 [1 << LOG_TILE], zero from COUNT on; of no values it is 0."""
+    count: tl.constexpr = COUNT if COUNT else 1
+    return tl.sqrt_rn(tl.div_rn(sum_of_squares(values, LOG_TILE), count + 0.0))
 
 
 @triton.jit
@@ -157,14 +143,21 @@ def sum_rows(
         kept: BF16 features, which lie between codes and scale.
         levels: fp32 [2**BITS].
     """
-    at: tl.constexpr = BODY_BYTES + BODY_BYTES % 2
-    codes = unpack(payloads, BODY_BYTES, BITS, LOG_TILE)
-    total = tl.load(levels + codes) * load_bf16(payloads + at + 2 * kept, None)
+    total = row_values(payloads, kept, levels, BODY_BYTES, BITS, LOG_TILE)
     for _ in range(1, ranks):
         payloads += rank_stride
-        codes = unpack(payloads, BODY_BYTES, BITS, LOG_TILE)
-        total += tl.load(levels + codes) * load_bf16(payloads + at + 2 * kept, None)
+        total += row_values(payloads, kept, levels, BODY_BYTES, BITS, LOG_TILE)
     return total
+
+
+@triton.jit
+def row_values(
+    payload, kept, levels, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr
+):
+    """fp32 [1 << LOG_TILE]: the levels of one rank's row times its scale; as for `sum_rows`."""
+    codes = unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+    place = BODY_BYTES + BODY_BYTES % 2 + 2 * kept
+    return tl.load(levels + codes) * load_bf16(payload + place, None)
 
 
 @triton.jit

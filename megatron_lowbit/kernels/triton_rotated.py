@@ -1,21 +1,20 @@
 """``rotated-hybrid`` and ``shaped-hybrid`` in Triton: one program a token, one pass over its data.
 
 The bits are those of `codecs.rotated_hybrid`, its plain-torch code, and the functions those of the
-C kernels; only the bits of a NaN in a sum may differ. Bytes moved a value at 4 bits: encode 2 in
-and 0.5 out; decode_sum 0.5 in for each rank and 2 out; reduce_encode 0.5 in for each rank and 0.5
-out. The tables, 4 bytes a feature each, stay in the caches.
+C kernels; only the bits of a NaN in a sum may differ. Not so on the tensor cores, which the user
+may have rotate (``MEGATRON_LOWBIT_ROTATION=tensor-cores``): see `triton_rotation`. Bytes moved a
+value at 4 bits: encode 2 in and 0.5 out; decode_sum 0.5 in for each rank and 2 out; reduce_encode
+0.5 in for each rank and 0.5 out. The tables, 4 bytes a feature each, stay in the caches.
 
 Each is a `torch.library` op, which torch.compile and CUDA graphs take whole: no host
 synchronisation, and nothing is allocated but the result.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import triton_rows as rows
+from megatron_lowbit.kernels import triton_rotated_kernels as kernels
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton_launch import (
@@ -23,146 +22,15 @@ from megatron_lowbit.kernels.triton_launch import (
     as_bits,
     check_partial,
     check_payloads,
+    dot_type,
     is_compiled,
     launch,
+    new_payload,
     power_of_two,
+    sum_into,
 )
 
 _TRIAL = torch.tensor([-1.0, 0.0, 1.0])
-
-
-@triton.jit
-def _encode(
-    partial,  # fp32, fp16 or the bits of BF16 [tokens, hidden or more]
-    row_stride,
-    column_stride,
-    center,  # fp32 [hidden], or None
-    scale,  # fp32 [hidden], 0 for a BF16 feature
-    index,  # int64 [kept]
-    kept,
-    cells,  # int64 [CELLS]
-    payload,  # uint8 [tokens, row_bytes]
-    row_bytes,
-    HIDDEN: tl.constexpr,
-    LOG_BLOCK: tl.constexpr,
-    KEPT: tl.constexpr,  # a power of two, at least `kept`; or 0
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CELLS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
-    partial += token * row_stride
-    payload += token * row_bytes
-    rows.encode_row(
-        partial,
-        column_stride,
-        center,
-        scale,
-        index,
-        kept,
-        cells,
-        payload,
-        HIDDEN,
-        LOG_BLOCK,
-        KEPT,
-        BODY_BYTES,
-        BITS,
-        STEPS,
-        CELLS,
-        LOG_TILE,
-    )
-
-
-@triton.jit
-def _decode_sum(
-    payloads,  # uint8 [ranks, tokens, row bytes]
-    rank_stride,
-    row_stride,
-    ranks,
-    center,  # fp32 [hidden], or None
-    scale,  # fp32 [hidden]
-    index,  # int64 [kept]
-    kept,
-    levels,  # fp32 [2**BITS]
-    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
-    out_row_stride,
-    out_column_stride,
-    HIDDEN: tl.constexpr,
-    LOG_BLOCK: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    payloads += token * row_stride
-    out += token * out_row_stride
-    rows.decode_row(
-        payloads,
-        rank_stride,
-        ranks,
-        center,
-        scale,
-        index,
-        kept,
-        levels,
-        out,
-        out_column_stride,
-        HIDDEN,
-        LOG_BLOCK,
-        KEPT,
-        BODY_BYTES,
-        BITS,
-        NATIVE,
-        LOG_TILE,
-    )
-
-
-@triton.jit
-def _reduce_encode(
-    payloads,  # uint8 [ranks, tokens, row bytes]
-    rank_stride,
-    row_stride,
-    ranks,
-    kept,
-    levels,  # fp32 [2**BITS]
-    cells,  # int64 [CELLS]
-    payload,  # uint8 [tokens, row_bytes]
-    row_bytes,
-    HIDDEN: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    SUM_BODY_BYTES: tl.constexpr,
-    SUM_BITS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CELLS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    payloads += token * row_stride
-    payload += token * row_bytes
-    rows.reduce_row(
-        payloads,
-        rank_stride,
-        ranks,
-        kept,
-        levels,
-        cells,
-        payload,
-        HIDDEN,
-        KEPT,
-        BODY_BYTES,
-        BITS,
-        SUM_BODY_BYTES,
-        SUM_BITS,
-        STEPS,
-        CELLS,
-        LOG_TILE,
-    )
 
 
 @torch.library.custom_op("megatron_lowbit::rotated_encode", mutates_args=())
@@ -200,10 +68,10 @@ def encode(
     hidden, kept = scale.numel(), bf16_index.numel()
     tile, search = Tile.of(hidden), cells(thresholds)
     values = check_partial(partial, width)
-    payload = _new_payload(partial, len(partial), body_bytes, kept)
+    payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
     arguments = (values, *values.stride(), center, scale, bf16_index, kept, search.table, payload)
     launch(
-        _encode,
+        kernels.encode,
         len(partial),
         tile,
         partial,
@@ -216,13 +84,15 @@ def encode(
         BITS=bits,
         STEPS=search.steps,
         CELLS=len(search.table),
+        DOT=dot_type(kernels.encode),
     )
     return payload
 
 
 @encode.register_fake
 def _(partial, width, center, scale, bf16_index, block, thresholds, bits, body_bytes):
-    return _new_payload(partial, partial.shape[0], body_bytes, bf16_index.numel())
+    row = row_bytes(body_bytes, bf16_index.numel() + 1)
+    return new_payload(partial, partial.shape[0], row)
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
@@ -237,9 +107,7 @@ def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tens
     Returns:
         `out`.
     """
-    if out is None:
-        shape = (payloads.shape[1], tables["scale"].numel())
-        out = torch.empty(shape, dtype=torch.float32, device=payloads.device)
+    out = sum_into(out, payloads, tables["scale"].numel())
     decode_sum_into(out, payloads, **tables)
     return out
 
@@ -282,7 +150,7 @@ def decode_sum_into(
     received = (payloads, *payloads.stride()[:2], ranks)
     tables = (center, scale, bf16_index, kept, levels)
     launch(
-        _decode_sum,
+        kernels.decode_sum,
         tokens,
         tile,
         payloads,
@@ -295,7 +163,8 @@ def decode_sum_into(
         KEPT=power_of_two(kept),
         BODY_BYTES=body_bytes,
         BITS=bits,
-        NATIVE=is_compiled(_decode_sum),
+        NATIVE=is_compiled(kernels.decode_sum),
+        DOT=dot_type(kernels.decode_sum),
     )
 
 
@@ -338,10 +207,10 @@ def reduce_encode(
     tile, search = Tile.of(hidden), cells(thresholds)
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
-    payload = _new_payload(payloads, tokens, sum_body_bytes, kept)
+    payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
     received = (payloads, *payloads.stride()[:2], ranks)
     launch(
-        _reduce_encode,
+        kernels.reduce_encode,
         tokens,
         tile,
         payloads,
@@ -365,7 +234,7 @@ def reduce_encode(
 
 @reduce_encode.register_fake
 def _(payloads, hidden, kept, levels, bits, body_bytes, thresholds, sum_bits, sum_body_bytes):
-    return _new_payload(payloads, payloads.shape[1], sum_body_bytes, kept)
+    return new_payload(payloads, payloads.shape[1], row_bytes(sum_body_bytes, kept + 1))
 
 
 def try_out(device: str) -> None:
@@ -376,19 +245,15 @@ def try_out(device: str) -> None:
             than a row of zeros must give.
     """
     payload = encode(
-        torch.zeros(1, 8, device=device),
-        width=8,
+        torch.zeros(1, 256, device=device),  # as few as go to the tensor cores
+        width=256,
         center=None,
-        scale=torch.ones(8, device=device),
+        scale=torch.ones(256, device=device),
         bf16_index=torch.empty(0, dtype=torch.int64, device=device),
-        block=8,
+        block=256,
         thresholds=_TRIAL.to(device),
         bits=2,
-        body_bytes=2,
+        body_bytes=64,
     )
-    if payload.tolist() != [[0x55, 0x55, 0, 0]]:  # 0 is above one threshold: codes 1, scale 0
+    if payload.tolist() != [[0x55] * 64 + [0, 0]]:  # 0 is above one threshold: codes 1, scale 0
         raise RuntimeError(f"a row of zeros became {payload.tolist()}")
-
-
-def _new_payload(like: Tensor, tokens: int, body_bytes: int, kept: int) -> Tensor:
-    return like.new_empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)

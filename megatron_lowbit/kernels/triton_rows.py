@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from megatron_lowbit.kernels import triton_parts as parts
+from megatron_lowbit.kernels.triton_rotation import rotate
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def encode_row(
     STEPS: tl.constexpr,
     CELLS: tl.constexpr,
     LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """Write a token's partial into its row of the payload.
 
@@ -48,6 +50,7 @@ def encode_row(
         STEPS: Of `cells`.
         CELLS: Of `cells`.
         LOG_TILE: Of the tile.
+        DOT: As for `triton_rotation.rotate`.
     """
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
@@ -60,7 +63,7 @@ def encode_row(
     if KEPT:
         floats = payload + BODY_BYTES + BODY_BYTES % 2
         finite = parts.write_kept(partial, column_stride, index, kept, floats, KEPT)
-    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
+    row = rotate(row, LOG_TILE, LOG_BLOCK, DOT)
     parts.write_body(
         row, finite, payload, kept, cells, HIDDEN, BODY_BYTES, BITS, STEPS, CELLS, LOG_TILE
     )
@@ -85,6 +88,7 @@ def decode_row(
     BITS: tl.constexpr,
     NATIVE: tl.constexpr,
     LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """Sum a token's rows of all ranks and turn the sum back.
 
@@ -103,7 +107,7 @@ def decode_row(
         NATIVE: As for `triton_parts.store_floats`.
     """
     row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    row = parts.hadamard(row, LOG_TILE, LOG_BLOCK)
+    row = rotate(row, LOG_TILE, LOG_BLOCK, DOT)
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
     row *= tl.load(scale + feature, mask=inside, other=0.0)

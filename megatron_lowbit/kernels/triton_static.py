@@ -2,8 +2,7 @@
 
 The bits are those of `codecs.static_hybrid`, its plain-torch code; only the bits of a NaN in a sum
 may differ. At 4 bits encode moves 2 bytes a value in and 0.5 out, decode_sum 0.5 in for each rank
-and 2 out. The body is gathered and scattered by its table of features, 8 bytes a feature from the
-caches: the values of a row are neighbours but for the gaps that the BF16 features leave.
+and 2 out. How the body is gathered and scattered is in `triton_gathered`.
 """
 
 import torch
@@ -11,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import triton_gathered as gathered
 from megatron_lowbit.kernels import triton_parts as parts
 from megatron_lowbit.kernels.layout import row_bytes
-from megatron_lowbit.kernels.triton_launch import (
-    Tile,
-    as_bits,
-    check_partial,
-    check_payloads,
-    is_compiled,
-    launch,
-    power_of_two,
-)
+from megatron_lowbit.kernels.triton_launch import new_payload, sum_into
 
 
 @triton.jit
@@ -45,9 +36,7 @@ def _encode(
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     partial += token * row_stride
     payload += token * row_bytes
-    place = tl.arange(0, 1 << LOG_TILE)
-    inside = place < BODY
-    feature = tl.load(body_index + place, mask=inside, other=0)
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
     values = parts.load_floats(partial + feature * column_stride, inside)
     step = tl.load(scale + feature, mask=inside, other=0.0)
     inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
@@ -127,19 +116,25 @@ def _decode_sum(
     token = tl.program_id(0).to(tl.int64)
     payloads += token * row_stride
     out += token * out_row_stride
-    place = tl.arange(0, 1 << LOG_TILE)
-    inside = place < BODY
-    feature = tl.load(body_index + place, mask=inside, other=0)
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
     total = _sum_row(
         payloads, rank_stride, ranks, scale, feature, inside, HIDDEN, BODY_BYTES, BITS, LOG_TILE
     )
-    parts.store_floats(out + feature * out_column_stride, total, inside, NATIVE)
-    if KEPT:
-        j = tl.arange(0, KEPT)
-        floats = payloads + BODY_BYTES + BODY_BYTES % 2
-        total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
-        feature = tl.load(bf16_index + j, mask=j < kept, other=0)
-        parts.store_floats(out + feature * out_column_stride, total, j < kept, NATIVE)
+    gathered.store_sum(
+        total,
+        feature,
+        inside,
+        payloads,
+        rank_stride,
+        ranks,
+        bf16_index,
+        kept,
+        out,
+        out_column_stride,
+        BODY_BYTES,
+        KEPT,
+        NATIVE,
+    )
 
 
 @torch.library.custom_op("megatron_lowbit::static_encode", mutates_args=())
@@ -167,27 +162,14 @@ def encode(
     Raises:
         LowbitError: `partial` has another shape or type, or too many features.
     """
-    hidden, kept = scale.numel(), bf16_index.numel()
-    tile, values = Tile.of(hidden), check_partial(partial, hidden)
-    payload = _new_payload(partial, body_bytes, kept)
-    launch(
-        _encode,
-        len(partial),
-        tile,
-        partial,
-        *(values, *values.stride(), scale, body_index, bf16_index, kept),
-        *(payload, payload.shape[1]),
-        BODY=hidden - kept,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-    )
-    return payload
+    row = row_bytes(body_bytes, bf16_index.numel())
+    tables = (scale, body_index, bf16_index)
+    return gathered.launch_encode(_encode, partial, row, *tables, BODY_BYTES=body_bytes, BITS=bits)
 
 
 @encode.register_fake
 def _(partial, scale, body_index, bf16_index, bits, body_bytes):
-    return _new_payload(partial, body_bytes, bf16_index.numel())
+    return new_payload(partial, partial.shape[0], row_bytes(body_bytes, bf16_index.numel()))
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
@@ -202,9 +184,7 @@ def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tens
     Returns:
         `out`.
     """
-    if out is None:
-        shape = (payloads.shape[1], tables["scale"].shape[1])
-        out = torch.empty(shape, dtype=torch.float32, device=payloads.device)
+    out = sum_into(out, payloads, tables["scale"].shape[1])
     decode_sum_into(out, payloads, **tables)
     return out
 
@@ -233,37 +213,13 @@ def decode_sum_into(
     Raises:
         LowbitError: A tensor has another shape or type, or too many features.
     """
-    hidden, kept = scale.shape[1], bf16_index.numel()
-    tile = Tile.of(hidden)
-    payloads = check_payloads(payloads, row_bytes(body_bytes, kept))
-    ranks, tokens, _ = payloads.shape
-    if out.shape != (tokens, hidden) or len(scale) < ranks:
-        raise LowbitError(
-            f"a sum of {ranks} ranks is [{tokens}, {hidden}] with scales for each of them, got "
-            f"{list(out.shape)} and scales for {len(scale)}"
-        )
-    target = as_bits(out)
-    launch(
-        _decode_sum,
-        tokens,
-        tile,
-        payloads,
-        *(payloads, *payloads.stride()[:2], ranks),
-        *(scale, body_index, bf16_index, kept, target, *target.stride()),
-        HIDDEN=hidden,
-        BODY=hidden - kept,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-        NATIVE=is_compiled(_decode_sum),
+    row = row_bytes(body_bytes, bf16_index.numel())
+    tables = (scale, body_index, bf16_index)
+    gathered.launch_decode_sum(
+        _decode_sum, out, payloads, row, *tables, BODY_BYTES=body_bytes, BITS=bits
     )
 
 
 @decode_sum_into.register_fake
 def _(out, payloads, scale, body_index, bf16_index, bits, body_bytes):
     return None
-
-
-def _new_payload(partial: Tensor, body_bytes: int, kept: int) -> Tensor:
-    shape = (partial.shape[0], row_bytes(body_bytes, kept))
-    return partial.new_empty(shape, dtype=torch.uint8)

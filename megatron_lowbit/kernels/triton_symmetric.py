@@ -22,6 +22,7 @@ from megatron_lowbit.kernels.triton_launch import (
     Tile,
     as_bits,
     check_partial,
+    dot_type,
     is_compiled,
     launch,
     power_of_two,
@@ -171,5 +172,6 @@ def _run(
         PEERS=power_of_two(memory.ranks),
         PROGRAMS=programs,
         NATIVE=is_compiled(kernel),
+        DOT=dot_type(kernel),
         **constants,
     )

@@ -72,6 +72,7 @@ def one_shot(
     STEPS: tl.constexpr,
     CELLS: tl.constexpr,
     NATIVE: tl.constexpr,
+    DOT: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -97,6 +98,7 @@ def one_shot(
             STEPS,
             CELLS,
             LOG_TILE,
+            DOT,
         )
         _send_row(peers, rank, ranks, half + place, ROW, WORDS)
     missing = barrier.meet(peers, rank, ranks, 2 * call + 2, limit, PEERS, NATIVE)
@@ -123,6 +125,7 @@ def one_shot(
             BITS,
             NATIVE,
             LOG_TILE,
+            DOT,
         )
     tl.store(calls + program, call + 1)
 
@@ -174,6 +177,7 @@ def two_shot(
     SUM_STEPS: tl.constexpr,
     SUM_CELLS: tl.constexpr,
     NATIVE: tl.constexpr,
+    DOT: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -204,6 +208,7 @@ def two_shot(
                     STEPS,
                     CELLS,
                     LOG_TILE,
+                    DOT,
                 )
     missing = barrier.meet(peers, rank, ranks, 2 * call + 1, limit, PEERS, NATIVE)
     if TRAP:
@@ -261,5 +266,6 @@ def two_shot(
                     SUM_BITS,
                     NATIVE,
                     LOG_TILE,
+                    DOT,
                 )
     tl.store(calls + program, call + 1)

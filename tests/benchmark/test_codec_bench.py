@@ -11,14 +11,15 @@ import torch
 from megatron_lowbit import kernels
 from megatron_lowbit.benchmark import codec_bench
 from megatron_lowbit.benchmark.codec_bench import Plan, parse_shapes
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.benchmark.codec_cases import check_close
+from megatron_lowbit.codecs import get_codec, wire
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_codecs.py"
 PLAN = Plan(
     codecs=("rotated-hybrid-4", "fp8-g256"),
-    shapes=[(3, 96)],
+    shapes=[(3, 256)],  # with two BF16 features
     ranks=2,
     seconds=0.001,
     device=torch.device("cpu"),
@@ -37,8 +38,12 @@ def test_rows():
     said = []
     rows = codec_bench.run(PLAN, said.append)
     assert len(said) == 2  # the copy's bandwidth, and a line for the shape
-    operations = ("encode", "decode_sum of 2", "reduce_encode of 2")
-    own = {("rotated-hybrid-4", o, path) for o in operations for path in ("torch", "kernel")}
+    operations = ("encode", "decode_sum of 2", "encode + decode_sum of 2", "reduce_encode of 2")
+    own = {
+        ("rotated-hybrid-4", operation, path)
+        for operation in (*operations, "encode, folded")
+        for path in ("torch", "kernel")
+    }
     peer = {("fp8-g256", operation, "torch") for operation in operations}
     found = [(row["codec"], row["operation"], row["path"]) for row in rows]
     assert set(found) == own | peer | {("bf16", "copy", "torch")}
@@ -51,9 +56,15 @@ def test_rows():
         )
         assert ("speedup" in row) == (row["path"] == "kernel")
     codec = get_codec("rotated-hybrid")
-    sent = 3 * codec.row_bytes(codec.tables(96))
+    sent = 3 * codec.row_bytes(codec.tables(256, bf16_index=torch.arange(2)))
     moved = {row["operation"]: row["bytes"] for row in rows if row["codec"] == "rotated-hybrid-4"}
-    assert moved == dict(zip(operations, (576 + sent, 2 * sent + 576, 3 * sent), strict=True))
+    assert moved == {
+        "encode": 1536 + sent,
+        "encode, folded": 1536 + 12 + sent,
+        "decode_sum of 2": 2 * sent + 1536,
+        "encode + decode_sum of 2": 1536 + sent + 2 * sent + 1536,
+        "reduce_encode of 2": 2 * sent + sent,
+    }
     lines = codec_bench.table(rows).splitlines()
     assert len(lines) == len(rows) + 1
     assert len({len(line) for line in lines}) == 1
@@ -75,9 +86,37 @@ def test_a_wrong_kernel_gets_no_figure(monkeypatch):
         return module and Wrong(module)
 
     monkeypatch.setattr(RotatedHybrid, "kernels", kernels_of)
-    message = r"wrong result of rotated-hybrid-4 encode at 3 x 96: .* differ first at \[0, 0\]"
+    message = r"wrong result of rotated-hybrid-4 encode at 3 x 256: .* differ first at \[0, 0\]"
     with pytest.raises(LowbitError, match=message):
         codec_bench.run(PLAN, lambda text: None)
+
+
+def test_what_is_not_close_gets_no_figure():
+    """Of 40,960 values: four codes may be one step off, and a sum 0.01 dB."""
+    codec = get_codec("rotated-hybrid")
+    tables = codec.tables(1024)
+    exact = torch.randn(40, 1024, generator=torch.Generator().manual_seed(0))
+    right = codec.encode(exact, tables)
+    codes = wire.unpack(right[:, :512], 4, 1024)
+    step = torch.where(codes > 7, -1, 1)
+
+    def check(steps: torch.Tensor, noise: float) -> None:
+        packed = wire.pack(codes + steps, 4)
+        payload = torch.cat([packed, right[:, 512:]], dim=1)
+        total = codec.decode_sum(right[None], tables)
+        got = (payload, exact + (total - exact) * noise)
+        check_close(got, (right, total), codec, tables, exact, "it")
+
+    few = step * (torch.arange(1024) == 3) * (torch.arange(40) < 4)[:, None]
+    check(few, 1.001)
+    with pytest.raises(LowbitError, match="wrong result of it .* a code differs by 2 steps"):
+        check(2 * few, 1)
+    with pytest.raises(LowbitError, match="5 codes of 40960 differ"):
+        check(step * (torch.arange(1024) == 3) * (torch.arange(40) < 5)[:, None], 1)
+    with pytest.raises(LowbitError, match=r"a signal to noise ratio of 2\S+ dB, not 2\S+ dB"):
+        check(few, 1.002)
+    with pytest.raises(LowbitError, match="a signal to noise ratio of nan dB"):
+        check(few, torch.nan)
 
 
 def test_shapes():

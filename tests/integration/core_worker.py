@@ -6,8 +6,10 @@ writes what it saw to OUT/rankN.pt; the assertions are in test_core.py.
 
 import argparse
 import inspect
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -410,6 +412,7 @@ def errors(model, index, out: Path) -> dict[str, str]:
     import megatron_lowbit
     from megatron_lowbit.comm.choice import Settings
     from megatron_lowbit.integration.sync_points import find_sync_points
+    from megatron_lowbit.kernels import select
 
     def changed(**changes):
         return dataclasses.replace(index, manifest={**index.manifest, **changes})
@@ -446,6 +449,11 @@ def errors(model, index, out: Path) -> dict[str, str]:
     found["modes"] = message(apply(index, collective="one-shot" if dist.get_rank() else "native"))
     found["sum_bits"] = message(apply(index, bits=(4, 6) if dist.get_rank() else (4, 4)))
     found["tuning"] = message(apply(index, collective=Settings(tuning=out / "none.json")))
+    with select.rotating_by(select.ROTATIONS[dist.get_rank() % 2]):
+        found["rotations"] = message(apply(index))
+    one_asks = {select.ROTATION_SWITCH: "wings"} if dist.get_rank() == 1 else {}
+    with select.rotating_by(None), mock.patch.dict(os.environ, one_asks):
+        found["rotation"] = message(apply(index))
     rules = out / f"rules{dist.get_rank()}.json"
     rules.write_text('[{"match": "9.*", "bits": 3}]')
     found["rule"] = message(apply(index, recipe=rules))

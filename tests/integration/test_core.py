@@ -232,6 +232,8 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
         ("mode", "unknown collective 'ring'"),
         ("modes", "ranks differ in their collective"),
         ("sum_bits", "ranks differ in their codec.*4\\+6 bits"),
+        ("rotations", "ranks differ in .*_ROTATION: rank 0 .*butterflies, rank 1 .*tensor-cores"),
+        ("rotation", "MEGATRON_LOWBIT_ROTATION=wings: choose butterflies.*found by rank 1"),
         ("tuning", "cannot read tuning file .*none.json"),
         ("rule", r"'9\.\*' matches no sync point .* layers 1 to 2"),
         ("all_native", "leaves no sync point in low bits"),

@@ -1,4 +1,4 @@
-"""Runs `triton_cases` where Triton can: in its interpreter, and on a GPU if there is one.
+"""Runs `triton_cases` and `triton_rotation_cases` where Triton can: in its interpreter, on a GPU.
 
 In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
 """
@@ -14,10 +14,13 @@ import torch
 from ranks import run_ranks
 
 from megatron_lowbit import kernels
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import select
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+CASES = ["triton_cases.py", "triton_rotation_cases.py"]
 
 
 def _run(*command: str, **environment: str) -> str:
@@ -36,14 +39,15 @@ def _run_cases(name: str, **environment: str) -> str:
     return _run("-m", "pytest", *options, str(HERE / name), **environment)
 
 
-@pytest.mark.parametrize("name", ["triton_cases.py", "symmetric_cases.py"])
+@pytest.mark.parametrize("name", [*CASES, "symmetric_cases.py"])
 def test_in_the_interpreter(name):
     assert " passed" in _run_cases(name, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-def test_on_a_gpu():
-    assert " passed" in _run_cases("triton_cases.py", TRITON_INTERPRET="0")
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name):
+    assert " passed" in _run_cases(name, TRITON_INTERPRET="0")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -55,10 +59,13 @@ def test_symmetric_memory_of_ranks_on_one_gpu(ranks, tmp_path, monkeypatch):
 
 
 def test_it_compiles_for_a_gpu(tmp_path):
-    """For sm_90, with or without one: nothing is fused, and no register is spilled."""
+    """For sm_90, with or without one: nothing is fused, and no register is spilled.
+
+    Nor are there products where none were asked for, or none where they were.
+    """
     lines = _run(str(HERE / "triton_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    assert len(found) == 16  # eight kernels at two shapes
+    assert len(found) == 30  # ten kernels at two shapes, and five on tensor cores
     for name, tile, registers, stack, *_ in found:
         # Those with a barrier keep a few addresses over the calls of slow square roots.
         allowed = 32 if name.startswith("triton_symmetric") else 0
@@ -73,15 +80,13 @@ if sys.argv[1] == "missing":
 import torch
 
 from megatron_lowbit import kernels
-from megatron_lowbit.kernels import select
-from megatron_lowbit import kernels
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.kernels import select
 select._kind = lambda *tensors: "cuda"
 x = torch.randn(3, 64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for name in ("rotated-hybrid", "static-hybrid"):
+    for name in ("rotated-hybrid", "static-hybrid", "scaled-hybrid"):
         codec = get_codec(name)
         tables = codec.tables(64, statistics=Statistics.of(x[None]))
         for _ in range(2):
@@ -121,3 +126,51 @@ def test_kernels_that_are_off_are_not_looked_for(monkeypatch):
     monkeypatch.setenv("MEGATRON_LOWBIT_KERNELS", "0")
     assert select.kernels_for(select.STATIC, x) is None
     assert kernels.describe("cuda") == "none: switched off by MEGATRON_LOWBIT_KERNELS=0"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """As if the environment had not been read yet."""
+    monkeypatch.setattr(select, "_rotation", None)
+    return monkeypatch
+
+
+def test_the_rotation_is_chosen_by_the_environment_once(unread):
+    unread.delenv(select.ROTATION_SWITCH, raising=False)
+    assert select.rotation() == "butterflies"
+    unread.setenv(select.ROTATION_SWITCH, "tensor-cores")
+    assert select.rotation() == "butterflies"
+    unread.setattr(select, "_rotation", None)
+    assert select.rotation() == "tensor-cores"
+    with select.rotating_by("butterflies"):
+        assert select.rotation() == "butterflies"
+    assert select.rotation() == "tensor-cores"
+
+
+def test_an_unknown_rotation_is_refused(unread):
+    """By every call, and never as a trouble of Triton's, which would mean plain torch."""
+    unread.setattr(select, "_kind", lambda *tensors: "cuda")
+    unread.setattr(select, "_tried", [])
+    unread.setenv(select.ROTATION_SWITCH, "tensorcores")
+    message = "MEGATRON_LOWBIT_ROTATION=tensorcores: choose butterflies or tensor-cores"
+    codec, x = get_codec("rotated-hybrid"), torch.zeros(1, 64)
+    for _ in range(2):
+        with pytest.raises(LowbitError, match=message):
+            codec.encode(x, codec.tables(64))
+    with pytest.raises(LowbitError, match=message):
+        select.rotation_on(torch.device("cpu"))
+
+
+def test_what_ranks_must_have_in_common(monkeypatch):
+    """On tensor cores the GPU and Triton's release, too; or that one rank has no Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "_tried", [""])
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert select.rotation_on(gpu) == "butterflies"
+    with select.rotating_by("tensor-cores"):
+        assert select.rotation_on(cpu) == "tensor-cores"
+        assert kernels.describe("cuda").endswith(", rotating on tensor cores")
+        assert select.rotation_on(gpu) == f"tensor-cores (a GPU, {kernels.describe('cuda')})"
+        monkeypatch.setattr(select, "_tried", ["broken"])
+        assert select.rotation_on(gpu) == "tensor-cores (a GPU, none: broken)"

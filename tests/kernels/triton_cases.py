@@ -5,6 +5,7 @@ on a GPU. Where a value is NaN only that it is NaN is compared.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from cases import DTYPES, sample
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec, wire
+from megatron_lowbit.codecs import Codec, Statistics, Tables, codebook, get_codec, wire
 from megatron_lowbit.codecs.base import LowbitError
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.kernels import select
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 ROTATED = ["rotated-hybrid", "shaped-hybrid"]
+GATHERED = ["static-hybrid", "scaled-hybrid"]  # the body without the BF16 features
 BITS = [2, 3, 4, 5, 6]
 STATIC_BITS = [3, 4, 5, 6, 8]
 
@@ -33,7 +35,7 @@ def triton_everywhere():
         yield
 
 
-def _tables(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
+def tables_of(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
     generator = torch.Generator().manual_seed(hidden)
     index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
     statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
@@ -92,47 +94,85 @@ def test_bits_of_the_rotated(name, bits):
     """Every number of bits in partials, and another one in the sum."""
     codec = get_codec(name, bits=(bits, 8 - bits))
     partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, _tables(codec, 96, 5))
+    _check(codec, partials, tables_of(codec, 96, 5))
 
 
 @pytest.mark.parametrize("bits", STATIC_BITS)
 def test_bits_of_static(bits):
     codec = get_codec("static-hybrid", bits=bits)
     partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, _tables(codec, 96, 5))
+    _check(codec, partials, tables_of(codec, 96, 5))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_of_scaled(bits):
+    codec = get_codec("scaled-hybrid", bits=bits)
+    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
+    _check(codec, partials, tables_of(codec, 96, 5))
+
+
+def test_scaled_without_means():
+    """Statistics that know the variance only: nothing is centred."""
+    codec = get_codec("scaled-hybrid")
+    partials = [sample("heavy-tailed", (2, 40), seed) + 1 for seed in range(2)]
+    statistics = replace(Statistics.of(torch.stack(partials)), mean=None)
+    tables = codec.tables(40, bf16_index=torch.tensor([3]), statistics=statistics).to(DEVICE)
+    assert tables.center is None
+    _check(codec, partials, tables)
+
+
+def test_scaled_divides():
+    """Values on a threshold, which the product with a rounded reciprocal puts on its other side."""
+    codec = get_codec("scaled-hybrid")
+    generator = torch.Generator().manual_seed(0)
+    scale, values = torch.full((64,), 1.0), torch.empty(64)
+    thresholds = codebook.thresholds(4, torch.device("cpu"))
+    for place, threshold in enumerate(thresholds[thresholds != 0].repeat(2)):
+        tried = torch.rand(1000, generator=generator) + 0.5
+        near = threshold * tried
+        tells = (near / tried > threshold) != (near * (1 / tried) > threshold)
+        [[chosen], *_] = tells.nonzero()
+        scale[place], values[place] = tried[chosen], near[chosen]
+    rest = 64 - (values[: place + 1] / scale[: place + 1]).square().sum()
+    values[place + 1 :] = (
+        rest / (63 - place)
+    ).sqrt()  # a root mean square of 1: nothing else moves
+    tables = tables_of(codec, 64, 0)
+    tables = replace(tables, scale=scale.to(DEVICE)[None], center=None, center_sum=None)
+    _check(codec, [values[None]], tables)
 
 
 @pytest.mark.parametrize("name", ROTATED)
 def test_a_folded_weight(name):
     """Rows that come rotated, with the BF16 features behind."""
     codec = get_codec(name)
-    _, folded = fold(torch.ones(96, 2, device=DEVICE), _tables(codec, 96, 5))
+    _, folded = fold(torch.ones(96, 2, device=DEVICE), tables_of(codec, 96, 5))
     partials = [sample("heavy-tailed", (2, 101), seed).bfloat16() for seed in range(2)]
     _check(codec, partials, folded)
 
 
 @pytest.mark.parametrize("hidden", [1, 33, 64, 576])
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_shapes(name, hidden):
     """One feature, an odd size (no rotation), one block, several and a padded row."""
     codec = get_codec(name, bits=3)
     for tokens, kept in ((0, 1), (1, 0), (3, 7)):
         partials = [sample("normal", (tokens, hidden), seed) for seed in range(2)]
-        _check(codec, partials, _tables(codec, hidden, kept))
+        _check(codec, partials, tables_of(codec, hidden, kept))
 
 
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_a_long_row(name):
     codec = get_codec(name)
-    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, _tables(codec, 4096, 32))
+    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, tables_of(codec, 4096, 32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [ROTATED[0], "static-hybrid"])
+@pytest.mark.parametrize("name", [ROTATED[0], *GATHERED])
 def test_types_and_strides(name, dtype):
     codec = get_codec(name)
     wide = sample("heavy-tailed", (48, 100), 3).to(dtype)
-    tables = _tables(codec, 48, 3)
+    tables = tables_of(codec, 48, 3)
     views = [wide[:4:2, 3:51], wide[:, :2].T, wide[:1, 4:52].expand(2, 48)]
     payloads = _check(codec, views, tables)
     _check_sums(codec, payloads[:, :1], tables, dtypes=DTYPES)
@@ -147,10 +187,10 @@ def test_types_and_strides(name, dtype):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_rows_that_are_not_finite(name, bad):
     codec = get_codec(name)
-    tables = _tables(codec, 16, 4)
+    tables = tables_of(codec, 16, 4)
     partials = [sample("normal", (17, 16), seed) for seed in range(2)]
     partials[1][:16].fill_diagonal_(bad)  # every feature in some token, and a token without
     payloads = _check(codec, partials, tables)
@@ -158,11 +198,11 @@ def test_rows_that_are_not_finite(name, bad):
     assert nan.tolist() == [True] * 16 + [False]
 
 
-@pytest.mark.parametrize("name", [*ROTATED, "static-hybrid"])
+@pytest.mark.parametrize("name", [*ROTATED, *GATHERED])
 def test_extreme_values(name):
     """Zeros of both signs, constants, subnormal and huge numbers, every exponent of each type."""
     codec = get_codec(name)
-    tables = _tables(codec, 32, 6)
+    tables = tables_of(codec, 32, 6)
     rows = [torch.full((32,), value) for value in (0.0, -0.0, 0.7, 3.4e38, 1e-45, 6e-39)]
     rows.append(2.0 ** torch.arange(-149.0, 128.0, 9)[:32].clone().resize_(32).nan_to_num(1.0))
     _check(codec, [torch.stack(rows)], tables)
@@ -173,9 +213,9 @@ def test_extreme_values(name):
 
 def test_codes_of_random_bytes():
     """Payloads that no encode makes: any scale, any BF16, as a damaged message has them."""
-    for name in (ROTATED[0], "static-hybrid"):
+    for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name, bits=5)
-        tables = _tables(codec, 40, 3)
+        tables = tables_of(codec, 40, 3)
         shape = (3, 8, codec.row_bytes(tables))
         generator = torch.Generator().manual_seed(0)
         payloads = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -184,10 +224,10 @@ def test_codes_of_random_bytes():
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_ranks(ranks):
-    for name in (ROTATED[1], "static-hybrid"):
+    for name in (ROTATED[1], *GATHERED):
         codec = get_codec(name)
         partials = [sample("normal", (1, 64), seed) * 3.0**seed for seed in range(ranks)]
-        _check(codec, partials, _tables(codec, 64, 2, ranks))
+        _check(codec, partials, tables_of(codec, 64, 2, ranks))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,7 +239,7 @@ def test_norm(hidden, dtype):
     weight, bias = (torch.randn(2, hidden, generator=generator) + 1).to(dtype)
     residual = torch.randn(hidden, 3, generator=generator).to(dtype).T
     for kept, more in ((5, {"bias": bias, "residual": residual}), (0, {"residual": residual})):
-        tables = _tables(codec, hidden, kept)
+        tables = tables_of(codec, hidden, kept)
         partials = [sample("normal", (3, hidden), seed) for seed in range(2)]
         partials[0][1, 7] = torch.nan
         payloads = torch.stack([codec.encode(x.to(DEVICE), tables) for x in partials])
@@ -217,7 +257,7 @@ def test_norm(hidden, dtype):
 def test_norm_is_rms_norm():
     """Close to torch's own, by the same sum."""
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 2)
+    tables = tables_of(codec, 64, 2)
     payloads = codec.encode(sample("normal", (3, 64), 0).to(DEVICE), tables)[None]
     weight = sample("normal", (64,), 1).to(DEVICE)
     normed, total = codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
@@ -231,7 +271,7 @@ def test_norm_is_rms_norm():
 
 def test_offsets_above_two_to_the_31():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 1)
+    tables = tables_of(codec, 64, 1)
     row = codec.row_bytes(tables)
     try:
         far = torch.empty(2**32 + 4096, dtype=torch.uint8, device=DEVICE)  # reserved, not touched
@@ -249,9 +289,9 @@ def test_offsets_above_two_to_the_31():
 
 
 def test_what_is_not_supported_is_named():
-    for name in (ROTATED[0], "static-hybrid"):
+    for name in (ROTATED[0], *GATHERED):
         codec = get_codec(name)
-        tables = _tables(codec, 64, 0)
+        tables = tables_of(codec, 64, 0)
         row = codec.row_bytes(tables)
         with pytest.raises(LowbitError, match=r"\[tokens, 64\], got \[2, 65\]"):
             codec.encode(torch.zeros(2, 65, device=DEVICE), tables)
@@ -264,15 +304,16 @@ def test_what_is_not_supported_is_named():
         with pytest.raises(LowbitError, match=r"\[2, 64\].*got \[3, 64\]"):
             codec.decode_sum(payloads, tables, out=torch.zeros(3, 64, device=DEVICE))
     codec = get_codec("rotated-hybrid")
-    long = _tables(codec, (1 << 15) + 1, 0)
+    long = tables_of(codec, (1 << 15) + 1, 0)
     with pytest.raises(LowbitError, match="hidden size 32769: the GPU kernels take 1 to 32768"):
         codec.encode(torch.zeros(1, (1 << 15) + 1, device=DEVICE), long)
 
 
 def _calls(family: str) -> dict:
     """Arguments and result of a call of every function of a family, by its op's name."""
-    codec = get_codec("static-hybrid" if family == "static" else "rotated-hybrid")
-    tables = _tables(codec, 32, 2)
+    prefix = "rotated" if family == "norm" else family
+    codec = get_codec(f"{prefix}-hybrid")
+    tables = tables_of(codec, 32, 2)
     partial = sample("normal", (2, 32), 0).to(DEVICE)
     payloads = codec.encode(partial, tables)[None]
     recorder = _Recorder(select.kernels_for(family, partial))
@@ -286,7 +327,6 @@ def _calls(family: str) -> dict:
             codec.decode_sum(payloads, tables)
         if family == "rotated":
             codec.reduce_encode(payloads, tables)
-    prefix = "static" if family == "static" else "rotated"
     return {f"{prefix}_{name}": call for name, call in recorder.calls.items()}
 
 
@@ -307,7 +347,7 @@ class _Recorder:
         return call
 
 
-@pytest.mark.parametrize("family", ["rotated", "static", "norm"])
+@pytest.mark.parametrize("family", ["rotated", "static", "scaled", "norm"])
 def test_ops_are_what_torch_expects(family):
     """Schemas, fake implementations, aliasing; and torch.compile takes them without a break."""
     for name, (arguments, others, result) in _calls(family).items():
@@ -329,7 +369,7 @@ def test_ops_are_what_torch_expects(family):
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_a_graph_replays_with_other_inputs():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 4096, 32)
+    tables = tables_of(codec, 4096, 32)
     partial = sample("normal", (16, 4096), 0).bfloat16().to(DEVICE)
     out = torch.empty_like(partial)
 

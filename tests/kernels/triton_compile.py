@@ -2,7 +2,7 @@
 
 `test_triton_kernels` runs this in a process of its own, without the interpreter. Prints a line for
 each kernel: its name, tile, registers a thread, bytes of stack (spilled registers) and of shared
-memory, and instructions a value.
+memory, instructions a value, and those on tensor cores.
 """
 
 import re
@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 import triton
 from cases import sample, tables_for
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_lowbit.codecs import Codec, get_codec
+from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.kernels import (
     select,
-    triton_launch,
+    triton_gathered,
     triton_norm,
     triton_rotated,
-    triton_static,
     triton_symmetric,
 )
 from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
@@ -64,11 +64,13 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
     if "symmetric" in kernel.__module__:
         for atomic in ("atom.global.sys.release.exch.b32", "atom.global.sys.acquire.add.u32"):
             assert atomic in ptx, f"{kernel.__name__} has no {atomic}"
+    products = len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx))
+    assert bool(products) == bool(constants.get("DOT")), f"{kernel.__name__}: {products} products"
     count = ptx.count(";") * 32 * tile.warps / (1 << tile.log_tile)
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-    print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", flush=True)
+    print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", products, flush=True)
 
 
 def _type(value) -> str:
@@ -99,7 +101,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _all_reduce(codec: Codec, partial: torch.Tensor) -> None:
+def _all_reduce(codec: Codec, partial: Tensor) -> None:
     tables = tables_for(codec, [partial] * 8, codec.default_bf16_features(partial.shape[1]))
     for two_shot in (False, True):
         codec.all_reduce_in(MEMORY, partial, tables, two_shot=two_shot, out=partial)
@@ -109,21 +111,34 @@ def main() -> None:
     """Every kernel at every case."""
     select._kind = lambda *tensors: "cuda"
     select._trouble = lambda: ""
-    for module in (triton_launch, triton_norm, triton_rotated, triton_static, triton_symmetric):
+    for module in (triton_gathered, triton_norm, triton_rotated, triton_symmetric):
         module.launch = _compile
     for hidden, bits in CASES:
-        for name in ("shaped-hybrid", "static-hybrid"):
-            codec = get_codec(name, bits=bits)
-            partial = sample("normal", (2, hidden), 0).bfloat16()
-            tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
-            payloads = codec.encode(partial, tables)[None]
-            codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
-            if name == "shaped-hybrid":
-                codec.reduce_encode(payloads, tables)
-                _all_reduce(codec, partial)
-                weight = partial[0].clone()
-                norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
-                codec.decode_sum_norm(payloads, tables, **norm)
+        for name in ("static-hybrid", "scaled-hybrid"):
+            _encode_and_sum(name, hidden, bits)
+        _rotated(hidden, bits, and_reduce=True)
+        with select.rotating_by(select.TENSOR_CORES):
+            _rotated(hidden, bits, and_reduce=False)  # which rotates nothing
+
+
+def _encode_and_sum(name: str, hidden: int, bits: int) -> tuple[Codec, Tables, Tensor, Tensor]:
+    """Two kernels of a codec; gives it, its tables, a partial and its payload as of one rank."""
+    codec = get_codec(name, bits=bits)
+    partial = sample("normal", (2, hidden), 0).bfloat16()
+    tables = tables_for(codec, [partial], codec.default_bf16_features(hidden))
+    payloads = codec.encode(partial, tables)[None]
+    codec.decode_sum(payloads, tables, out=torch.empty_like(partial))
+    return codec, tables, partial, payloads
+
+
+def _rotated(hidden: int, bits: int, *, and_reduce: bool) -> None:
+    codec, tables, partial, payloads = _encode_and_sum("shaped-hybrid", hidden, bits)
+    if and_reduce:
+        codec.reduce_encode(payloads, tables)
+    _all_reduce(codec, partial)
+    weight = partial[0].clone()
+    norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
+    codec.decode_sum_norm(payloads, tables, **norm)
 
 
 if __name__ == "__main__":
