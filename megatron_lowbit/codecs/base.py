@@ -144,12 +144,14 @@ class Codec(abc.ABC):
         sum_bits: Bits of one body value of the sum, in collectives that send it.
         needs_statistics: Whether `tables` needs statistics of this very TP degree.
         takes_index: Whether features apart from the body mean anything to it.
+        symmetric: Whether there are kernels for `all_reduce_in`.
     """
 
     name: str
     supported_bits: tuple[int, ...]
     needs_statistics = False
     takes_index = True
+    symmetric = False
 
     def __init__(self, bits: int | None = None, *, sum_bits: int | None = None):
         self.bits = self.supported_bits[0] if bits is None else bits
@@ -224,10 +226,6 @@ class Codec(abc.ABC):
 
     def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
         """The module of kernels that serves these tensors; None where plain torch does."""
-        return None
-
-    def symmetric_kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
-        """The module of kernels behind `all_reduce_in`; None where there is none for these."""
         return None
 
     def all_reduce_in(

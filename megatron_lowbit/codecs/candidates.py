@@ -78,6 +78,8 @@ class TryUnrotated(ShapedHybrid):
 class _OtherCodes(ShapedHybrid):
     """`shaped-hybrid` with other codes, which the kernels do not know."""
 
+    symmetric = False
+
     def kernels(self, values: Tensor, tables: Tables, **_) -> None:
         return None
 

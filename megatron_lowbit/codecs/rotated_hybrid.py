@@ -46,6 +46,10 @@ class RotatedHybrid(Codec):
         super().__init__(bits, sum_bits=sum_bits)
         self.rotate = rotate
 
+    @property
+    def symmetric(self) -> bool:
+        return self.rotate
+
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
 
@@ -84,9 +88,6 @@ class RotatedHybrid(Codec):
             return self._reference_reduce_encode(payloads, tables)
         return module.reduce_encode(payloads, **self._reduction(tables))
 
-    def symmetric_kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
-        return self.kernels(values, tables, family=select.SYMMETRIC)
-
     def all_reduce_in(
         self,
         memory: PeerMemory,
@@ -97,7 +98,7 @@ class RotatedHybrid(Codec):
         out: Tensor,
         trap: bool = True,
     ) -> None:
-        module = self.symmetric_kernels(partial, tables)
+        module = select.symmetric()
         call = {"encode": self._encoding(tables, memory.rank), "trap": trap}
         if not two_shot:
             module.one_shot(memory, partial, out, decode=self._decoding(tables), **call)

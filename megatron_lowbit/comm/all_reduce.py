@@ -262,7 +262,7 @@ def _send(choice: Choice, partial: Tensor, call: _Call, out: Tensor) -> tuple[Ch
     codec, tables, chooser = call.codec, call.tables, call.chooser
     if choice.collective == "hierarchical":
         return choice, hierarchical(partial, tables, codec=codec, nodes=chooser.nodes, out=out)
-    if chooser.symmetric.takes(choice.collective, partial, codec, tables):
+    if chooser.symmetric.takes(choice.collective, partial, codec, tables, call.group):
         sent = chooser.symmetric.all_reduce(choice.collective, partial, codec, tables, out)
         return replace(choice, why=f"{choice.why}, over symmetric memory"), sent
     step = {"one-shot": one_shot, "two-shot": two_shot}[choice.collective]

@@ -13,8 +13,9 @@ kept them from it is remembered. A short trial is part of it, against the collec
 import itertools
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -26,13 +27,14 @@ from megatron_lowbit.comm.one_shot import one_shot
 from megatron_lowbit.comm.transport import owned
 from megatron_lowbit.comm.two_shot import two_shot
 from megatron_lowbit.kernels import select
-from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
+from megatron_lowbit.kernels.peer_memory import FIRST_TRITON, PROGRAMS, PeerMemory
 
 # Of every rank's block: at 8 ranks, 4 bits and hidden 8192 it holds 123 tokens by one-shot and 488
 # by two-shot; longer messages are not ruled by latency.
 BLOCK_BYTES = 1 << 23
 _TRIAL_SECONDS = 20.0
-_TRIAL_HIDDEN = 64
+_TRIAL_HIDDEN = 4096  # as in models: a program has several warps
+_TRIAL_KEPT = 32
 _STEPS = {"one-shot": one_shot, "two-shot": two_shot}
 
 
@@ -43,25 +45,35 @@ class Symmetric:
     Attributes:
         memory: Of this rank; None if there is none.
         reason: Why not; empty if there is.
+        group: Gives the group whose memory it is, while there is one.
         keeps: What must live as long as `memory`.
     """
 
     memory: PeerMemory | None
     reason: str = ""
+    group: Callable[[], dist.ProcessGroup | None] = lambda: None
     keeps: object = None
 
-    def takes(self, collective: str, partial: Tensor, codec: Codec, tables: Tables) -> bool:
-        """Whether an all-reduce of `partial` goes this way: on all ranks alike."""
-        if self.memory is None or codec.symmetric_kernels(partial, tables) is None:
+    def takes(
+        self,
+        collective: str,
+        partial: Tensor,
+        codec: Codec,
+        tables: Tables,
+        group: dist.ProcessGroup,
+    ) -> bool:
+        """Whether an all-reduce of `partial` over `group` goes this way: on all ranks alike."""
+        memory = self.memory
+        if memory is None or not codec.symmetric or group is not self.group():
             return False
         rows = codec.row_bytes(tables), _sum_row(codec, tables)
-        return self.memory.holds(collective, len(partial), *rows)
+        return memory.holds(collective, len(partial), *rows)
 
-    def status(self, codec: Codec, tables: Tables) -> str:
+    def status(self, codec: Codec) -> str:
         """``on``, or ``off: `` and why, for a sync point of this codec."""
         if self.memory is None:
             return f"off: {self.reason}"
-        if codec.symmetric_kernels(tables.bf16_index, tables) is None:
+        if not codec.symmetric:
             return f"off: {codec.name} has no kernels for it"
         return "on"
 
@@ -116,14 +128,12 @@ def _open(group: dist.ProcessGroup, device: torch.device) -> Symmetric:
         return Symmetric(None, obstacle)
     if len(set(gather_values(socket.gethostname(), group=group))) > 1:
         return Symmetric(None, "the ranks are on several machines")
-    opened, failure = None, ""
-    try:
-        opened = _allocate(group, device)
-    except Exception as error:  # whatever torch, the driver or the topology raise
-        failure = _words(error)
-    if failure := _first(failure, group):
-        return Symmetric(None, f"torch has no symmetric memory here ({failure})")
-    if failure := _first(_try_out(opened, group, device), group):
+    steps = _Opening(group, device)
+    for step in (steps.allocate, steps.exchange):
+        if failure := _first(_attempt(step), group):
+            return Symmetric(None, f"torch has no symmetric memory here ({failure})")
+    opened = steps.opened
+    if failure := _try_out(opened, group, device):
         warnings.warn(
             f"megatron_lowbit: no all-reduce over symmetric memory ({failure}): short messages go "
             "over torch.distributed, with the same bits.",
@@ -142,50 +152,84 @@ def _obstacle(device: torch.device) -> str:
         import torch.distributed._symmetric_memory  # noqa: F401
     except ImportError as error:
         return f"torch {torch.__version__} has no symmetric memory ({_words(error)})"
+    if select.triton_version() < FIRST_TRITON:
+        return f"{described} is older than {'.'.join(map(str, FIRST_TRITON))}"
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if processors < PROGRAMS:
         return f"the GPU has {processors} multiprocessors, the kernels wait on {PROGRAMS} at once"
     return ""
 
 
-def _allocate(group: dist.ProcessGroup, device: torch.device) -> Symmetric:
-    from torch.distributed import _symmetric_memory
+class _Opening:
+    """The steps that make a group's memory; ranks agree on each before the next."""
 
-    block = _symmetric_memory.empty(BLOCK_BYTES, dtype=torch.uint8, device=device)
-    block.zero_()
-    torch.cuda.synchronize(device)  # zero before any peer has the address
-    handle = _symmetric_memory.rendezvous(block, group)
-    memory = PeerMemory(
-        peers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
-        calls=torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
-        late=torch.zeros(1, dtype=torch.int32, device=device),
-        rank=dist.get_rank(group),
-        size=BLOCK_BYTES,
-        seconds=group._get_backend(device).options._timeout.total_seconds(),
-    )
-    return Symmetric(memory, keeps=(block, handle))
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        self._group, self._device = group, device
+        self._block: Tensor | None = None
+        self.opened: Symmetric | None = None
+
+    def allocate(self) -> None:
+        """This rank's block, zero before any peer has its address."""
+        from torch.distributed import _symmetric_memory
+
+        self._block = _symmetric_memory.empty(BLOCK_BYTES, dtype=torch.uint8, device=self._device)
+        self._block.zero_()
+        torch.cuda.synchronize(self._device)
+
+    def exchange(self) -> None:
+        """The addresses of all ranks' blocks; waits for them."""
+        from torch.distributed import _symmetric_memory
+
+        group, device = self._group, self._device
+        handle = _symmetric_memory.rendezvous(self._block, group)
+        rank = dist.get_rank(group)
+        # The handle's addresses are those of allocations, in which a block may lie anywhere; it
+        # lies at the same place on all ranks, as all have allocated alike.
+        offset = self._block.data_ptr() - handle.buffer_ptrs[rank]
+        addresses = [address + offset for address in handle.buffer_ptrs]
+        memory = PeerMemory(
+            peers=torch.tensor(addresses, dtype=torch.int64, device=device),
+            calls=torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
+            late=torch.zeros(1, dtype=torch.int32, device=device),
+            rank=rank,
+            size=BLOCK_BYTES,
+            seconds=group._get_backend(device).options._timeout.total_seconds(),
+        )
+        self.opened = Symmetric(memory, group=ref(group), keeps=(self._block, handle))
 
 
 def _try_out(opened: Symmetric, group: dist.ProcessGroup, device: torch.device) -> str:
     """What is wrong, on any rank, with three calls of each kind: one more than there are halves."""
     codec = get_codec(DEFAULT_CODEC)
-    tables = codec.tables(_TRIAL_HIDDEN, device=device)
+    index = torch.arange(_TRIAL_KEPT)
+    tables = codec.tables(_TRIAL_HIDDEN, bf16_index=index, device=device)
     memory = replace(opened.memory, seconds=_TRIAL_SECONDS)
     generator = torch.Generator().manual_seed(dist.get_rank(group))
     sizes = (1, 2 * memory.calls.numel() + 1, 3)
     for tokens, (name, step) in itertools.product(sizes, _STEPS.items()):
-        partial = torch.randn(tokens, _TRIAL_HIDDEN, generator=generator).to(device)
-        expected, got = torch.empty_like(partial), torch.empty_like(partial)
+        partial = torch.randn(tokens, _TRIAL_HIDDEN, generator=generator).to(device, torch.bfloat16)
+        expected = torch.empty_like(partial)
         step(partial, tables, codec=codec, group=group, out=expected)
-        is_two_shot = name == "two-shot"
-        codec.all_reduce_in(memory, partial, tables, two_shot=is_two_shot, out=got, trap=False)
-        failure = ""
-        if memory.late.item():
-            failure = f"a rank did not come within {_TRIAL_SECONDS:.0f} s"
-        elif not torch.equal(got, expected):
-            failure = f"other bits in {name} of {tokens} tokens"
-        if failure := _first(failure, group):
+        call = {"two_shot": name == "two-shot", "out": partial, "trap": False}
+
+        def compare(partial=partial, expected=expected, call=call, name=name) -> None:
+            codec.all_reduce_in(memory, partial, tables, **call)
+            if memory.late.item():
+                raise RuntimeError(f"a rank did not come within {_TRIAL_SECONDS:.0f} s")
+            if not torch.equal(partial, expected):
+                raise RuntimeError(f"other bits in {name} of {len(partial)} tokens")
+
+        if failure := _first(_attempt(compare), group):
             return failure
+    return ""
+
+
+def _attempt(step: Callable[[], None]) -> str:
+    """How `step` failed on this rank; empty if it did not."""
+    try:
+        step()
+    except Exception as error:  # whatever torch, Triton, the driver or the topology raise
+        return _words(error)
     return ""
 
 

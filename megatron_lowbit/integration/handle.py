@@ -135,7 +135,7 @@ class Handle:
                 point.name,
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
-                reducer.chooser.symmetric.status(reducer.codec, reducer.tables),
+                reducer.chooser.symmetric.status(reducer.codec),
                 reducer.traffic.total(),
             )
             for point, reducer in zip(self._points, self._reducers, strict=True)

@@ -16,9 +16,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Before 3.5 an atomic on a tensor may give its result to some of a program's threads only
+# (triton-lang/triton, issue 7402): the others would wait for ever.
+FIRST_TRITON = (3, 5)
 # Programs of a kernel, the same on all ranks: as all of them wait for their peers they must all run
 # at once. Any GPU with so many multiprocessors holds one on each.
 PROGRAMS = 32
+# What a look at the flags is taken to last. Not measured: about what a system-wide atomic on a
+# GPU's own memory takes.
+POLL_SECONDS = 1e-6
 _ALIGNED = 16  # bytes: of rows and areas, so that they are copied in wide pieces
 
 
@@ -33,7 +39,7 @@ class PeerMemory:
         late: int32 ``[1]`` on the GPU, zero at first: counts programs that gave up waiting.
         rank: This rank.
         size: Bytes of every rank's block.
-        seconds: How long a program waits for its peers.
+        seconds: How long a program waits for its peers, about.
     """
 
     peers: Tensor

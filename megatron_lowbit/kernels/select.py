@@ -24,13 +24,11 @@ from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
 ROTATED, STATIC, SCALED, NORM = "rotated", "static", "scaled", "norm"
-SYMMETRIC = "symmetric"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
     SCALED: "megatron_lowbit.kernels.triton_scaled",
     NORM: "megatron_lowbit.kernels.triton_norm",
-    SYMMETRIC: "megatron_lowbit.kernels.triton_symmetric",
 }
 ROTATION_SWITCH = "MEGATRON_LOWBIT_ROTATION"
 ROTATIONS = BUTTERFLIES, TENSOR_CORES = "butterflies", "tensor-cores"
@@ -43,7 +41,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED`, `STATIC`, `SCALED`, `NORM` or `SYMMETRIC`.
+        family: `ROTATED`, `STATIC`, `SCALED` or `NORM`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)
@@ -51,6 +49,14 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
         return None if build.switched_off() or _trouble() else _module(family)
     has_c = kind == "cpu" and family == ROTATED and build.library() is not None
     return rotated_hybrid if has_c else None
+
+
+def symmetric() -> ModuleType:
+    """The kernels that all-reduce in memory that GPUs share (`comm.symmetric` asks if they serve).
+
+    No switch leaves them out here: one rank alone must not go another way than its peers.
+    """
+    return importlib.import_module("megatron_lowbit.kernels.triton_symmetric")
 
 
 def describe(kind: str = "cpu") -> str:
@@ -67,6 +73,11 @@ def describe(kind: str = "cpu") -> str:
         return f"none: {reason}"
     way = ", rotating on tensor cores" if rotation() == TENSOR_CORES else ""
     return f"Triton {importlib.import_module('triton').__version__}{way}"
+
+
+def triton_version() -> tuple[int, ...]:
+    """Of the Triton that is installed: the first two numbers."""
+    return tuple(map(int, importlib.import_module("triton").__version__.split(".")[:2]))
 
 
 def rotation() -> str:

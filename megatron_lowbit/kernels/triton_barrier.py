@@ -7,8 +7,9 @@ of these programs is then there to be read.
 
 Flags only grow (modulo 2**32), so nothing has to be reset, and a peer that is already further is
 not missed. The atomics are Triton's, whose PTX is ``atom.release.sys`` and ``atom.acquire.sys``:
-they run in the interpreter, too, over memory that processes share. Only the clock and the trap,
-which it lacks, are inline PTX.
+they run in the interpreter, too, over memory that processes share. Waiting is bounded by a number
+of polls, which all threads count alike, and not by a clock, which threads read at different times.
+All threads must see what a poll gives: see `peer_memory.FIRST_TRITON`.
 """
 
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def meet(peers, rank, ranks, target, limit, PEERS: tl.constexpr, NATIVE: tl.constexpr):
+def meet(peers, rank, ranks, target, polls, PEERS: tl.constexpr):
     """Wait until this program has come to `target` on all ranks; gives how many are late.
 
     Args:
@@ -24,9 +25,8 @@ def meet(peers, rank, ranks, target, limit, PEERS: tl.constexpr, NATIVE: tl.cons
         rank: This rank.
         ranks: How many.
         target: int32, one more than at the last meeting or further.
-        limit: Nanoseconds to wait at most.
+        polls: How often to look at the flags at most.
         PEERS: A power of two, at least `ranks`.
-        NATIVE: Compiled, not interpreted.
     """
     peer = tl.arange(0, PEERS)
     mask = peer < ranks
@@ -38,13 +38,12 @@ def meet(peers, rank, ranks, target, limit, PEERS: tl.constexpr, NATIVE: tl.cons
     told = tl.zeros([PEERS], tl.int32) + target
     tl.debug_barrier()  # all threads have written what the peers are to read
     tl.atomic_xchg(theirs, told, mask=mask, sem="release", scope="sys")
-    polls = tl.zeros([], tl.int64)
-    start = _nanoseconds(polls, NATIVE)
     late = ranks
-    while (late > 0) & (_nanoseconds(polls, NATIVE) - start < limit):
+    left = tl.cast(polls, tl.int64)
+    while (late > 0) & (left > 0):
         seen = tl.atomic_add(own, tl.zeros([PEERS], tl.int32), mask, sem="acquire", scope="sys")
         late = tl.sum((mask & (seen - told < 0)).to(tl.int32), axis=0)
-        polls += 1
+        left -= 1
     tl.debug_barrier()  # no thread reads before all have seen it
     return late
 
@@ -62,14 +61,3 @@ def give_up(late, NATIVE: tl.constexpr):
             )
     else:
         assert late == 0, "a rank did not come in time"
-
-
-@triton.jit
-def _nanoseconds(polls, NATIVE: tl.constexpr):
-    """The GPU's clock; a poll counts as a microsecond in the interpreter."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-        )
-    else:
-        return polls * 1000

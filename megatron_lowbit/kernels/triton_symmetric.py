@@ -6,7 +6,7 @@ rows are those of `triton_rows`, so the bits are those of the codec and of the c
 torch.distributed.
 
 The result may be put where the partial is. Calls of a group must come in the same order on all
-ranks, on one stream, as with NCCL.
+ranks, on one stream or on streams that events order: unlike NCCL, nothing here orders them.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import triton_symmetric_kernels as kernels
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
-from megatron_lowbit.kernels.peer_memory import PeerMemory, row_stride
+from megatron_lowbit.kernels.peer_memory import POLL_SECONDS, PeerMemory, row_stride
 from megatron_lowbit.kernels.triton_launch import (
     Tile,
     as_bits,
@@ -167,7 +167,7 @@ def _run(
         *tables,
         *(target, *target.stride()),
         *(memory.peers, memory.calls, memory.late, memory.rank, memory.ranks),
-        *(memory.half_bytes, int(memory.seconds * 1e9)),
+        *(memory.half_bytes, int(memory.seconds / POLL_SECONDS)),
         FLAG_BYTES=memory.flag_bytes,
         PEERS=power_of_two(memory.ranks),
         PROGRAMS=programs,

@@ -56,7 +56,7 @@ def one_shot(
     rank,
     ranks,
     half_bytes,
-    limit,  # nanoseconds
+    polls,
     FLAG_BYTES: tl.constexpr,
     ROW: tl.constexpr,  # bytes from a row to the next
     WORDS: tl.constexpr,  # a power of two, at least ROW // 4
@@ -101,7 +101,7 @@ def one_shot(
             DOT,
         )
         _send_row(peers, rank, ranks, half + place, ROW, WORDS)
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, limit, PEERS, NATIVE)
+    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, polls, PEERS)
     if TRAP:
         barrier.give_up(missing, NATIVE)
     else:
@@ -156,7 +156,7 @@ def two_shot(
     rank,
     ranks,
     half_bytes,
-    limit,  # nanoseconds
+    polls,
     FLAG_BYTES: tl.constexpr,
     ROW: tl.constexpr,
     SUM_ROW: tl.constexpr,
@@ -210,7 +210,7 @@ def two_shot(
                     LOG_TILE,
                     DOT,
                 )
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 1, limit, PEERS, NATIVE)
+    missing = barrier.meet(peers, rank, ranks, 2 * call + 1, polls, PEERS)
     if TRAP:
         barrier.give_up(missing, NATIVE)
     else:
@@ -239,7 +239,7 @@ def two_shot(
                 LOG_TILE,
             )
             _send_row(peers, rank, ranks, half + row, SUM_ROW, WORDS)
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, limit, PEERS, NATIVE)
+    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, polls, PEERS)
     if TRAP:
         barrier.give_up(missing, NATIVE)
     else:

@@ -62,7 +62,16 @@ def test_short_messages_go_over_it(tmp_path):
             "off: torch has no symmetric memory here (RuntimeError: no peer access)",
             False,
         ),
-        ("wrong block", "off: its trial failed (a rank did not come within 0 s)", True),
+        (
+            "wrong block",
+            "off: its trial failed (RuntimeError: a rank did not come within 0 s)",
+            True,
+        ),
+        (
+            "broken kernel",
+            "off: its trial failed (TypeError: 'NoneType' object is not callable)",
+            True,
+        ),
     ],
 )
 def test_without_it_all_ranks_go_the_other_way(fault, reason, warns, tmp_path):
