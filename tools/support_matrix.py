@@ -70,7 +70,7 @@ def read_report(report: Path) -> tuple[dict[tuple[str, str], Cell], str]:
             cells[key] = min(cells.get(key, cell), cell, key=lambda c: OUTCOMES.index(c.outcome))
     if not cells:
         raise LowbitError(f"{report} has no test with the mark {PROPERTY!r}")
-    main = root.find("testsuite/properties/property[@name='main']")
+    main = root.find(".//property[@name='main']")
     return cells, "" if main is None else main.get("value")
 
 
