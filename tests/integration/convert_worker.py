@@ -1,7 +1,7 @@
 """What test_convert.py runs in processes of its own: Megatron is slow to import and sets globals.
 
-    python convert_worker.py convert DIR          converts every model, collects parser errors
-    torchrun ... convert_worker.py load DIR       loads checkpoints at TP 1 and TP 3
+    convert_worker.py convert DIR                 converts every model, collects parser errors
+    convert_worker.py load DIR                    loads checkpoints at TP 1 and TP 3; of 3 ranks
 
 Both leave their results in DIR, for the tests to look at.
 """

@@ -1,4 +1,4 @@
-"""Checks of `apply` inside a real GPTModel of megatron-core; run by test_core.py under torchrun.
+"""Checks of `apply` inside a real GPTModel of megatron-core; run by test_core.py in forked ranks.
 
 One process group does all the work (importing megatron.core takes 7-9 s a process) and rank by rank
 writes what it saw to OUT/rankN.pt; the assertions are in test_core.py.

@@ -1,4 +1,4 @@
-"""Megatron's inference engines with low-bit sums; run by test_engines.py under torchrun.
+"""Megatron's inference engines with low-bit sums; run by test_engines.py in forked ranks.
 
 One process group does all the work on one release and rank by rank writes what it saw to
 OUT/rankN.pt; the assertions are in test_engines.py.

@@ -1,4 +1,4 @@
-"""Checks of `apply` in a patched Megatron; run by test_patches.py under torchrun.
+"""Checks of `apply` in a patched Megatron; run by test_patches.py in forked ranks.
 
 With CHECKPOINT also those of megatron.training: its arguments and its loading. Rank by rank writes
 what it saw to OUT/rankN.pt; the assertions are in test_patches.py.

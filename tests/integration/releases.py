@@ -4,6 +4,7 @@
 the environment variable MEGATRON_LM names.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -50,6 +51,7 @@ def is_release(version: str, release: str) -> bool:
     return release == MAIN or version.startswith(release)
 
 
+@functools.cache
 def describe_main() -> str:
     """Version and commit of the checkout that MEGATRON_LM names."""
     folder = folder_of(MAIN)

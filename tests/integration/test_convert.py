@@ -23,6 +23,7 @@ if not HAVE_MEGATRON:
     pytest.skip("megatron.training is not installed", allow_module_level=True)
 
 from convert_worker import BF16, CHECKPOINTS, LOADS, NEW_TOKENS, PROMPTS, REPLACED, TEXTS  # noqa: E402
+from forks import forked  # noqa: E402
 from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noqa: E402
 from tiny_models import hugging_face_models  # noqa: E402
 
@@ -75,8 +76,8 @@ def converted(models):
 def loaded(models, converted):
     """What `convert_worker.py load` found, by "checkpoint@size"."""
     directory, _ = models
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    run([*launch, str(WORKER), "load", str(directory)])
+    done = forked(3, WORKER, "load", directory)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return torch.load(directory / "loaded.pt")
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from cases import sqnr
 from core_worker import CODECS, COLLECTIVES, HIDDEN, LAYERS, LENGTH
-from releases import NEWEST, torchrun
+from forks import forked
+from releases import NEWEST
 from releases import environment as environment_of
 
 from megatron_lowbit.calibration.run import Progress
@@ -22,7 +23,7 @@ POINTS = [
 
 
 def _run(release: str, ranks: int, out: Path) -> list[dict]:
-    done = torchrun(ranks, WORKER, out, env=environment_of(release))
+    done = forked(ranks, WORKER, out, env=environment_of(release))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
     assert results[0]["version"].startswith(release)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from core_worker import LAYERS
 from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
-from releases import RELEASES, environment, is_release, torchrun
+from forks import forked
+from releases import RELEASES, environment, is_release
 
 WORKER = Path(__file__).with_name("engines_worker.py")
 
@@ -24,7 +25,7 @@ def ranks(request, tmp_path_factory):
     """What each of 2 ranks saw."""
     out = tmp_path_factory.mktemp("engines")
     brief = ["--brief"] if request.param in BRIEF else []
-    done = torchrun(2, WORKER, out, *brief, env=environment(request.param))
+    done = forked(2, WORKER, out, *brief, env=environment(request.param))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     assert is_release(results[0]["version"], request.param)

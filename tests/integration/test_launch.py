@@ -1,7 +1,7 @@
 """Megatron's scripts through `python -m megatron_lowbit.launch`, and what goes wrong there.
 
 One run is as users start it, under torchrun at TP 3; the other command lines share one import of
-Megatron (launch_worker.py). With MEGATRON_LM=DIR a checkout's own script runs on the
+Megatron (forks.py). With MEGATRON_LM=DIR a checkout's own script runs on the
 quickstart's checkpoint, too.
 """
 
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import ask
 from releases import ROOT, environment, torchrun
 
 SCRIPT = Path(__file__).with_name("megatron_script.py")
@@ -41,13 +42,14 @@ def flags(calibrated) -> list[str]:
     return ["--load", str(calibrated), *COMMON]
 
 
-def _case(argv: list, *, ranks: int = 1, interrupt="", program="", **env: str) -> dict:
-    argv = [str(word) for word in argv]
-    return {"argv": argv, "ranks": ranks, "interrupt": interrupt, "program": program, "env": env}
+def _case(argv: list, *, ranks: int | None = None, interrupt="", **env: str) -> dict:
+    env = {**_environment(), "CUDA_DEVICE_MAX_CONNECTIONS": "1", **env}
+    argv = [*LAUNCH, *argv]
+    return {"argv": argv, "ranks": ranks, "interrupt": interrupt, "env": env, "timeout": 120}
 
 
 def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
-    """Command lines by name."""
+    """Command lines by name: what `forks.ask` takes."""
 
     def act(name: str, *more: str, **settings) -> dict:
         return _case([SCRIPT, *flags, "--act", name, *more], **settings)
@@ -57,7 +59,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
     stats = ["--lowbit-stats", str(directory / "interrupted.json")]
     generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
     return {
-        "generate": _case([*generate, "--prompts", *PROMPTS], ranks=3, program=str(GENERATE)),
+        "generate": {**_case([], ranks=3), "argv": [GENERATE, *generate, "--prompts", *PROMPTS]},
         "help": _case([SCRIPT, "--help"]),
         "native": act("nothing"),
         "no load": act("no load", *FIXED),
@@ -87,14 +89,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
 def ran(flags, tmp_path_factory) -> dict[str, dict]:
     """What each of `_cases` ended with."""
     directory = tmp_path_factory.mktemp("launched")
-    cases = _cases(flags, directory)
-    asked, found = directory / "cases.json", directory / "results.json"
-    asked.write_text(json.dumps(list(cases.values())))
-    command = [sys.executable, SCRIPT.with_name("launch_worker.py"), asked, found]
-    env = {**_environment(), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = dict(zip(cases, json.loads(found.read_text()), strict=True))
+    results = {name: ask(**case) for name, case in _cases(flags, directory).items()}
     return {**results, "directory": directory}
 
 

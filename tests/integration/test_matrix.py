@@ -29,7 +29,7 @@ def release(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(release, tmp_path_factory, record_testsuite_property):
+def ranks(release, tmp_path_factory):
     """What each of 4 ranks saw, or the error that ended a row."""
     out = tmp_path_factory.mktemp("matrix")
     env = {**environment(release), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
@@ -44,9 +44,14 @@ def ranks(release, tmp_path_factory, record_testsuite_property):
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
     assert is_release(results[0]["version"], release)
-    if release == MAIN:
-        record_testsuite_property(MAIN, describe_main())
     return results
+
+
+@pytest.fixture(autouse=True)
+def name_main(release, record_property):
+    """What "main" was, for JUnit's report: by test, since a worker of xdist has no testsuite."""
+    if release == MAIN:
+        record_property(MAIN, describe_main())
 
 
 def row(ranks: list[dict], name: str) -> list[dict]:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from releases import NEWEST, OLDER, RELEASES, ROOT, folder_of, torchrun
+from forks import forked
+from releases import NEWEST, OLDER, RELEASES, ROOT, folder_of
 
 from megatron_lowbit import files
 from megatron_lowbit.integration.patching.diffs import Diff
@@ -373,7 +374,7 @@ def run_patched(release: str, ranks: int, out: Path, *arguments) -> list[dict]:
     patchctl("apply", tree)
     path = os.pathsep.join([str(tree), str(ROOT)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = torchrun(ranks, WORKER, out, *arguments, env=env)
+    done = forked(ranks, WORKER, out, *arguments, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
     assert all(Path(result["file"]).is_relative_to(tree) for result in results)

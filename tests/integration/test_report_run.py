@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import forked
 from releases import ROOT, environment
 
 from megatron_lowbit.calibration.corpus import Corpus
@@ -30,12 +31,6 @@ CODECS = ["bf16", "recipe", "rotated-hybrid-2", "recipe@two-shot"]
 LENGTH = 1024  # needles take half of it with this tokenizer, of two or three letters a token
 
 
-def _run(tool: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / tool, *map(str, arguments)]
-    env = {**environment("0.19.2"), "OMP_NUM_THREADS": "2"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def evaluated(calibrated, tmp_path_factory) -> tuple[str, Path]:
     """What an evaluation with everything in it printed, and its JSON."""
@@ -43,7 +38,7 @@ def evaluated(calibrated, tmp_path_factory) -> tuple[str, Path]:
     arguments = ["--simulate-tp", 3, "--load", calibrated, "--output", output, "--data", TEXT]
     arguments += ["--tokens", 128, "--seq-length", 64, "--codecs", ",".join(CODECS)]
     arguments += ["--tasks", "arc-easy,boolq", "--limit", 3, "--long-context", LENGTH]
-    done = _run("evaluate.py", *arguments, "--generate", 4)
+    done = forked(None, ROOT / "tools" / "evaluate.py", *arguments, "--generate", 4)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout, output
 
@@ -90,7 +85,10 @@ class _Page(HTMLParser):
 def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     output = tmp_path / "report.html"
     index = calibrated / "lowbit"
-    done = _run("report.py", "--index", index, "--results", evaluated[1], "--output", output)
+    command = [sys.executable, ROOT / "tools" / "report.py", "--index", index]
+    command += ["--results", evaluated[1], "--output", output]
+    env = environment()
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     plots = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
     expected = "long-context-1-1 quality-1-persuasion-txt ranges recipe sqnr-1 tasks".split()

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from releases import ROOT, torchrun
+from forks import forked
+from releases import ROOT
 
 PROMPT = "the world"
 
@@ -28,7 +29,7 @@ def test_the_server_says_what_generate_py_says(calibrated):
     assert "> low-bit communication: 4 sync points use shaped-hybrid" in served.stdout
     flags = ["--load", calibrated, "--lowbit-tp-comm", "--lowbit-collective", "one-shot"]
     wanted = ["--bf16", "--prompts", PROMPT, "--num-tokens-to-generate", "16"]
-    generated = torchrun(3, ROOT / "examples" / "generate.py", *flags, *wanted)
+    generated = forked(3, ROOT / "examples" / "generate.py", *flags, *wanted)
     assert generated.returncode == 0, generated.stderr
     _, _, text = generated.stdout.partition(f"{PROMPT}[")
     assert f"serve: {PROMPT}{text.rstrip().removesuffix(']')}" in served.stdout

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from releases import environment, torchrun
+from forks import forked
+from releases import environment
 
 from megatron_lowbit.integration.transformer_engine import MUTED_TE, attributes_read
 
@@ -29,7 +30,7 @@ def ranks(request, tmp_path_factory):
     env = environment(request.param)
     paths = [env["PYTHONPATH"], str(HERE.parent), str(HERE / "te_stand_in")]
     env["PYTHONPATH"] = os.pathsep.join(paths)
-    done = torchrun(RANKS, HERE / "te_worker.py", out, env=env)
+    done = forked(RANKS, HERE / "te_worker.py", out, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
     assert results[0]["version"].startswith(request.param)
