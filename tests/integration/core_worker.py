@@ -201,6 +201,7 @@ def run_codecs(model, out: Path) -> dict:
             "calls": count_native_calls(model),
             "status": [(s.layer, s.name, str(s.codec), s.bf16_features) for s in handle.status()],
             "traffic": [s.traffic for s in handle.status()],
+            "symmetric_memory": {s.symmetric_memory for s in handle.status()},
             "text": str(handle),
         }
         handle.remove()

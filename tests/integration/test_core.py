@@ -186,6 +186,7 @@ def test_status_and_traffic(ranks):
         assert [(layer, point) for layer, point, _, _ in result["status"]] == POINTS
         assert {codec for _, _, codec, _ in result["status"]} == {str(get_codec(name, bits=bits))}
         assert f"4 sync points use {name}" in result["text"]
+        assert result["symmetric_memory"] == {"off: tensors are on cpu"}
         for traffic in result["traffic"]:
             assert traffic.calls == 3
             assert traffic.values == 3 * LENGTH * HIDDEN
