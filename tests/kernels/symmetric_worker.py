@@ -4,6 +4,7 @@ Ranks are processes, and the memory that all can write is files that all of them
 flags and the atomics are real, only the GPUs are not.
 """
 
+import os
 import time
 import warnings
 from pathlib import Path
@@ -93,6 +94,7 @@ def run_calls(rank: int, directory: Path) -> list[bool]:
 
 def run_calls_on_a_gpu(rank: int) -> list[bool]:
     """The same over torch's symmetric memory, all ranks on one GPU; then as a CUDA graph."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     opening = symmetric._Opening(dist.group.WORLD, device)

@@ -52,8 +52,7 @@ def test_on_a_gpu(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_symmetric_memory_of_ranks_on_one_gpu(ranks, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+def test_symmetric_memory_of_ranks_on_one_gpu(ranks, tmp_path):
     results = run_ranks(ranks, symmetric_worker.run_calls_on_a_gpu, tmp_path)
     assert results == [[True] * (len(symmetric_worker.CALLS) + 8)] * ranks
 
