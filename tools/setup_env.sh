@@ -64,6 +64,8 @@ _env_create() {
     command -v "$python" >/dev/null || _env_die "$python not found; set PYTHON=/path/to/python"
     _env_recent "$python" ||
         _env_die "$python is Python $(_env_version "$python"); 3.11 or newer is needed (set PYTHON)"
+    [[ ! -L "$_env_venv" ]] || # venv --clear would empty what it points to
+        _env_die ".venv is a link to an environment made elsewhere: remove it, or set LOWBIT_PYTHON"
     echo "setup: creating .venv with Python $(_env_version "$python")"
     "$python" -m venv --clear "$_env_venv" ||
         _env_die "$python -m venv failed (on Debian it needs the package python3-venv)"
