@@ -73,11 +73,5 @@ def reference_sum(codec: Codec, partials: list[Tensor], tables: Tables) -> Tenso
     return total.to(partials[0].dtype).view(partials[0].shape)
 
 
-def sqnr(exact: Tensor, approximate: Tensor) -> float:
-    """Signal to quantization noise ratio in dB."""
-    noise = (exact.double() - approximate.double()).square().sum()
-    return (10 * torch.log10(exact.double().square().sum() / noise)).item()
-
-
 def all_codecs() -> list[Codec]:
     return [get_codec(name, bits=bits) for name, bits in CODECS]

@@ -44,13 +44,13 @@ def codes_apart(got: Tensor, expected: Tensor, codec: Codec, tables: Tables) -> 
 
 def sums_apart(got: Tensor, expected: Tensor, exact: Tensor) -> str:
     """What is too far apart in two sums of the same shape as the `exact` one; empty if nothing."""
-    ratios = [signal_to_noise(exact, x) for x in (got, expected)]
+    ratios = [sqnr(exact, x) for x in (got, expected)]
     if not abs(ratios[0] - ratios[1]) <= MOST_DECIBELS:
         return f"a signal to noise ratio of {ratios[0]:.3f} dB, not {ratios[1]:.3f} dB"
     return ""
 
 
-def signal_to_noise(exact: Tensor, approximate: Tensor) -> float:
-    """In decibels, over all values."""
+def sqnr(exact: Tensor, approximate: Tensor) -> float:
+    """Signal to quantization noise ratio in dB, over all values."""
     noise = (exact.double() - approximate.double()).square().sum()
     return (10 * torch.log10(exact.double().square().sum() / noise)).item()

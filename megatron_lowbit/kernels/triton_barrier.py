@@ -17,8 +17,18 @@ import triton.language as tl
 
 
 @triton.jit
-def meet(peers, rank, ranks, target, polls, PEERS: tl.constexpr):
-    """Wait until this program has come to `target` on all ranks; gives how many are late.
+def meet(
+    peers,
+    rank,
+    ranks,
+    target,
+    polls,
+    late,
+    PEERS: tl.constexpr,
+    TRAP: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Wait until this program has come to `target` on all ranks.
 
     Args:
         peers: int64 [ranks]: the addresses of every rank's flags, int32 [programs, ranks].
@@ -26,7 +36,10 @@ def meet(peers, rank, ranks, target, polls, PEERS: tl.constexpr):
         ranks: How many.
         target: int32, one more than at the last meeting or further.
         polls: How often to look at the flags at most.
+        late: int32 [1]: counts the ranks that did not come, unless TRAP.
         PEERS: A power of two, at least `ranks`.
+        TRAP: Whether such a rank ends the kernel with an error.
+        NATIVE: Compiled, not interpreted.
     """
     peer = tl.arange(0, PEERS)
     mask = peer < ranks
@@ -38,26 +51,29 @@ def meet(peers, rank, ranks, target, polls, PEERS: tl.constexpr):
     told = tl.zeros([PEERS], tl.int32) + target
     tl.debug_barrier()  # all threads have written what the peers are to read
     tl.atomic_xchg(theirs, told, mask=mask, sem="release", scope="sys")
-    late = ranks
+    missing = ranks
     left = tl.cast(polls, tl.int64)
-    while (late > 0) & (left > 0):
+    while (missing > 0) & (left > 0):
         seen = tl.atomic_add(own, tl.zeros([PEERS], tl.int32), mask, sem="acquire", scope="sys")
-        late = tl.sum((mask & (seen - told < 0)).to(tl.int32), axis=0)
+        missing = tl.sum((mask & (seen - told < 0)).to(tl.int32), axis=0)
         left -= 1
     tl.debug_barrier()  # no thread reads before all have seen it
-    return late
+    if TRAP:
+        _give_up(missing, NATIVE)
+    else:
+        tl.atomic_add(late, missing)
 
 
 @triton.jit
-def give_up(late, NATIVE: tl.constexpr):
-    """End the kernel with an error (a launch failure, on the host) if any rank is late.
+def _give_up(missing, NATIVE: tl.constexpr):
+    """End the kernel with an error (a launch failure, on the host) if any rank is missing.
 
     For a rank that died: its peers must not wait for ever, and no result of theirs is right.
     """
     if NATIVE:
-        if late > 0:
+        if missing > 0:
             tl.inline_asm_elementwise(
                 "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
             )
     else:
-        assert late == 0, "a rank did not come in time"
+        assert missing == 0, "a rank did not come in time"

@@ -103,6 +103,17 @@ def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
     return payloads if payloads.stride(2) == 1 else payloads.contiguous()
 
 
+def check_sum(out: Tensor, tokens: int, hidden: int) -> Tensor:
+    """Where a sum goes, as kernels take it: BF16 as its bits.
+
+    Raises:
+        LowbitError: Another shape than ``[tokens, hidden]``, or a type that no kernel writes.
+    """
+    if out.shape != (tokens, hidden):
+        raise LowbitError(f"a sum is [{tokens}, {hidden}], got {list(out.shape)}")
+    return as_bits(out)
+
+
 def new_payload(like: Tensor, tokens: int, row_bytes: int) -> Tensor:
     """uint8 ``[tokens, row_bytes]`` where `like` is; also of a fake tensor."""
     return like.new_empty((tokens, row_bytes), dtype=torch.uint8)

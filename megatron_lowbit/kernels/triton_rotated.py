@@ -13,15 +13,14 @@ synchronisation, and nothing is allocated but the result.
 import torch
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import triton_rotated_kernels as kernels
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton_launch import (
     Tile,
-    as_bits,
     check_partial,
     check_payloads,
+    check_sum,
     dot_type,
     is_compiled,
     launch,
@@ -144,9 +143,7 @@ def decode_sum_into(
     tile = Tile.of(hidden)
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
-    if out.shape != (tokens, hidden):
-        raise LowbitError(f"a sum is [{tokens}, {hidden}], got {list(out.shape)}")
-    target = as_bits(out)
+    target = check_sum(out, tokens, hidden)
     received = (payloads, *payloads.stride()[:2], ranks)
     tables = (center, scale, bf16_index, kept, levels)
     launch(

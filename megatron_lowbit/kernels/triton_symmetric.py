@@ -13,15 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import triton_symmetric_kernels as kernels
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.peer_memory import POLL_SECONDS, PeerMemory, row_stride
 from megatron_lowbit.kernels.triton_launch import (
     Tile,
-    as_bits,
     check_partial,
+    check_sum,
     dot_type,
     is_compiled,
     launch,
@@ -52,8 +51,8 @@ def one_shot(
     Raises:
         LowbitError: As those two.
     """
-    search = cells(encode["thresholds"])
-    assert memory.holds("one-shot", len(partial), _stride(encode), 0)
+    row = _stride(encode)
+    assert memory.holds("one-shot", len(partial), row, 0)
     _run(
         kernels.one_shot,
         memory,
@@ -61,14 +60,11 @@ def one_shot(
         out,
         width=encode["width"],
         tables=(
-            *(encode["center"], encode["scale"], encode["bf16_index"]),
-            *(encode["bf16_index"].numel(), search.table),
+            *_tables(encode),
             *(decode["center"], decode["scale"], decode["bf16_index"], decode["levels"]),
         ),
-        WORDS=power_of_two(_stride(encode) // 4),
+        WORDS=power_of_two(row // 4),
         TRAP=trap,
-        STEPS=search.steps,
-        CELLS=len(search.table),
         **_shared(encode, decode),
     )
 
@@ -97,8 +93,7 @@ def two_shot(
     Raises:
         LowbitError: As those three.
     """
-    search, sum_search = cells(encode["thresholds"]), cells(reduce["thresholds"])
-    sum_row = _stride(decode)
+    sum_search, sum_row = cells(reduce["thresholds"]), _stride(decode)
     assert memory.holds("two-shot", len(partial), _stride(encode), sum_row)
     _run(
         kernels.two_shot,
@@ -107,16 +102,13 @@ def two_shot(
         out,
         width=encode["width"],
         tables=(
-            *(encode["center"], encode["scale"], encode["bf16_index"]),
-            *(encode["bf16_index"].numel(), search.table),
+            *_tables(encode),
             *(reduce["levels"], sum_search.table),
             *(decode["center"], decode["scale"], decode["bf16_index"], decode["levels"]),
         ),
         SUM_ROW=sum_row,
         WORDS=power_of_two(sum_row // 4),
         TRAP=trap,
-        STEPS=search.steps,
-        CELLS=len(search.table),
         SUM_BODY_BYTES=decode["body_bytes"],
         SUM_BITS=decode["bits"],
         SUM_STEPS=sum_search.steps,
@@ -125,9 +117,19 @@ def two_shot(
     )
 
 
+def _tables(encode: dict) -> tuple:
+    """What both kernels encode by."""
+    kept = encode["bf16_index"]
+    search = cells(encode["thresholds"])
+    return encode["center"], encode["scale"], kept, kept.numel(), search.table
+
+
 def _shared(encode: dict, decode: dict) -> dict:
     """Constants of both kernels."""
+    search = cells(encode["thresholds"])
     return {
+        "STEPS": search.steps,
+        "CELLS": len(search.table),
         "ROW": _stride(encode),
         "HIDDEN": encode["scale"].numel(),
         "LOG_BLOCK": encode["block"].bit_length() - 1,
@@ -153,10 +155,8 @@ def _run(
     **constants,
 ) -> None:
     """Launch as many programs as always: each must come to every call."""
-    values, target = check_partial(partial, width), as_bits(out)
-    if out.shape != (len(partial), constants["HIDDEN"]):
-        wanted = f"[{len(partial)}, {constants['HIDDEN']}]"
-        raise LowbitError(f"a sum is {wanted}, got {list(out.shape)}")
+    values = check_partial(partial, width)
+    target = check_sum(out, len(partial), constants["HIDDEN"])
     programs = memory.calls.numel()
     launch(
         kernel,

@@ -101,11 +101,7 @@ def one_shot(
             DOT,
         )
         _send_row(peers, rank, ranks, half + place, ROW, WORDS)
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, polls, PEERS)
-    if TRAP:
-        barrier.give_up(missing, NATIVE)
-    else:
-        tl.atomic_add(late, missing)
+    barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
     for token in range(program, tokens, PROGRAMS):
         rows.decode_row(
             _as_bytes(own + tl.cast(token, tl.int64) * ROW),
@@ -210,11 +206,7 @@ def two_shot(
                     LOG_TILE,
                     DOT,
                 )
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 1, polls, PEERS)
-    if TRAP:
-        barrier.give_up(missing, NATIVE)
-    else:
-        tl.atomic_add(late, missing)
+    barrier.meet(peers, rank, ranks, 2 * call + 1, polls, late, PEERS, TRAP, NATIVE)
     sums = tl.cast(ranks * share, tl.int64) * ROW  # where they begin in a half
     for place in range(program, share, PROGRAMS):
         token = rank * share + place
@@ -239,11 +231,7 @@ def two_shot(
                 LOG_TILE,
             )
             _send_row(peers, rank, ranks, half + row, SUM_ROW, WORDS)
-    missing = barrier.meet(peers, rank, ranks, 2 * call + 2, polls, PEERS)
-    if TRAP:
-        barrier.give_up(missing, NATIVE)
-    else:
-        tl.atomic_add(late, missing)
+    barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
     for place in range(program, share, PROGRAMS):
         for owner in range(ranks):
             token = owner * share + place

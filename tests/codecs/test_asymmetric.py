@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import sample, sqnr
+from cases import sample
 
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CODECS, DTYPES, OUTLIER, all_codecs, reference_sum, sample, sqnr, tables_for
+from cases import CODECS, DTYPES, OUTLIER, all_codecs, reference_sum, sample, tables_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lowbit import kernels
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.codecs import CODECS as REGISTRY
 from megatron_lowbit.codecs import Statistics, codebook, get_codec, rotation, wire
 from megatron_lowbit.codecs.grouped import Grouped

@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
-from cases import sample, sqnr
+from cases import sample
 
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.grouped import Grouped
 from megatron_lowbit.codecs.peers import PEERS

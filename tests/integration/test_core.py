@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import sqnr
 from core_worker import CODECS, COLLECTIVES, HIDDEN, LAYERS, LENGTH
 from forks import forked
 from releases import NEWEST
 from releases import environment as environment_of
 
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.calibration.run import Progress
 from megatron_lowbit.codecs import get_codec
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import sqnr
 from layers_worker import LENGTH
 from releases import environment
 
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.checks import refuse_pipeline
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import sqnr
 from matrix_worker import CODECS, RANKS
 from releases import MAIN, RELEASES, describe_main, environment, is_release
 
+from megatron_lowbit.benchmark.closeness import sqnr
 from megatron_lowbit.calibration.run import Progress
 
 WORKER = Path(__file__).with_name("matrix_worker.py")

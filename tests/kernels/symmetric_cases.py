@@ -1,6 +1,6 @@
 """The symmetric-memory kernels in Triton's interpreter, over memory that processes share.
 
-`test_symmetric_kernels` runs this in a process of its own, as `triton_cases`.
+`test_triton_kernels` runs this in a process of its own, as `triton_cases`.
 """
 
 import pytest

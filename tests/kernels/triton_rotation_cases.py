@@ -15,7 +15,7 @@ from megatron_lowbit.benchmark.closeness import (
     MOST_CODES,
     MOST_DECIBELS,
     moved_codes,
-    signal_to_noise,
+    sqnr,
 )
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.folding import fold
@@ -53,9 +53,9 @@ def test_both_bounds(kind, hidden, bits):
         right = codec.decode_sum(expected, tables)
         of_its_own = codec.decode_sum(got, tables)
     exact = torch.stack(partials).double().sum(dim=0)
-    ratios = [signal_to_noise(exact, x) for x in (total, right)]
+    ratios = [sqnr(exact, x) for x in (total, right)]
     assert abs(ratios[0] - ratios[1]) <= MOST_DECIBELS, ratios
-    assert signal_to_noise(of_its_own, total) > 120  # decoding alone: nearly fp32
+    assert sqnr(of_its_own, total) > 120  # decoding alone: nearly fp32
     assert not torch.equal(of_its_own, total)  # so it was another rotation
 
 
