@@ -1,58 +1,14 @@
 /* Codes of the levels: found, packed into the little-endian bit stream of a row, read and summed.
  *
  * All is done by groups of GROUP values; `bits` is a constant in every function that is inlined, so
- * that loops over it unroll. A threshold is found by binary search instead of counting, and level *
+ * that loops over it unroll. Thresholds are searched instead of counted (search.h), and level *
  * scale is looked up in one table a rank: both have one possible result.
  */
 #pragma once
-#include "numbers.h"
+#include "search.h"
 
 #define GROUP 32                          /* values; twice the lanes of the widest register */
 #define PACKED(bits) (GROUP / 8 * (bits)) /* bytes of their codes */
-
-typedef float table[64] __attribute__((aligned(64)));
-
-/* entries[code], of which there are at most 2^bits. */
-INLINE vf pick(const float *entries, vi code, int bits) {
-#ifdef PERMUTE
-    const vf *t = (const vf *)entries;
-    vi found = (vi)PERMUTE(t[0], code);
-#pragma GCC unroll 8
-    for (int i = 1; i < (1 << bits) / W; i++) {
-        vi here = (code & -W) == i * W;
-        found = (found & ~here) | ((vi)PERMUTE(t[i], code) & here);
-    }
-    return (vf)found;
-#else
-    vf found;
-    for (int k = 0; k < W; k++) found[k] = entries[code[k]];
-    return found;
-#endif
-}
-
-/* The thresholds as `count_below` wants them: searches[s][p] decides bit s, from the highest, of
- * codes that begin with p; all in searches[0] where there is no PERMUTE. */
-static void plan_search(const float *thresholds, int bits, table *searches) {
-#ifdef PERMUTE
-    for (int s = 0; s < bits; s++)
-        for (int p = 0; p < 1 << s; p++)
-            searches[s][p] = thresholds[(2 * p + 1) * (1 << (bits - s - 1)) - 1];
-#else
-    memcpy(searches[0], thresholds, sizeof(float) * ((1 << bits) - 1));
-#endif
-}
-
-/* How many thresholds are below each value; none for NaN. */
-INLINE vi count_below(vf value, const table *searches, int bits) {
-    vi code = {0};
-#ifdef PERMUTE
-#pragma GCC unroll 6
-    for (int s = 0; s < bits; s++) code = code + code - (vi)(value > pick(searches[s], code, s));
-#else
-    for (int i = 0; i < (1 << bits) - 1; i++) code -= (vi)(value > searches[0][i]);
-#endif
-    return code;
-}
 
 /* 8 codes, a byte each, to the lowest 8 * bits bits, and back. */
 INLINE uint64_t squeeze(uint64_t x, int bits) {
@@ -78,12 +34,12 @@ INLINE uint64_t spread(uint64_t x, int bits) {
 }
 
 /* Quantize a group of values, of which `valid` are of the row. */
-INLINE void write_group(const float *row, float inverse, const table *searches, int bits,
-                        int64_t valid, uint8_t *out) {
+INLINE void write_group(const float *row, float inverse, const struct search *search,
+                        int bits, int64_t valid, uint8_t *out) {
     uint8_t codes[GROUP];
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += W) {
-        vi code = count_below(*(const vf *)(row + i) * inverse, searches, bits);
+        vi code = count_below(*(const vf *)(row + i) * inverse, search, bits);
         if (valid < GROUP) code &= LANES + i < (int)valid;
         if (bits == 4) { /* the default: two codes are one byte */
             vhalf bytes = __builtin_convertvector((vq)code | (vq)code >> 28, vhalf);
@@ -101,6 +57,28 @@ INLINE void write_group(const float *row, float inverse, const table *searches, 
     }
 }
 
+/* The W codes of 4 bits at `from`, in the order that `in_order` mends. With AVX-512 higher bits of
+ * a lane are left as they are: PERMUTE does not look at them. */
+INLINE vi read_nibbles(const uint8_t *from) {
+#ifdef PERMUTE2 /* a broadcast is free, and each lane shifts by its own amount */
+    uint64_t word;
+    memcpy(&word, from, 8);
+    return (vi)(word - (vq){0}) >> (LANES / 2 * 4);
+#else
+    uint32_t word = 0;
+    memcpy(&word, from, W / 2);
+    return ((int32_t)word - (vi){0}) >> (LANES * 4) & 15;
+#endif
+}
+
+/* Lane k of `read_nibbles` had the upper half of the codes if k is odd. */
+INLINE vf in_order(vf x, int bits) {
+#ifdef PERMUTE2
+    if (bits == 4) return PERMUTE(x, LANES % 8 * 2 + LANES / 8);
+#endif
+    return x;
+}
+
 /* The codes of a group; reads GROUP bytes, of which the first PACKED(bits) matter. */
 INLINE void read_group(const uint8_t *group, int bits, vi *codes) {
     uint8_t bytes[GROUP];
@@ -112,22 +90,18 @@ INLINE void read_group(const uint8_t *group, int bits, vi *codes) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += W)
-        if (bits == 4) {
-            vq pairs = WIDEN64(group + i / 2);
-            codes[i / W] = (vi)(pairs | pairs << 28) & 15;
-        } else {
-            codes[i / W] = WIDEN32(bytes + i);
-        }
+        codes[i / W] = bits == 4 ? read_nibbles(group + i / 2) : WIDEN32(bytes + i);
 }
 
-INLINE void write_codes(const float *row, int64_t hidden, float inverse, const table *searches,
-                        int bits, uint8_t *out, int64_t body) {
+INLINE void write_codes(const float *row, int64_t hidden, float inverse,
+                        const struct search *restrict search, int bits, uint8_t *restrict out,
+                        int64_t body) {
     uint8_t last[GROUP];
     int64_t done = 0;
     for (; done + GROUP <= hidden; done += GROUP, out += PACKED(bits), body -= PACKED(bits))
-        write_group(row + done, inverse, searches, bits, GROUP, out);
+        write_group(row + done, inverse, search, bits, GROUP, out);
     if (done == hidden) return;
-    write_group(row + done, inverse, searches, bits, hidden - done, last);
+    write_group(row + done, inverse, search, bits, hidden - done, last);
     memcpy(out, last, body);
 }
 
@@ -142,7 +116,7 @@ INLINE void sum_group(const uint8_t *group, int64_t rank_stride, int64_t ranks,
         read_group(bytes < GROUP ? last : group, bits, codes);
         for (int i = 0; i < GROUP / W; i++) sum[i] += pick(scaled[r], codes[i], bits);
     }
-    for (int i = 0; i < GROUP / W; i++) row[i] = sum[i];
+    for (int i = 0; i < GROUP / W; i++) row[i] = in_order(sum[i], bits);
 }
 
 /* The sum of level * scale over ranks; scaled[r] has the products of rank r. */

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codecs import Statistics, get_codec, wire
+from megatron_lowbit.codecs.codebook import thresholds
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.codecs.rotation import signs
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import build
 
@@ -111,6 +113,24 @@ def test_the_tree_of_squares():
     with kernels.disabled():
         expected = codec.encode(partial, tables)
     _check_payload(codec.encode(partial, tables), expected, codec, 33)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", BITS)
+def test_values_next_to_a_threshold(bits):
+    """And next to where the cells of kernels/search.h meet, which have to decide nothing."""
+    edges = torch.cat([thresholds(bits, torch.device("cpu")), torch.arange(-320.0, 321) / 32])
+    up, down = (edges.nextafter(torch.tensor(way)) for way in (torch.inf, -torch.inf))
+    values = torch.cat([edges, up, down])
+    # An odd hidden size rotates nothing, and a root mean square of 1 divides by nothing.
+    row = torch.nn.functional.pad(values, (1, 2**16 - len(values)))
+    row[0] = (row.numel() - values.double().square().sum()).sqrt()
+    row *= signs(row.numel())
+    codec = get_codec("rotated-hybrid", bits=bits)
+    tables = _tables(codec, row.numel(), 0)
+    _check(codec, [row.view(1, -1)], tables)
+    scale = codec.encode(row.view(1, -1), tables)[:, -2:].contiguous().view(torch.bfloat16)
+    assert scale.item() == 1
 
 
 @needs_kernel
