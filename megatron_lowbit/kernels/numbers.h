@@ -113,6 +113,8 @@ INLINE void store(void *to, int64_t i, float f, enum dtype dtype) {
     else ((uint16_t *)to)[i] = dtype == BF16 ? to_bf16(f) : to_fp16(f);
 }
 
+INLINE int64_t size_of(enum dtype dtype) { return dtype == FP32 ? 4 : 2; }
+
 INLINE uint16_t get16(const uint8_t *from) {
     uint16_t h;
     memcpy(&h, from, 2);

@@ -51,7 +51,7 @@ static float *new_row(int64_t hidden, int64_t *padded) {
 
 /* Scale and codes of a rotated row of `new_row`, into an `out` that has its BF16 features. */
 static void write_row(float *row, int64_t hidden, const struct search *search, struct layout to,
-                      uint8_t *out) {
+                      uint8_t *out, struct soon soon) {
     int64_t size = tree_size(hidden);
     float scale = sqrtf(sum_of_squares(row, size, row + size) / (float)hidden);
     int finite = isfinite(scale);
@@ -62,7 +62,7 @@ static void write_row(float *row, int64_t hidden, const struct search *search, s
     scale = from_bf16(wire);
     float inverse = scale == 0 ? 0 : 1 / scale;
     if (to.body % 2) out[to.body] = 0;
-#define CALL(bits) write_codes(row, hidden, inverse, search, bits, out, to.body)
+#define CALL(bits) write_codes(row, hidden, inverse, search, bits, out, to.body, soon)
     WITH_BITS(to.bits, CALL)
 #undef CALL
 }
@@ -70,12 +70,12 @@ static void write_row(float *row, int64_t hidden, const struct search *search, s
 /* The sum of the rotated rows of all ranks, zeros from `hidden` to `padded`. */
 static void sum_rows(const uint8_t *rows, int64_t rank_stride, int64_t ranks, const float *levels,
                      table *scaled, struct layout from, int64_t hidden, int64_t padded,
-                     float *row) {
+                     float *row, struct soon soon) {
     for (int64_t r = 0; r < ranks; r++) {
         float scale = from_bf16(get16(rows + r * rank_stride + from.floats + 2 * from.kept));
         for (int i = 0; i < 1 << from.bits; i++) scaled[r][i] = levels[i] * scale;
     }
-#define CALL(bits) sum_codes(rows, rank_stride, ranks, scaled, bits, from.body, row)
+#define CALL(bits) sum_codes(rows, rank_stride, ranks, scaled, bits, from.body, row, soon)
     WITH_BITS(from.bits, CALL)
 #undef CALL
     memset(row + hidden, 0, sizeof(float) * (padded - hidden));
@@ -135,7 +135,8 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
             if (index[j] < hidden) row[index[j]] = 0;
         }
         rotate(row, padded, block);
-        write_row(row, hidden, &search, to, payload);
+        struct soon next = {partial + stride, GROUP * size_of(dtype)};
+        write_row(row, hidden, &search, to, payload, next);
     }
     free(row);
     return 0;
@@ -153,7 +154,8 @@ int decode_sum(const uint8_t *payloads, int64_t rank_stride, int64_t ranks, int6
     table *scaled = aligned_alloc(64, ranks * sizeof(table));
     struct layout from = layout_of(body, kept, bits);
     for (int64_t t = 0; t < tokens && row && scaled; t++, payloads += from.bytes, out += stride) {
-        sum_rows(payloads, rank_stride, ranks, levels, scaled, from, hidden, padded, row);
+        struct soon target = {out, GROUP * size_of(dtype)};
+        sum_rows(payloads, rank_stride, ranks, levels, scaled, from, hidden, padded, row, target);
         rotate(row, padded, block);
 #define CALL(dtype) store_row(row, center, scale, hidden, dtype, out)
         WITH_DTYPE(dtype, CALL)
@@ -178,12 +180,14 @@ int reduce_encode(const uint8_t *payloads, int64_t rank_stride, int64_t ranks, i
     struct layout from = layout_of(body, kept, bits), to = layout_of(sum_body, kept, sum_bits);
     struct search search = plan_search(thresholds, sum_bits);
     for (int64_t t = 0; t < tokens && row && scaled; t++) {
-        sum_rows(payloads, rank_stride, ranks, levels, scaled, from, hidden, padded, row);
+        struct soon target = {payload, PACKED(sum_bits)};
+        sum_rows(payloads, rank_stride, ranks, levels, scaled, from, hidden, padded, row, target);
         for (int64_t j = 0; j < kept; j++)
             put16(payload + to.floats + 2 * j,
                   to_wire(sum_kept(payloads, rank_stride, ranks, from, j)));
-        write_row(row, hidden, &search, to, payload);
         payloads += from.bytes;
+        struct soon next = {payloads, PACKED(bits)};
+        write_row(row, hidden, &search, to, payload, next);
         payload += to.bytes;
     }
     int failed = !row || !scaled;

@@ -21,7 +21,7 @@ INLINE vf swap_lanes(vf x, int distance) {
 
 /* Butterflies of strides 1, 2, .. lanes / 2 inside a vector: x + y below, x - y above. */
 INLINE vf rotate_lanes(vf x, int lanes) {
-    const vi one = (vi)(1 - (vf){0});
+    const vi one = (vi)(1.0f - (vf){0});
 #pragma GCC unroll 4
     for (int stride = 1; stride < lanes; stride *= 2) {
         vf sign = (vf)(one ^ (((LANES & stride) != 0) & INT32_MIN));
@@ -33,7 +33,7 @@ INLINE vf rotate_lanes(vf x, int lanes) {
 /* Butterflies inside each vector (`lanes`), then of strides step, 2 step, .. radix step / 2, in
  * vectors. */
 INLINE void rotate_pass(vf *v, int64_t count, int lanes, int64_t step, int radix) {
-    const vf minus = -1 - (vf){0};
+    const vf minus = -1.0f - (vf){0};
     for (int64_t base = 0; base < count; base += step * radix)
         for (vf *p = v + base; p < v + base + step; p++) {
             vf x[RADIX];

@@ -51,13 +51,17 @@ INLINE vi cells_of(vf value, const struct search *search) {
     return (vi)ADD_PRODUCT(search->a_unit - (vf){0}, inside, 0x1.8p23f + CELLS / 2 - (vf){0});
 }
 
-/* Cells of the widest width that parts all thresholds; 0 if there would be too many. */
+/* Cells of the widest width that parts all thresholds; none if there would be too many. */
 static void plan_cells(const float *thresholds, int count, struct search *search) {
     int cell[64];
     float largest = fmaxf(-thresholds[0], thresholds[count - 1]);
     for (float a_unit = 1;; a_unit *= 2) {
         search->a_unit = a_unit;
         search->last = (CELLS / 2 - 1) / a_unit;
+        if (largest > search->last) {
+            search->a_unit = 0;
+            return;
+        }
         int apart = 1;
         for (int i = 0; i < count; i++) {
             cell[i] = cells_of(thresholds[i] - (vf){0}, search)[0] % CELLS;
