@@ -71,6 +71,8 @@ class Traffic:
         if entry is None:
             entry = self._by_choice[choice] = Counters()
         entry.add(counters)
+        if clock.is_captured:
+            return  # it has no seconds, and to ask an event now would end the capture
         # A GPU's clocks are read once their events have passed; nothing waits for them here.
         self._open.append((entry, clock))
         while self._open and self._open[0][1].passed():

@@ -8,6 +8,7 @@ replays. On CUDA nothing of a collective waits for the host (tests/comm/test_cap
 codec's first call copies its constants to the device.
 """
 
+import sys
 from collections.abc import Iterable
 
 from torch import nn
@@ -25,14 +26,15 @@ def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) 
     """
     check_no_graphs(model, "apply()")
     layer = next(iter(transformer_layers(model).values()), None)  # a stage may have none
-    if layer is None or not _is_graphed(layer):
+    impl = None if layer is None else _implementation(layer)
+    if impl not in ("local", "full_iteration"):  # Transformer Engine's always warms up
         return
     if getattr(layer.config, "cuda_graph_warmup_steps", None) == 0:
         raise LowbitError(
             "cuda_graph_warmup_steps is 0: a codec's first call copies constants to the GPU, which "
             "a CUDA graph cannot capture; leave at least 1"
         )
-    if gathers and layer.training:
+    if impl == "local" and gathers and layer.training:
         raise LowbitError(
             "--lowbit-all-gather uses forward pre-hooks, which Megatron's CUDA graphs "
             "(cuda_graph_impl local) refuse in training: call model.eval() first, or leave it out"
@@ -48,13 +50,17 @@ def check_no_graphs(model: nn.Module | Iterable[nn.Module], doing: str) -> None:
                 "already: call it before the engine is made, or after Megatron's "
                 "delete_cuda_graphs()"
             )
+    if _has_whole_steps():
+        raise LowbitError(
+            f"{doing} would not reach the CUDA graph of whole training steps that Megatron has "
+            "captured already: call it before the first step, or after reset_cuda_graph()"
+        )
 
 
-def _is_graphed(layer: nn.Module) -> bool:
-    """Whether Megatron's own managers capture graphs of the layer (named otherwise before 0.15)."""
-    config = layer.config
-    impl = getattr(config, "cuda_graph_impl", None)
-    return impl == "local" or (impl is None and getattr(config, "enable_cuda_graph", False))
+def _implementation(layer: nn.Module) -> str | None:
+    """`cuda_graph_impl` of Megatron's configuration, which had another name before 0.15."""
+    was_local = "local" if getattr(layer.config, "enable_cuda_graph", False) else None
+    return getattr(layer.config, "cuda_graph_impl", was_local)
 
 
 def _has_graphs(module: nn.Module) -> bool:
@@ -63,3 +69,10 @@ def _has_graphs(module: nn.Module) -> bool:
     return any(runner.fwd_graph is not None for runner in runners) or bool(
         getattr(module, "cuda_graphs", ())
     )
+
+
+def _has_whole_steps() -> bool:
+    """Whether the process replays its training or validation steps, under any `cuda_graph_impl`."""
+    module = sys.modules.get("megatron.core.full_cuda_graph")
+    wrapper = getattr(module, "FullCudaGraphWrapper", None)
+    return any(graph is not None for graph in getattr(wrapper, "cuda_graph", {}).values())

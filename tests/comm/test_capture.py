@@ -52,6 +52,28 @@ class Literals(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Event:
+    """A `torch.cuda.Event` on a GPU that is late: it has never passed before someone waits."""
+
+    is_capturing = False
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        """Nothing is outstanding that anyone looks at."""
+
+    def query(self) -> bool:
+        assert not self.is_capturing, "operation not permitted when stream is capturing"
+        return False
+
+    def synchronize(self) -> None:
+        assert not self.is_capturing, "operation not permitted when stream is capturing"
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000.0
+
+
 @pytest.fixture(scope="module")
 def group():
     """A group of ranks that sends nothing, of a backend that gathers (as NCCL does)."""
@@ -110,3 +132,16 @@ def test_calls_in_a_graph_are_counted_apart(monkeypatch):
     reasons = [choice.why for choice in traffic.by_choice]
     assert reasons == ["fixed, in a CUDA graph: replays are not counted", "fixed"]
     assert traffic.by_choice[Choice("one-shot", reasons[0])].seconds == 0
+
+
+def test_no_event_is_asked_in_a_capture(monkeypatch):
+    """Those of the warm-up are open when a graph is captured; CUDA ends a capture that asks."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Event.is_capturing)
+    traffic, counters = Traffic(), Counters(calls=1)
+    for Event.is_capturing in (False, False, True, False):
+        clock = Clock(torch.device("cuda"))
+        traffic.add(Choice("one-shot", "fixed"), counters, clock.stop())
+    eager, captured = traffic.by_choice.values()
+    assert (eager.calls, eager.seconds) == (3, 3.0)
+    assert (captured.calls, captured.seconds) == (1, 0)

@@ -121,7 +121,6 @@ def dynamic_context(model, *, max_tokens: int = 128, **options):
     if has_new_config():
         config = inference_config(max_tokens=max_tokens, **options)
         return DynamicInferenceContext(model.config, config)
-    assert not options, options
     named = {
         **SIZES,
         "params_dtype": model.config.params_dtype,
@@ -136,7 +135,7 @@ def dynamic_context(model, *, max_tokens: int = 128, **options):
         "buffer_guaranteed_fraction": 0.5,
         "tensor_model_parallel_size": dist.get_world_size(),
     }
-    return DynamicInferenceContext(**accepted(DynamicInferenceContext, named))
+    return DynamicInferenceContext(**accepted(DynamicInferenceContext, named), **options)
 
 
 def dynamic_engine(model, *, chunked: bool = False, **options):
@@ -147,10 +146,16 @@ def dynamic_engine(model, *, chunked: bool = False, **options):
         context = dynamic_context(model, enable_chunked_prefill=chunked, **options)
         return DynamicInferenceEngine(controller_of(model, context), context)
     context = dynamic_context(model, **options)
-    settings = {"termination_id": END, "random_seed": 1, "enable_cuda_graph": False}
-    settings["enable_chunked_prefill"] = chunked
+    settings = {"termination_id": END, "random_seed": 1, "enable_chunked_prefill": chunked}
+    settings["enable_cuda_graph"] = is_graphed(model)
     settings = accepted(DynamicInferenceEngine.__init__, settings)
     return DynamicInferenceEngine(controller_of(model, context), context, **settings)
+
+
+def is_graphed(model) -> bool:
+    """Whether Megatron is to capture the model's layers, in the words of this release."""
+    impl = getattr(model.config, "cuda_graph_impl", None)
+    return impl == "local" or (impl is None and model.config.enable_cuda_graph)
 
 
 def high_level_api(model):
@@ -388,9 +393,23 @@ def refused_graphs(model, index, message) -> dict[str, str]:
     layer.eval()
     layer.config.cuda_graph_warmup_steps = 0
     found["warm-up"] = message(lambda: megatron_lowbit.apply(model, index))
+    if name == "cuda_graph_impl":
+        layer.config.cuda_graph_impl = "full_iteration"
+        found["warm-up"] += message(lambda: megatron_lowbit.apply(model, index))
     layer.config.cuda_graph_warmup_steps = steps
     setattr(layer.config, name, before)
     return found
+
+
+def whole_steps(handle) -> str:
+    """What is said of a graph of whole training steps, of which a process has one."""
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+
+    FullCudaGraphWrapper.cuda_graph["training"] = object()
+    try:
+        return message(handle.remove)
+    finally:
+        FullCudaGraphWrapper.cuda_graph["training"] = None
 
 
 def graphs(model, index) -> dict[str, str]:
@@ -417,6 +436,7 @@ def graphs(model, index) -> dict[str, str]:
     found["captured after"] = message(handle.remove)
     found["still there"] = str(handle)
     del layer.cudagraph_manager
+    found["whole steps"] = whole_steps(handle)
     handle.remove()
     found |= refused_graphs(model, index, message)
     runner = inspect.getsource(cuda_graphs._CudaGraphRunner)

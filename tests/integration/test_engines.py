@@ -11,9 +11,9 @@ import torch
 from core_worker import LAYERS
 from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
 from forks import forked
-from releases import RELEASES, environment, is_release
+from releases import OLDER, RELEASES, environment, is_release
 
-WORKER = Path(__file__).with_name("engines_worker.py")
+HERE = Path(__file__).parent
 
 
 # The engines themselves on every release, all the rest on these: a release takes 10 s to import.
@@ -21,14 +21,28 @@ BRIEF = [release for release in RELEASES if release < "0.16"]
 
 
 @pytest.fixture(scope="module", params=RELEASES)
-def ranks(request, tmp_path_factory):
+def release(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(release, tmp_path_factory):
     """What each of 2 ranks saw."""
-    out = tmp_path_factory.mktemp("engines")
-    brief = ["--brief"] if request.param in BRIEF else []
-    done = forked(2, WORKER, out, *brief, env=environment(request.param))
+    return _seen("engines_worker.py", release, BRIEF, tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def graphed(release, tmp_path_factory):
+    """What each of 2 ranks saw of engines with CUDA graphs."""
+    return _seen("graphs_worker.py", release, OLDER, tmp_path_factory.mktemp("graphs"))
+
+
+def _seen(worker: str, release: str, brief: list[str], out: Path) -> list[dict]:
+    options = ["--brief"] if release in brief else []
+    done = forked(2, HERE / worker, out, *options, env=environment(release))
     assert done.returncode == 0, done.stderr[-4000:]
     results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    assert is_release(results[0]["version"], request.param)
+    assert is_release(results[0]["version"], release)
     return results
 
 
@@ -38,6 +52,13 @@ def all_of_it(ranks):
     if "bf16" not in ranks[0]:
         pytest.skip("of this release the engines themselves only")
     return ranks
+
+
+@pytest.fixture
+def all_graphed(graphed):
+    if "in turn" not in graphed[0]:
+        pytest.skip("of this release graphs of decoding only")
+    return graphed
 
 
 def _needs(ranks, feature: str) -> None:
@@ -203,7 +224,8 @@ def test_remove_gives_the_native_tokens_back(ranks):
         ("captured after", r"remove\(\) would not reach .* delete_cuda_graphs\(\)"),
         ("graphed", "no error"),
         ("gathers", "--lowbit-all-gather uses forward pre-hooks, .* refuse in training"),
-        ("warm-up", "cuda_graph_warmup_steps is 0"),
+        ("warm-up", "(cuda_graph_warmup_steps is 0.*){2}"),
+        ("whole steps", r"remove\(\) would not reach the CUDA graph of whole training steps"),
     ],
 )
 def test_cuda_graphs(all_of_it, case, message):
@@ -213,3 +235,66 @@ def test_cuda_graphs(all_of_it, case, message):
             "a refused remove() changes nothing"
         )
         assert rank["graphs"]["attributes"], "Megatron's own names"
+
+
+@pytest.mark.support("dynamic engine: CUDA-graphed decode (on a stand-in)")
+def test_graphed_decode(graphed):
+    """A step of prefill sums in Python, one of decoding only replays a graph a layer."""
+    for rank in graphed:
+        result, sums = rank["decode"], 2 * LAYERS
+        assert result["tokens"] == graphed[0]["decode"]["eager"]
+        steps = result["seen"].count("forward")
+        prefills, rest = divmod(len(result["seen"]) - steps, sums)
+        assert (rest, prefills > 0) == (0, True)
+        replayed = steps - prefills
+        assert replayed >= NEW_TOKENS - 1
+        assert result["replays"] == LAYERS * replayed
+        captured = _captured(result["stats"])
+        assert captured == _captured(result["stats of the capture"]), "replays are not counted"
+        assert (captured["calls"], captured["seconds"]) == (sums, 0)
+        assert result["sent_bytes"] == replayed * captured["sent_bytes"] > 0
+
+
+def _captured(stats: dict) -> dict:
+    """What statistics say of the sums in CUDA graphs."""
+    why = "fixed, in a CUDA graph: replays are not counted"
+    (captured,) = (choice for choice in stats["total"] if choice["why"] == why)
+    return captured
+
+
+@pytest.mark.parametrize("case", ["every step", "block", "sequence parallel", "speculative"])
+def test_other_graphs_give_the_tokens_of_eager_steps(all_graphed, case):
+    """Of prefill, too; of the whole decoder; with gathers in low bits; with heads that guess."""
+    for rank in all_graphed:
+        assert rank[case]["tokens"] == all_graphed[0][case]["eager"]
+        assert rank[case]["replays"] > 0
+        assert rank[case]["sent_bytes"] > 0
+        if case == "every step":
+            assert set(rank[case]["seen"]) == {"forward"}, "no sum runs in Python"
+
+
+def test_every_replay_gives_eagers_bits(all_graphed):
+    """Megatron's runners, each call once with its graph and once without, on the same input."""
+    for rank in all_graphed:
+        compared = rank["in turn"]["compared"]
+        assert len(compared) >= LAYERS * (NEW_TOKENS - 1)
+        assert len({given for *_, given in compared}) == len(compared), "inputs differ"
+        assert all(same and untouched for same, untouched, _ in compared)
+
+
+def test_graphs_can_be_captured_anew(all_graphed):
+    """After Megatron's delete_cuda_graphs(), and not before: native ones, then two-shot ones."""
+    for rank in all_graphed:
+        result = rank["in turn"]
+        assert "remove() would not reach the CUDA graphs" in result["remove"]
+        assert "apply() would not reach the CUDA graphs" in result["apply"]
+        assert result["native eager"] != result["two-shot eager"]
+        for case in ("native", "two-shot"):
+            assert result[case]["tokens"] == result[f"{case} eager"]
+            assert result[case]["replays"] > 0
+        assert result["native"]["sent_bytes"] == 0, "by collectives of the backend"
+
+
+def test_a_capture_refuses_a_sum_that_looks_at_a_value(all_graphed):
+    for rank in all_graphed:
+        assert rank["waiting"] == "operation not permitted when stream is capturing: aten::item"
