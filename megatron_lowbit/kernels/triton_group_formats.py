@@ -23,7 +23,7 @@ from megatron_lowbit.kernels import triton_parts as parts
 
 # Bytes of a group's scale on the wire.
 SCALE_BYTES = {"signed": 2, "signed-e4m3": 1, "int8": 4, "fp8": 4, "mxfp4": 1, "nvfp4": 1}
-SCALE_BYTES |= {"affine": 2, "spikes": 2}
+SCALE_BYTES |= {"affine": 2, "spikes": 2, "bf16": 0}
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The programs behind `triton_grouped`: each has one token's row, a tile of ``[groups, features]``.
 
 So a group's numbers are made once and spread over its features. Numbers are read and written by
-bytes, since a row begins anywhere. What differs between formats is in `triton_group_formats`.
+bytes, since a row begins anywhere. What differs between formats is in `triton_group_formats`; one
+more, ``bf16``, has no groups: each feature is a number.
 """
 
 import triton
@@ -30,25 +31,46 @@ def encode(
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     partial += token * row_stride
     payload += token * row_bytes
-    numbers = payload + BODY_BYTES
-    group, place = _places(GROUP, LOG_TILE)
+    _, place = _places(GROUP, LOG_TILE)
     inside = place < HIDDEN
     values = parts.load_floats(partial + place * column_stride, inside)
-    if HIDDEN % GROUP:  # its last value fills the last group: that does not change its extremes
-        last = tl.full([1, 1], HIDDEN - 1, tl.int64)
-        last = parts.load_floats(partial + last * column_stride, last < HIDDEN)
-        values = tl.where(inside, values, last)
+    if FORMAT == "bf16":
+        parts.store_u16(payload + 2 * place, parts.wire_bits(values), inside)
+    else:
+        _write(values, payload, HIDDEN, GROUP, FORMAT, BITS, BODY_BYTES, SCALE_BYTES, LOG_TILE)
+
+
+@triton.jit
+def _write(
+    values,
+    payload,
+    HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    """Write codes and numbers of fp32 [groups, GROUP], zero from HIDDEN on."""
+    group, place = _places(GROUP, LOG_TILE)
+    inside = place < HIDDEN
+    numbers = payload + BODY_BYTES
     groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
     real = group < groups
+    AFFINE: tl.constexpr = FORMAT == "affine" or FORMAT == "spikes"
+    if AFFINE and HIDDEN % GROUP:  # zeros are no extremes: the last group goes on as it ended
+        last = tl.sum(tl.sum(tl.where(place == HIDDEN - 1, values, 0.0), axis=1), axis=0)
+        values = tl.where(inside, values, last)
     if FORMAT == "nvfp4":
-        values = _divide_by_token(values, real, numbers)
+        values = _divide_by_token(values, numbers)
         numbers += 4
     if FORMAT == "spikes":
         values = spikes.write(values, numbers + 4 * groups, group, groups)
     low, high = formats.extremes(values, FORMAT)
     bits = formats.encode_scale(low, high, FORMAT, BITS)
     _store_number(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
-    if FORMAT == "affine" or FORMAT == "spikes":
+    if AFFINE:
         zero = parts.bf16_bits(low)
         parts.store_u16(numbers + 2 * (groups + group), zero, real)
         values -= (zero << 16).to(tl.float32, bitcast=True)[:, None]
@@ -61,10 +83,10 @@ def encode(
 
 
 @triton.jit
-def _divide_by_token(values, real, number):
+def _divide_by_token(values, number):
     """Write the fp32 scale of a token, of its finite groups, and divide its values by it."""
     size = formats.absmax(*formats.extremes(values, "nvfp4"))
-    size = tl.max(tl.where(real & (size == size), size, 0.0), axis=0)
+    size = tl.max(tl.where(size == size, size, 0.0), axis=0)
     scale = tl.div_rn(size, 2688.0)  # the largest of E2M1, 6, times that of E4M3, 448
     _store_number(number, scale.to(tl.int32, bitcast=True), None, 4)
     return tl.div_rn(values, tl.where(scale == 0, 1.0, scale))
@@ -134,17 +156,37 @@ def _values(
     LOG_TILE: tl.constexpr,
 ):
     """fp32 [groups, GROUP]: a rank's row; behind the last feature anything."""
-    group, _ = _places(GROUP, LOG_TILE)
+    group, place = _places(GROUP, LOG_TILE)
+    if FORMAT == "bf16":
+        values = parts.load_bf16(payload + 2 * place, place < HIDDEN)
+    else:
+        codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+        steps = formats.from_codes(codes, FORMAT, BITS)
+        steps = tl.reshape(steps, [(1 << LOG_TILE) // GROUP, GROUP])
+        numbers = payload + BODY_BYTES
+        values = _scaled(steps, numbers, group, HIDDEN, GROUP, FORMAT, BITS, SCALE_BYTES)
+    return values
+
+
+@triton.jit
+def _scaled(
+    values,
+    numbers,
+    group,
+    HIDDEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
+):
+    """What values in units of the step stand for, by the numbers of their groups."""
     groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
     real = group < groups
-    numbers = payload + BODY_BYTES
     of_token = 1.0
     if FORMAT == "nvfp4":
         of_token = _load_number(numbers, None, 4).to(tl.float32, bitcast=True)
         numbers += 4
     bits = _load_number(numbers + SCALE_BYTES * group, real, SCALE_BYTES)
-    codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
-    values = tl.reshape(formats.from_codes(codes, FORMAT, BITS), [(1 << LOG_TILE) // GROUP, GROUP])
     values *= formats.decode_scale(bits, FORMAT, BITS)[:, None]
     if FORMAT == "nvfp4":
         values *= of_token
