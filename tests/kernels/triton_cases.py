@@ -164,7 +164,7 @@ def test_ties(name):
     groups = torch.zeros(len(sizes[:1024]), size)
     groups[:, 1] = sizes[:1024]
     groups[::2] *= -1
-    rows = groups.view(-1, 32 * size) if codec.group else groups[::32]
+    rows = groups.view(-1, 16384) if codec.group else groups[::32]
     _check(codec, [rows], tables_of(codec, rows.shape[1], 0))
 
 
@@ -243,16 +243,17 @@ def test_types_and_strides(name, dtype):
     _same(out.T.cpu(), codec.decode_sum(payloads, tables).to(dtype).cpu(), "a transposed result")
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ALL)
-def test_rows_that_are_not_finite(name, bad):
+def test_rows_that_are_not_finite(name):
+    """Every feature in some token, all kinds in the body and in the BF16 features; and none."""
     codec = get_codec(name)
-    tables = tables_of(codec, 16, 4)
-    partials = [sample("normal", (17, 16), seed) for seed in range(2)]
-    partials[1][:16].fill_diagonal_(bad)  # every feature in some token, and a token without
+    tables = tables_of(codec, 12, 6)
+    partials = [sample("normal", (13, 12), seed) for seed in range(2)]
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    partials[1].diagonal().copy_(bad.repeat(4))
     payloads = _check(codec, partials, tables)
     nan = codec.decode_sum(payloads, tables).isnan().any(dim=1)
-    assert nan.tolist() == [True] * 16 + [False]
+    assert nan.tolist() == [True] * 12 + [False]
 
 
 @pytest.mark.parametrize("name", ALL)
