@@ -65,8 +65,8 @@ def test_it_compiles_for_a_gpu(tmp_path):
     """
     lines = _run(str(HERE / "triton_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    # Ten kernels at two shapes, five on tensor cores, and two for each format of the peers.
-    assert len(found) == 30 + 2 * len(PEERS)
+    # Ten kernels at two shapes, five on tensor cores, and two for bf16 and each peer's format.
+    assert len(found) == 30 + 2 * (1 + len(PEERS))
     for name, tile, registers, stack, *_ in found:
         # Those with a barrier keep a few addresses over the calls of slow square roots.
         allowed = 32 if name.startswith("triton_symmetric") else 0

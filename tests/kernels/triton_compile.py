@@ -123,7 +123,7 @@ def main() -> None:
         _rotated(hidden, bits, and_reduce=True)
         with select.rotating_by(select.TENSOR_CORES):
             _rotated(hidden, bits, and_reduce=False)  # which rotates nothing
-    for name in PEERS:
+    for name in ("bf16", *PEERS):
         _encode_and_sum(name, CASES[-1][0], None)
 
 
