@@ -84,13 +84,10 @@ class Grouped(Codec):
     def _layout(self, hidden: int) -> dict:
         """What kernels must know of the rows of a payload."""
         body_bytes, *_, row_bytes = self._offsets(hidden)
-        row = {"body_bytes": body_bytes, "row_bytes": row_bytes}
         return {
-            "hidden": hidden,
-            "format": self.format,
-            "group": self.group,
-            "bits": self.bits,
-        } | row
+            **{"hidden": hidden, "format": self.format, "group": self.group, "bits": self.bits},
+            **{"body_bytes": body_bytes, "row_bytes": row_bytes},
+        }
 
     def _reference_encode(self, partial: Tensor) -> Tensor:
         tokens, hidden = partial.shape

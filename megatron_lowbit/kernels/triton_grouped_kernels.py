@@ -58,8 +58,8 @@ def _write(
     numbers = payload + BODY_BYTES
     groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
     real = group < groups
-    AFFINE: tl.constexpr = FORMAT == "affine" or FORMAT == "spikes"
-    if AFFINE and HIDDEN % GROUP:  # zeros are no extremes: the last group goes on as it ended
+    affine: tl.constexpr = FORMAT == "affine" or FORMAT == "spikes"
+    if affine and HIDDEN % GROUP:  # zeros are no extremes: the last group goes on as it ended
         last = tl.sum(tl.sum(tl.where(place == HIDDEN - 1, values, 0.0), axis=1), axis=0)
         values = tl.where(inside, values, last)
     if FORMAT == "nvfp4":
@@ -70,7 +70,7 @@ def _write(
     low, high = formats.extremes(values, FORMAT)
     bits = formats.encode_scale(low, high, FORMAT, BITS)
     _store_number(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
-    if AFFINE:
+    if affine:
         zero = parts.bf16_bits(low)
         parts.store_u16(numbers + 2 * (groups + group), zero, real)
         values -= (zero << 16).to(tl.float32, bitcast=True)[:, None]
