@@ -5,7 +5,7 @@ Every result of a kernel is checked first, bit for bit against plain torch; then
 timed. On a GPU the rotated codecs are measured twice, whatever MEGATRON_LOWBIT_ROTATION says: by
 butterflies and, checked to be close, on tensor cores. Prints medians with p10 and p90, GB/s of the
 bytes that must move, their share of a plain copy's bandwidth in the same run, and the speedup over
-plain torch. fp8-g256, in plain torch, is what others send.
+plain torch. fp8-g256 is what others send.
 
 examples:
   python tools/bench_codecs.py --output codecs.json

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.grouped import Grouped, extremes
+from megatron_lowbit.codecs.grouped import Grouped, divide, extremes
 
 _LARGEST = torch.finfo(torch.bfloat16).max / 2  # of either sign: their difference is still finite
 
@@ -26,6 +26,7 @@ class Int4Group32Asymmetric(Grouped):
     """
 
     name = "int4-g32-asym"
+    format = "affine"
     supported_bits = (4, 8, 6, 5, 3, 2)
     group = 32
 
@@ -45,7 +46,7 @@ class Int4Group32Asymmetric(Grouped):
         """`_quantize` with levels from `low` to `high`, fp32 ``[tokens, groups, 1]``."""
         top = 2**self.bits - 1
         low, high = low.clamp(-_LARGEST, _LARGEST), high.clamp(-_LARGEST, _LARGEST)
-        scale, zero = ((high - low) / top).bfloat16(), low.bfloat16()
+        scale, zero = divide(high - low, top).bfloat16(), low.bfloat16()
         step = scale.float()  # as the receivers will see it, and so the zero
         usable = step.isfinite() & (step != 0)
         steps = torch.where(usable, (values - zero.float()) / step, 0)
@@ -64,10 +65,11 @@ class SpikeGroup32(Int4Group32Asymmetric):
     """FlashCommunication V2, spike reserving: int2 (3, 4) in groups of 32: 4.5 bits.
 
     A group's largest and least value are sent in BF16 with a byte each for their places, the first
-    ones where there are several; scale and zero are those of the others.
+    ones where there are several; scale and zero are those of the others. A zero is positive.
     """
 
     name = "spike-g32"
+    format = "spikes"
     supported_bits = (2, 3, 4)
 
     def _numbers(self, groups: int) -> tuple[tuple[torch.dtype, int], ...]:
@@ -82,7 +84,7 @@ class SpikeGroup32(Int4Group32Asymmetric):
         finite = spikes.isfinite().all(dim=-1, keepdim=True)
         bounds = (torch.where(finite, bound, torch.nan) for bound in extremes(rest))
         codes, numbers = self._between(rest, *bounds)
-        spikes = wire.to_wire_bf16(torch.where(finite, spikes, torch.nan))
+        spikes = wire.to_wire_bf16(torch.where(finite, spikes + 0.0, torch.nan))
         return codes, (*numbers, spikes.flatten(1), places.to(torch.uint8).flatten(1))
 
     def _dequantize(self, codes: Tensor, numbers: tuple[Tensor, ...]) -> Tensor:

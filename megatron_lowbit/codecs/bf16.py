@@ -1,10 +1,16 @@
-"""``bf16``: every feature in BF16; the baseline through the same plumbing."""
+"""``bf16``: every feature in BF16; the baseline through the same plumbing.
+
+The plain torch here is the specification; on GPUs `kernels.triton_grouped` gives the same bits.
+"""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs.base import Codec, Tables, rounded_into, sum_in_rank_order
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
+from megatron_lowbit.kernels import select
 
 
 class Bf16(Codec):
@@ -18,7 +24,24 @@ class Bf16(Codec):
         return 2 * tables.hidden
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
-        return bf16_bytes(to_wire_bf16(partial))
+        module = self.kernels(partial, tables)
+        if module is None:
+            return bf16_bytes(to_wire_bf16(partial))
+        return module.encode(partial, **self._layout(tables))
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        return rounded_into(out, sum_in_rank_order(payloads.view(torch.bfloat16)))
+        module = self.kernels(payloads, tables)
+        if module is None:
+            values = payloads.contiguous().view(torch.bfloat16)
+            return rounded_into(out, sum_in_rank_order(values))
+        return module.decode_sum(payloads, out=out, **self._layout(tables))
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        return select.kernels_for(select.GROUPED, values)
+
+    def _layout(self, tables: Tables) -> dict:
+        """What kernels must know of the rows of a payload."""
+        return {
+            **{"hidden": tables.hidden, "format": "bf16", "group": None, "bits": self.bits},
+            **{"body_bytes": 0, "row_bytes": self.row_bytes(tables)},
+        }

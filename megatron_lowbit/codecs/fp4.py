@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.grouped import Scaled, extremes
+from megatron_lowbit.codecs.grouped import Scaled, absmax, divide, extremes
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_MAX = 6.0
@@ -46,11 +46,12 @@ class Mxfp4(_Fp4):
     """
 
     name = "mxfp4"
+    format = "mxfp4"
     group = 32
     scale_dtype = torch.float8_e8m0fnu
 
     def _scale(self, low: Tensor, high: Tensor) -> Tensor:
-        exponent = torch.maximum(high, -low).view(torch.int32) & 0x7F800000  # NaN: infinity
+        exponent = absmax(low, high).view(torch.int32) & 0x7F800000  # NaN: infinity
         return (exponent.view(torch.float32) / 2**_E2M1_MAX_EXPONENT).clamp(min=2.0**-127)
 
 
@@ -66,6 +67,7 @@ class Nvfp4(_Fp4):
     """
 
     name = "nvfp4"
+    format = "nvfp4"
     group = 16
     scale_dtype = torch.float8_e4m3fn
 
@@ -74,8 +76,8 @@ class Nvfp4(_Fp4):
 
     def _quantize(self, values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         low, high = extremes(values)
-        absmax = torch.maximum(high, -low).nan_to_num_(0).amax(dim=1, keepdim=True)
-        of_token = absmax / (_E2M1_MAX * _E4M3_MAX)
+        largest = absmax(low, high).nan_to_num_(0).amax(dim=1, keepdim=True)
+        of_token = divide(largest, _E2M1_MAX * _E4M3_MAX)
         codes, scales = super()._quantize(values / torch.where(of_token == 0, 1, of_token))
         return codes, (of_token.squeeze(-1), *scales)
 
@@ -84,7 +86,7 @@ class Nvfp4(_Fp4):
         return super()._dequantize(codes, tuple(scales)).mul_(of_token)
 
     def _scale(self, low: Tensor, high: Tensor) -> Tensor:
-        return torch.maximum(high, -low) / _E2M1_MAX
+        return divide(absmax(low, high), _E2M1_MAX)
 
     def _to_wire(self, scale: Tensor) -> Tensor:
         return scale.clamp(max=_E4M3_MAX).to(self.scale_dtype)

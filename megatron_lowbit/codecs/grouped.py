@@ -15,16 +15,20 @@ which only fp32 input can have, are taken for that value.
 Formats, group sizes and types of the numbers follow the peers' sources. What they do not follow is
 where a peer departs from the contract of `codecs.base`: sums in 16 bits, an own chunk that skips
 the wire, codes for a NaN that a number can have.
+
+The plain torch here is the specification; on GPUs `kernels.triton_grouped` gives the same bits.
 """
 
 import abc
 import itertools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
 from megatron_lowbit.codecs.base import Codec, Tables, rounded_into
+from megatron_lowbit.kernels import select
 
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 
@@ -34,9 +38,12 @@ class Grouped(Codec):
 
     Attributes:
         group: Features that share numbers; None for all features of a token.
+        format: What the kernels know it by (`kernels.triton_grouped`); None if they do not. Who
+            overrides a hook says anew.
     """
 
     group: int | None
+    format: str | None = None
     takes_index = False
 
     @abc.abstractmethod
@@ -60,6 +67,29 @@ class Grouped(Codec):
         return self._offsets(tables.hidden)[-1]
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        module = self.kernels(partial, tables)
+        if module is None:
+            return self._reference_encode(partial)
+        return module.encode(partial, **self._layout(tables.hidden))
+
+    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
+        module = self.kernels(payloads, tables)
+        if module is None:
+            return rounded_into(out, self._reference_decode_sum(payloads, tables.hidden))
+        return module.decode_sum(payloads, out=out, **self._layout(tables.hidden))
+
+    def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
+        return select.kernels_for(select.GROUPED, values) if self.format else None
+
+    def _layout(self, hidden: int) -> dict:
+        """What kernels must know of the rows of a payload."""
+        body_bytes, *_, row_bytes = self._offsets(hidden)
+        return {
+            **{"hidden": hidden, "format": self.format, "group": self.group, "bits": self.bits},
+            **{"body_bytes": body_bytes, "row_bytes": row_bytes},
+        }
+
+    def _reference_encode(self, partial: Tensor) -> Tensor:
         tokens, hidden = partial.shape
         groups, size = self._groups(hidden)
         values = partial.float()
@@ -73,8 +103,7 @@ class Grouped(Codec):
         packed = torch.nn.functional.pad(packed, (0, self._offsets(hidden)[0] - packed.shape[1]))
         return torch.cat([packed, *map(_bytes, numbers)], dim=1)
 
-    def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
-        hidden = tables.hidden
+    def _reference_decode_sum(self, payloads: Tensor, hidden: int) -> Tensor:
         kinds = self._numbers(self._groups(hidden)[0])
         spans = list(zip(kinds, itertools.pairwise(self._offsets(hidden)), strict=True))
         total = None
@@ -86,7 +115,7 @@ class Grouped(Codec):
             )
             values = self._dequantize(wire.unpack(packed, self.bits, hidden), numbers)
             total = values if total is None else total.add_(values)
-        return rounded_into(out, total)
+        return total
 
     def _groups(self, hidden: int) -> tuple[int, int]:
         """Groups in a token, and features in each but the last."""
@@ -141,7 +170,7 @@ class Scaled(Grouped):
 
         Where they are NaN it may be anything that is not finite.
         """
-        return torch.maximum(high, -low) / (2 ** (self.bits - 1) - 1)
+        return divide(absmax(low, high), 2 ** (self.bits - 1) - 1)
 
     def _to_wire(self, scale: Tensor) -> Tensor:
         """An fp32 scale, finite or NaN, in the type of the wire."""
@@ -165,12 +194,23 @@ def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Least and largest value of each group of ``[tokens, groups, size]``, with size 1.
 
     Finite ones are within the BF16 range, above which a scale that is rounded up could make an
-    infinity of a finite value; both are NaN where the group is not all finite.
+    infinity of a finite value; both are NaN where the group is not all finite. A zero is positive:
+    which of a group's zeros would come out is up to the order of comparisons.
     """
     low, high = values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)
     finite = low.isfinite() & high.isfinite()
     low, high = low.clamp(min=-_BF16_MAX, max=_BF16_MAX), high.clamp(min=-_BF16_MAX, max=_BF16_MAX)
-    return torch.where(finite, low, torch.nan), torch.where(finite, high, torch.nan)
+    return torch.where(finite, low + 0.0, torch.nan), torch.where(finite, high + 0.0, torch.nan)
+
+
+def absmax(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude, of `extremes`; a zero is positive."""
+    return torch.maximum(high.abs(), low.abs())
+
+
+def divide(values: Tensor, by: float) -> Tensor:
+    """``values / by``, correctly rounded on GPUs, too: by a number torch multiplies with 1 / by."""
+    return values / values.new_full((), by)
 
 
 def _bytes(numbers: Tensor) -> Tensor:

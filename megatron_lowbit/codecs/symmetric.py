@@ -10,7 +10,7 @@ first 32 and the last.
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.grouped import Scaled
+from megatron_lowbit.codecs.grouped import Scaled, absmax, divide
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _AITER_NAN, _AITER_MAX = 0x7F, 0x7E  # without the sign
@@ -24,6 +24,7 @@ class Int4Group32(Scaled):
     """
 
     name = "int4-g32"
+    format = "signed"
     supported_bits = (4, 8, 6, 3)
     group = 32
     scale_dtype = torch.bfloat16
@@ -43,6 +44,7 @@ class Int4Group16(Scaled):
     """
 
     name = "int4-g16"
+    format = "signed-e4m3"
     supported_bits = (4, 6, 5)
     group = 16
     scale_dtype = torch.uint8
@@ -71,6 +73,7 @@ class Int8Token(Scaled):
     """SGLang: int8 with an fp32 scale per token, absmax / 127: 8.01 bits at hidden 4096."""
 
     name = "int8-token"
+    format = "int8"
     supported_bits = (8,)
     group = None
     scale_dtype = torch.float32
@@ -80,12 +83,13 @@ class Fp8Group256(Scaled):
     """FlashInfer: FP8 E4M3 in groups of 256 with an fp32 scale, absmax / 448: 8.125 bits."""
 
     name = "fp8-g256"
+    format = "fp8"
     supported_bits = (8,)
     group = 256
     scale_dtype = torch.float32
 
     def _scale(self, low: Tensor, high: Tensor) -> Tensor:
-        return torch.maximum(high, -low) / FP8_MAX
+        return divide(absmax(low, high), FP8_MAX)
 
     def _to_codes(self, steps: Tensor) -> Tensor:
         # torch's cast rounds to even, but makes NaN of what is above the largest value.

@@ -23,11 +23,12 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import build, rotated_hybrid
 from megatron_lowbit.kernels.build import SWITCH
 
-ROTATED, STATIC, SCALED, NORM = "rotated", "static", "scaled", "norm"
+ROTATED, STATIC, SCALED, GROUPED, NORM = "rotated", "static", "scaled", "grouped", "norm"
 _TRITON = {
     ROTATED: "megatron_lowbit.kernels.triton_rotated",
     STATIC: "megatron_lowbit.kernels.triton_static",
     SCALED: "megatron_lowbit.kernels.triton_scaled",
+    GROUPED: "megatron_lowbit.kernels.triton_grouped",
     NORM: "megatron_lowbit.kernels.triton_norm",
 }
 ROTATION_SWITCH = "MEGATRON_LOWBIT_ROTATION"
@@ -41,7 +42,7 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """The module of kernels for these tensors, or None where plain torch must do.
 
     Args:
-        family: `ROTATED`, `STATIC`, `SCALED` or `NORM`.
+        family: `ROTATED`, `STATIC`, `SCALED`, `GROUPED` or `NORM`.
         tensors: All on one device, else there is none.
     """
     kind = _kind(*tensors)

@@ -57,6 +57,14 @@ def wire_bits(values):
 
 
 @triton.jit
+def round_within(values, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """int32: to the nearest, ties to even, within LEAST and MOST; of NaN anything."""
+    values = tl.minimum(tl.maximum(values, LEAST + 0.0), MOST + 0.0)
+    shift: tl.constexpr = 12582912.0  # 1.5 * 2**23: fp32 has no fractions here
+    return ((values + shift) - shift).to(tl.int32)
+
+
+@triton.jit
 def load_bf16(pointers, mask):
     """fp32 of BF16 values at byte `pointers`, aligned or not."""
     low = tl.load(pointers, mask=mask).to(tl.int32)

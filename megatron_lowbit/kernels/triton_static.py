@@ -40,7 +40,8 @@ def _encode(
     values = parts.load_floats(partial + feature * column_stride, inside)
     step = tl.load(scale + feature, mask=inside, other=0.0)
     inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
-    codes = _round(values * inverse, (1 << (BITS - 1)) - 1)
+    largest: tl.constexpr = (1 << (BITS - 1)) - 1
+    codes = parts.round_within(values * inverse, -largest, largest)
     finite = tl.abs(values) < float("inf")
     codes = tl.where(finite, codes, -(1 << (BITS - 1))) & ((1 << BITS) - 1)
     if KEPT:
@@ -49,14 +50,6 @@ def _encode(
         parts.pack(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
     else:
         parts.pack_bytes(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
-
-
-@triton.jit
-def _round(values, LARGEST: tl.constexpr):
-    """int32: to the nearest, ties to even, within -LARGEST and LARGEST; of NaN anything."""
-    values = tl.minimum(tl.maximum(values, -LARGEST + 0.0), LARGEST + 0.0)
-    shift: tl.constexpr = 12582912.0  # 1.5 * 2**23: fp32 has no fractions here
-    return ((values + shift) - shift).to(tl.int32)
 
 
 @triton.jit

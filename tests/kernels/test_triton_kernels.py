@@ -15,6 +15,7 @@ from ranks import run_ranks
 
 from megatron_lowbit import kernels
 from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs.peers import PEERS
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import select
 
@@ -64,7 +65,8 @@ def test_it_compiles_for_a_gpu(tmp_path):
     """
     lines = _run(str(HERE / "triton_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    assert len(found) == 30  # ten kernels at two shapes, and five on tensor cores
+    # Ten kernels at two shapes, five on tensor cores, and two for bf16 and each peer's format.
+    assert len(found) == 30 + 2 * (1 + len(PEERS))
     for name, tile, registers, stack, *_ in found:
         # Those with a barrier keep a few addresses over the calls of slow square roots.
         allowed = 32 if name.startswith("triton_symmetric") else 0
@@ -85,7 +87,7 @@ select._kind = lambda *tensors: "cuda"
 x = torch.randn(3, 64)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for name in ("rotated-hybrid", "static-hybrid", "scaled-hybrid"):
+    for name in ("rotated-hybrid", "static-hybrid", "scaled-hybrid", "fp8-g256"):
         codec = get_codec(name)
         tables = codec.tables(64, statistics=Statistics.of(x[None]))
         for _ in range(2):

@@ -19,15 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.codecs.peers import PEERS
 from megatron_lowbit.kernels import (
     select,
     triton_gathered,
+    triton_grouped,
     triton_norm,
     triton_rotated,
     triton_symmetric,
 )
 from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
 
+MODULES = (triton_gathered, triton_grouped, triton_norm, triton_rotated, triton_symmetric)
 TARGET = GPUTarget("cuda", 90, 32)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
 TYPES = {
@@ -70,6 +73,7 @@ def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
     registers, stack = _resources(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+    name += f".{constants['FORMAT']}" if "FORMAT" in constants else ""
     print(name, 1 << tile.log_tile, registers, stack, shared, f"{count:.0f}", products, flush=True)
 
 
@@ -111,7 +115,7 @@ def main() -> None:
     """Every kernel at every case."""
     select._kind = lambda *tensors: "cuda"
     select._trouble = lambda: ""
-    for module in (triton_gathered, triton_norm, triton_rotated, triton_symmetric):
+    for module in MODULES:
         module.launch = _compile
     for hidden, bits in CASES:
         for name in ("static-hybrid", "scaled-hybrid"):
@@ -119,9 +123,13 @@ def main() -> None:
         _rotated(hidden, bits, and_reduce=True)
         with select.rotating_by(select.TENSOR_CORES):
             _rotated(hidden, bits, and_reduce=False)  # which rotates nothing
+    for name in ("bf16", *PEERS):
+        _encode_and_sum(name, CASES[-1][0], None)
 
 
-def _encode_and_sum(name: str, hidden: int, bits: int) -> tuple[Codec, Tables, Tensor, Tensor]:
+def _encode_and_sum(
+    name: str, hidden: int, bits: int | None
+) -> tuple[Codec, Tables, Tensor, Tensor]:
     """Two kernels of a codec; gives it, its tables, a partial and its payload as of one rank."""
     codec = get_codec(name, bits=bits)
     partial = sample("normal", (2, hidden), 0).bfloat16()
