@@ -92,6 +92,7 @@ class Plan:
         node_size: Ranks in a node of hierarchical.
         tuning: A tuning file for `auto`; the cost model without one.
         seconds: Of timed calls for each size and variant, at the least seven calls.
+        call_by_call: As for `timing.time_calls`.
 
     Raises:
         LowbitError: A value that cannot be measured; the message names it.
@@ -105,6 +106,7 @@ class Plan:
     node_size: int | None = None
     tuning: Path | None = None
     seconds: float = 1.0
+    call_by_call: bool = False
 
     def __post_init__(self):
         if self.ranks is not None and not 2 <= self.ranks <= MOST_RANKS:

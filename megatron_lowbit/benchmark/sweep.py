@@ -151,6 +151,7 @@ def _measure_size(
             seconds=plan.seconds,
             device=device,
             prepare=buffers.refill,  # sums of sums would grow to infinity
+            call_by_call=plan.call_by_call,
         )
         _add_rows(plan, variants, times, shape, choosers, measured)
 

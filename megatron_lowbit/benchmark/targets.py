@@ -63,9 +63,10 @@ def auto(ranks: int, link: str | None, rows: list[dict]) -> Result:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tuning.json"
         write_tuning(report.tuning(tuned), path)
-        # Many calls: a short one takes 0.3 ms, or 4 where a rank waits for the other's time slice.
+        # Often both are native. Many calls: a short one takes 0.3 ms, or 4 where a rank waits for
+        # the other's time slice.
         variants = (NATIVE, Variant(DEFAULT_CODEC, "auto"))
-        plan = Plan(variants, _ALL, ranks, link, tuning=path, seconds=2.0)
+        plan = Plan(variants, _ALL, ranks, link, tuning=path, seconds=5.0, call_by_call=True)
         measured = sweep.run(plan, quiet=True)
     rows += tuned.rows + measured.rows
     taken = {report.size_text(size): collective for _, size, collective in measured.choices}

@@ -244,16 +244,24 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _native(x: Tensor, group, choice: Choice, traffic: Traffic | None) -> Tensor:
-    """The backend's own sum, in place, with as little as possible around it."""
-    ranks = dist.get_world_size(group)
+    """The backend's own sum, in place, with as little as possible around it.
+
+    That little is cold when a rank has waited for its turn: 8 KB, 2 ranks, 2 cores take 0.38 ms, of
+    which 3 us of Python, measured in a loop, were 20.
+    """
+    group = group or dist.group.WORLD
+    ranks = group.size()
     if ranks == 1:
+        return x
+    if traffic is None:
+        dist.all_reduce(x, group=group)
         return x
     clock = Clock(x.device)
     dist.all_reduce(x, group=group)
-    if traffic is not None:
-        size, tokens = x.numel() * x.element_size(), x.numel() // x.shape[-1]
-        sent = 2 * size * (ranks - 1) // ranks
-        traffic.add(choice, Counters(1, tokens, x.numel(), size, sent), clock.stop())
+    clock.stop()
+    size, tokens = x.numel() * x.element_size(), x.numel() // x.shape[-1]
+    sent = 2 * size * (ranks - 1) // ranks
+    traffic.add(choice, Counters(1, tokens, x.numel(), size, sent), clock)
     return x
 
 

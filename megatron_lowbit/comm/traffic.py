@@ -71,8 +71,9 @@ class Traffic:
         if entry is None:
             entry = self._by_choice[choice] = Counters()
         entry.add(counters)
-        if clock.is_captured:
-            return  # it has no seconds, and to ask an event now would end the capture
+        if not clock.has_events:  # in a capture, which asking an event would end, it has none
+            entry.seconds += clock.seconds()
+            return
         # A GPU's clocks are read once their events have passed; nothing waits for them here.
         self._open.append((entry, clock))
         while self._open and self._open[0][1].passed():
@@ -114,9 +115,14 @@ class Clock:
             self._events[1].record()
         return self
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `seconds` is known on the GPU first."""
+        return self._events is not None
+
     def passed(self) -> bool:
-        """Whether `seconds` would not wait."""
-        return self._events is None or self._events[1].query()
+        """Whether `seconds` would not wait for the events."""
+        return self._events[1].query()
 
     def seconds(self) -> float:
         """How long the call took; 0 for one captured in a CUDA graph, which nothing times."""

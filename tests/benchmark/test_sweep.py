@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from megatron_lowbit.benchmark.plan import (
     parse_sizes,
     shape_of,
 )
+from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.comm.choice import Settings, make_chooser
@@ -125,7 +127,22 @@ FAULTS = {
 
 def _on_two_ranks(rank: int, path: str) -> dict:
     """What needs two ranks, in one pair of processes: they take seconds to start."""
-    return {"tuned": _tune_and_choose(rank, Path(path))} | {f: _sweep_broken(f) for f in FAULTS}
+    found = {"tuned": _tune_and_choose(rank, Path(path)), "order": _order_of_calls()}
+    return found | {f: _sweep_broken(f) for f in FAULTS}
+
+
+def _order_of_calls() -> dict[bool, str]:
+    """What two cases do while they are timed, by `call_by_call`; ``.`` is before a turn."""
+    orders = {}
+    for by_call in (False, True):
+        done = []
+        calls = [partial(done.append, name) for name in "ab"]
+        prepare = partial(done.append, ".")
+        options = {"seconds": 1e-9, "device": torch.device("cpu"), "call_by_call": by_call}
+        times = time_calls(calls, prepare=prepare, **options)
+        assert [t.calls for t in times] == [7, 7]
+        orders[by_call] = "".join(done)
+    return orders
 
 
 def _tune_and_choose(rank: int, path: Path) -> tuple[str, str, str]:
@@ -184,6 +201,13 @@ def test_a_wrong_result_ends_the_sweep_on_every_rank(two_ranks, fault):
     (first, second), _ = two_ranks
     assert first[fault] == second[fault]
     assert FAULTS[fault] in first[fault]
+
+
+def test_order_of_timed_calls(two_ranks):
+    (first, _), _ = two_ranks
+    # One call of each says how long it takes; three untimed ones lead in a turn of a short one.
+    assert first["order"][False] == "ab" + (".aaaa.bbbb.bbbb.aaaa" * 4)[: 7 * 10]
+    assert first["order"][True] == "ab" + (".a.b.b.a" * 4)[: 7 * 4]
 
 
 def _row(size: int, codec: str, by: str, speedup: float, ranks: int = 2) -> dict:
