@@ -42,6 +42,10 @@ class Bf16(Codec):
     def _layout(self, tables: Tables) -> dict:
         """What kernels must know of the rows of a payload."""
         return {
-            **{"hidden": tables.hidden, "format": "bf16", "group": None, "bits": self.bits},
-            **{"body_bytes": 0, "row_bytes": self.row_bytes(tables)},
+            "hidden": tables.hidden,
+            "format": "bf16",
+            "group": None,
+            "bits": self.bits,
+            "body_bytes": 0,
+            "row_bytes": self.row_bytes(tables),
         }

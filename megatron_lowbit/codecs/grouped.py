@@ -85,8 +85,12 @@ class Grouped(Codec):
         """What kernels must know of the rows of a payload."""
         body_bytes, *_, row_bytes = self._offsets(hidden)
         return {
-            **{"hidden": hidden, "format": self.format, "group": self.group, "bits": self.bits},
-            **{"body_bytes": body_bytes, "row_bytes": row_bytes},
+            "hidden": hidden,
+            "format": self.format,
+            "group": self.group,
+            "bits": self.bits,
+            "body_bytes": body_bytes,
+            "row_bytes": row_bytes,
         }
 
     def _reference_encode(self, partial: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def one_shot(m: Message, c: Costs) -> float:
     """Seconds of one-shot."""
     send = (m.ranks - 1) * m.partial_bytes * m.values / c.bandwidth
     work = m.values * (c.encode + m.ranks * c.decode + c.turn)
-    return c.latency + _pipe(send, work, m, c)
+    return c.latency + _pipe(send, work, m, c, shares=1)
 
 
 def two_shot(m: Message, c: Costs) -> float:
@@ -134,8 +134,11 @@ FORMULAS: dict[str, Callable[[Message, Costs], float]] = {
 }
 
 
-def _pipe(send: float, work: float, m: Message, c: Costs, *, transfers: int = 1) -> float:
-    chunks = max(-(-m.values // chunk_values(m.values, m.ranks)), 1)
+def _pipe(
+    send: float, work: float, m: Message, c: Costs, *, shares: int = 0, transfers: int = 1
+) -> float:
+    """Seconds of the pipeline; the ranks share a chunk, unless `shares` says how many parts."""
+    chunks = max(-(-m.values // chunk_values(m.values, shares or m.ranks)), 1)
     further = (chunks - 1) * transfers
     send, work = send + further * c.per_transfer, work + further * c.per_chunk
     return max(send, work) + min(send, work) / chunks
