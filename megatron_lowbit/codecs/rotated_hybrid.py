@@ -13,7 +13,7 @@ transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / 
 (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
 
 The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
-same bits: on CPUs `kernels.rotated_hybrid`, about 30 times faster (512 x 4096 on one thread of an
+same bits: on CPUs `kernels.rotated_hybrid`, about 50 times faster (512 x 4096 on one thread of an
 AMD EPYC), on GPUs `kernels.triton_rotated`, unless the user has these rotate on tensor cores.
 """
 

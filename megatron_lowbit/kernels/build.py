@@ -101,7 +101,7 @@ def _load() -> _Loaded:
         reason = " ".join(str(error).split())
         warnings.warn(
             f"megatron_lowbit: no fast CPU codec ({reason}): rotated-hybrid runs in plain torch, "
-            f"about 30 times slower. Install a C compiler, or set {SWITCH}=0 to silence this.",
+            f"about 50 times slower. Install a C compiler, or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=2,
         )
