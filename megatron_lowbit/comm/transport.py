@@ -23,10 +23,10 @@ from torch import Tensor
 
 Steps = Generator["Transfer | None", None, None]
 
-# Most values of a chunk that go from one rank to another: 280 KB at 4.2 bits. Chosen for Gloo; on
-# GPUs, where a chunk costs launches, nothing has been measured and more may be better.
-# Smaller ones cost more processor time in Gloo (0.1 ms each) than they let overlap: 16 MB, 4 ranks,
-# 1 Gbit/s, 2 cores: two-shot takes 104 ms with chunks of 1/4 of this, 74 with 1/2, 68 with this.
+# Most values of a chunk that go from one rank to another: 280 KB at 4.2 bits. Smaller messages
+# cost more processor time in Gloo (0.1 ms each) than they let overlap: 16 MB, 4 ranks, 1 Gbit/s,
+# 2 cores: two-shot takes 104 ms with chunks of 1/4 of this, 74 with 1/2, 68 with this. On GPUs,
+# where a chunk costs launches, nothing has been measured and more may be better.
 CHUNK_VALUES = 1 << 19
 # Of our point-to-point messages; each slot and use has a tag of its own.
 _TAG = 0x10B17

@@ -23,6 +23,20 @@ from megatron_lowbit.kernels.triton_launch import (
 )
 
 
+def _constants(
+    tile: Tile, hidden: int, format: str, group: int | None, bits: int, body_bytes: int
+) -> dict:
+    """What both programs are compiled for."""
+    return {
+        "HIDDEN": hidden,
+        "GROUP": group or 1 << tile.log_tile,
+        "FORMAT": format,
+        "BITS": bits,
+        "BODY_BYTES": body_bytes,
+        "SCALE_BYTES": SCALE_BYTES[format],
+    }
+
+
 @torch.library.custom_op("megatron_lowbit::grouped_encode", mutates_args=())
 def encode(
     partial: Tensor,
@@ -58,12 +72,7 @@ def encode(
         tile,
         partial,
         *(values, *values.stride(), payload, row_bytes),
-        HIDDEN=hidden,
-        GROUP=group or 1 << tile.log_tile,
-        FORMAT=format,
-        BITS=bits,
-        BODY_BYTES=body_bytes,
-        SCALE_BYTES=SCALE_BYTES[format],
+        **_constants(tile, hidden, format, group, bits, body_bytes),
     )
     return payload
 
@@ -126,12 +135,7 @@ def decode_sum_into(
         tile,
         payloads,
         *(payloads, *payloads.stride()[:2], ranks, target, *target.stride()),
-        HIDDEN=hidden,
-        GROUP=group or 1 << tile.log_tile,
-        FORMAT=format,
-        BITS=bits,
-        BODY_BYTES=body_bytes,
-        SCALE_BYTES=SCALE_BYTES[format],
+        **_constants(tile, hidden, format, group, bits, body_bytes),
         NATIVE=is_compiled(kernels.decode_sum),
     )
 

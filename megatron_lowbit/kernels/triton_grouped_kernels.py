@@ -35,7 +35,7 @@ def encode(
     inside = place < HIDDEN
     values = parts.load_floats(partial + place * column_stride, inside)
     if FORMAT == "bf16":
-        parts.store_u16(payload + 2 * place, parts.wire_bits(values), inside)
+        parts.store_bytes(payload + 2 * place, parts.wire_bits(values), inside, 2)
     else:
         _write(values, payload, HIDDEN, GROUP, FORMAT, BITS, BODY_BYTES, SCALE_BYTES, LOG_TILE)
 
@@ -69,10 +69,10 @@ def _write(
         values = spikes.write(values, numbers + 4 * groups, group, groups)
     low, high = formats.extremes(values, FORMAT)
     bits = formats.encode_scale(low, high, FORMAT, BITS)
-    _store_number(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
+    parts.store_bytes(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
     if affine:
         zero = parts.bf16_bits(low)
-        parts.store_u16(numbers + 2 * (groups + group), zero, real)
+        parts.store_bytes(numbers + 2 * (groups + group), zero, real, 2)
         values -= (zero << 16).to(tl.float32, bitcast=True)[:, None]
     step = formats.decode_scale(bits, FORMAT, BITS)
     usable = (tl.abs(step) < float("inf")) & (step != 0)
@@ -88,7 +88,7 @@ def _divide_by_token(values, number):
     size = formats.absmax(*formats.extremes(values, "nvfp4"))
     size = tl.max(tl.where(size == size, size, 0.0), axis=0)
     scale = tl.div_rn(size, 2688.0)  # the largest of E2M1, 6, times that of E4M3, 448
-    _store_number(number, scale.to(tl.int32, bitcast=True), None, 4)
+    parts.store_bytes(number, scale.to(tl.int32, bitcast=True), None, 4)
     return tl.div_rn(values, tl.where(scale == 0, 1.0, scale))
 
 
@@ -97,22 +97,6 @@ def _places(GROUP: tl.constexpr, LOG_TILE: tl.constexpr):
     """Number of each group, int32 [groups], and of each feature, int64 [groups, GROUP]."""
     group = tl.arange(0, (1 << LOG_TILE) // GROUP)
     return group, group[:, None].to(tl.int64) * GROUP + tl.arange(0, GROUP)[None, :]
-
-
-@triton.jit
-def _store_number(pointers, bits, mask, BYTES: tl.constexpr):
-    """The lowest bytes of int32 `bits` at byte `pointers`, aligned or not."""
-    for byte in tl.static_range(BYTES):
-        tl.store(pointers + byte, ((bits >> (8 * byte)) & 255).to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def _load_number(pointers, mask, BYTES: tl.constexpr):
-    """int32 of so many bytes at byte `pointers`, aligned or not."""
-    bits = tl.load(pointers, mask=mask).to(tl.int32)
-    for byte in tl.static_range(1, BYTES):
-        bits |= tl.load(pointers + byte, mask=mask).to(tl.int32) << (8 * byte)
-    return bits
 
 
 @triton.jit
@@ -184,9 +168,9 @@ def _scaled(
     real = group < groups
     of_token = 1.0
     if FORMAT == "nvfp4":
-        of_token = _load_number(numbers, None, 4).to(tl.float32, bitcast=True)
+        of_token = parts.load_bytes(numbers, None, 4).to(tl.float32, bitcast=True)
         numbers += 4
-    bits = _load_number(numbers + SCALE_BYTES * group, real, SCALE_BYTES)
+    bits = parts.load_bytes(numbers + SCALE_BYTES * group, real, SCALE_BYTES)
     values *= formats.decode_scale(bits, FORMAT, BITS)[:, None]
     if FORMAT == "nvfp4":
         values *= of_token

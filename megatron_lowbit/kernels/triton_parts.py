@@ -65,18 +65,25 @@ def round_within(values, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
-def load_bf16(pointers, mask):
-    """fp32 of BF16 values at byte `pointers`, aligned or not."""
-    low = tl.load(pointers, mask=mask).to(tl.int32)
-    high = tl.load(pointers + 1, mask=mask).to(tl.int32)
-    return ((low | (high << 8)) << 16).to(tl.float32, bitcast=True)
+def load_bytes(pointers, mask, BYTES: tl.constexpr):
+    """int32 of so many bytes at byte `pointers`, aligned or not."""
+    bits = tl.load(pointers, mask=mask).to(tl.int32)
+    for byte in tl.static_range(1, BYTES):
+        bits |= tl.load(pointers + byte, mask=mask).to(tl.int32) << (8 * byte)
+    return bits
 
 
 @triton.jit
-def store_u16(pointers, bits, mask):
-    """The two bytes of int32 `bits` at byte `pointers`, aligned or not."""
-    tl.store(pointers, (bits & 255).to(tl.uint8), mask=mask)
-    tl.store(pointers + 1, (bits >> 8).to(tl.uint8), mask=mask)
+def store_bytes(pointers, bits, mask, BYTES: tl.constexpr):
+    """The lowest bytes of int32 `bits` at byte `pointers`, aligned or not."""
+    for byte in tl.static_range(BYTES):
+        tl.store(pointers + byte, ((bits >> (8 * byte)) & 255).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def load_bf16(pointers, mask):
+    """fp32 of BF16 values at byte `pointers`, aligned or not."""
+    return (load_bytes(pointers, mask, 2) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -121,7 +128,7 @@ def write_body(
     scale = root_mean_square(row, HIDDEN, LOG_TILE)
     scale = tl.where((finite != 0) & (scale < float("inf")), scale, float("nan"))
     bits = bf16_bits(scale)
-    store_u16(payload + BODY_BYTES + BODY_BYTES % 2 + 2 * kept, bits, None)
+    store_bytes(payload + BODY_BYTES + BODY_BYTES % 2 + 2 * kept, bits, None, 2)
     scale = (bits << 16).to(tl.float32, bitcast=True)
     inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
     codes = quantize(row * inverse, cells, STEPS, CELLS)
@@ -182,7 +189,7 @@ def write_kept(partial, column_stride, index, kept, floats, KEPT: tl.constexpr):
     mask = j < kept
     feature = tl.load(index + j, mask=mask, other=0)
     bits = wire_bits(load_floats(partial + feature * column_stride, mask))
-    store_u16(floats + 2 * j, bits, mask)
+    store_bytes(floats + 2 * j, bits, mask, 2)
     return all_finite(bits, mask)
 
 

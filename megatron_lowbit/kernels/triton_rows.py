@@ -154,7 +154,7 @@ def reduce_row(
         floats = payloads + BODY_BYTES + BODY_BYTES % 2
         j = tl.arange(0, KEPT)
         bits = parts.wire_bits(parts.sum_kept(floats, rank_stride, ranks, kept, KEPT))
-        parts.store_u16(payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2 + 2 * j, bits, j < kept)
+        parts.store_bytes(payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2 + 2 * j, bits, j < kept, 2)
         finite = parts.all_finite(bits, j < kept)
     parts.write_body(
         row,

@@ -71,6 +71,6 @@ def _not_among(one, other):
 @triton.jit
 def _store(numbers, group, GROUPS: tl.constexpr, WHICH: tl.constexpr, spike, at):
     spike = tl.where(spike == 0, 0.0, spike)  # no negative zero
-    parts.store_u16(numbers + 4 * group + 2 * WHICH, parts.wire_bits(spike), group < GROUPS)
+    parts.store_bytes(numbers + 4 * group + 2 * WHICH, parts.wire_bits(spike), group < GROUPS, 2)
     places = numbers + 4 * GROUPS + 2 * group + WHICH
     tl.store(places, at.to(tl.uint8), mask=group < GROUPS)

@@ -446,19 +446,26 @@ def graphs(model, index) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def begin(brief: str) -> argparse.Namespace:
+    """The command line, in which `brief` says what --brief leaves; then the groups of ranks."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--brief", action="store_true", help="the engines only")
+    parser.add_argument("--brief", action="store_true", help=brief)
     args = parser.parse_args()
-    out = args.out
-    enable_cpu_engines()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    import megatron.core
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(dist.get_world_size())
+    return args
+
+
+def main() -> None:
+    enable_cpu_engines()
+    args = begin("the engines only")
+    out = args.out
+    import megatron.core
+
     model = build(torch.float32)
     index, _ = make_index(model, out)
     results = {

@@ -4,7 +4,6 @@ Managers and runners of graphs are Megatron's own, over cuda_graph_stand_in.py. 
 what it saw to OUT/rankN.pt.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from core_worker import build, make_index, message
 from cuda_graph_stand_in import CUDAGraph
-from engines_worker import accepted, counted, dynamic_engine, greedy, has_new_config
+from engines_worker import accepted, begin, counted, dynamic_engine, greedy, has_new_config
 
 import megatron_lowbit
 from megatron_lowbit.comm.traffic import Clock
@@ -210,17 +209,10 @@ def cases(index, out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--brief", action="store_true", help="one engine only")
-    args = parser.parse_args()
     stand_in()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    args = begin("one engine only")
     import megatron.core
-    from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(dist.get_world_size())
     index, _ = make_index(build(torch.float32), args.out)
     results = {"version": megatron.core.__version__, "decode": eager_and_graphed(index)}
     if not args.brief:
