@@ -1,7 +1,7 @@
 """Packaging of megatron_lowbit: nothing compiled, no hardware probed.
 
-The C of the CPU kernels is shipped as source; `megatron_lowbit.kernels.build` compiles it at first
-use, on the user's machine.
+The C of the CPU kernels is shipped as source; `megatron_lowbit.kernels.cpu.build` compiles it at
+first use, on the user's machine.
 """
 
 import re
@@ -47,7 +47,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]),
     package_data={
-        "megatron_lowbit.kernels": ["*.c", "*.h"],
+        "megatron_lowbit.kernels.cpu": ["*.c", "*.h"],
         "megatron_lowbit.evaluation.report": ["*.j2"],
     },
     python_requires=">=3.11",

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration import runtime
 from megatron_lowbit.integration.arguments import (
     add_lowbit_args,
     apply_from_args,
     index_dir_from_args,
 )
-from megatron_lowbit.integration.generation import generate
-from megatron_lowbit.integration.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.runtime import session
+from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.runtime.text_generation import generate
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -64,8 +64,8 @@ def main() -> None:
     prompts = read_prompts(options)
     index_dir_from_args(options)  # what is wrong with it should not wait for the checkpoint
     args = parse_megatron_args(["--load", options.load, *megatron_argv])
-    runtime.initialize(args)
-    model, tokenizer = runtime.load_model(args), runtime.build_tokenizer(args)
+    session.initialize(args)
+    model, tokenizer = session.load_model(args), session.build_tokenizer(args)
     if apply_from_args(model, options) is None:
         cli.say("> native communication")
     results = generate(
@@ -80,7 +80,7 @@ def main() -> None:
     )
     for prompt, result in zip(prompts, results, strict=True):
         cli.say(f"{prompt}[{result.text}]")
-    runtime.shutdown()
+    session.shutdown()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ CUDA, Triton nor Megatron:
 
 from importlib import import_module
 
+from megatron_lowbit import _moved
 from megatron_lowbit._version import __version__
 
 _EXPORTS = {
     "apply": "megatron_lowbit.integration.apply",
-    "Settings": "megatron_lowbit.comm.choice",
+    "Settings": "megatron_lowbit.comm.policy.policy",
     "all_reduce": "megatron_lowbit.comm",
     "reduce_scatter": "megatron_lowbit.comm",
     "all_gather": "megatron_lowbit.comm",
@@ -27,6 +28,7 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
+_moved.install()
 
 
 def __getattr__(name: str):

@@ -35,7 +35,7 @@ def main() -> None:
     """Find the script, step into Megatron, run it, and see that low bits were on."""
     is_module, name, argv = _target(sys.argv[1:])
     # Later than cli.run, so that an error of these imports is one line, too.
-    from megatron_lowbit.integration.launcher import Launch, use_checkout
+    from megatron_lowbit.integration.runtime.launcher import Launch, use_checkout
 
     path = None if is_module else Path(name)
     if path is not None and not path.is_file():

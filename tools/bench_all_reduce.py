@@ -90,9 +90,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     options = parse()
-    from megatron_lowbit.benchmark import command
+    from megatron_lowbit.benchmark.collectives import sweep_command
 
-    command.run(options)
+    sweep_command.run(options)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def main() -> None:
     options = parse()
     import torch
 
-    from megatron_lowbit.benchmark import codec_bench, report
+    from megatron_lowbit.benchmark.codecs import codec_bench
+    from megatron_lowbit.benchmark.collectives import sweep_report
     from megatron_lowbit.files import check_writable
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,14 +82,16 @@ def main() -> None:
     )
     rows = codec_bench.run(plan, cli.say)
     cli.say("\n" + codec_bench.table(rows))
-    if warning := report.unsteady(rows):
+    if warning := sweep_report.unsteady(rows):
         cli.say(f"\n{warning}")
     if options.output is not None:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         machine = codec_bench.machine(plan.device)
-        meta = report.circumstances(report.command_line(), machine=machine, versions=versions)
-        report.write(rows, options.output, meta)
-        cli.say(f"\nwritten: {options.output}, {report.meta_path(options.output)}")
+        meta = sweep_report.circumstances(
+            sweep_report.command_line(), machine=machine, versions=versions
+        )
+        sweep_report.write(rows, options.output, meta)
+        cli.say(f"\nwritten: {options.output}, {sweep_report.meta_path(options.output)}")
 
 
 if __name__ == "__main__":

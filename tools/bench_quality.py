@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     options = parse()
-    from megatron_lowbit.benchmark import quality, quality_report
+    from megatron_lowbit.benchmark.quality import quality, quality_report
 
     if not options.load.is_dir():
         raise LowbitError(f"{options.load} is missing: run examples/quickstart.sh, or name another")

@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     options = parse()
-    from megatron_lowbit.benchmark import report, targets
+    from megatron_lowbit.benchmark.collectives import sweep_report, targets
     from megatron_lowbit.files import check_writable
 
     for path in (options.load / "lowbit" / "manifest.json", options.data):
@@ -60,7 +60,7 @@ def main() -> None:
         check_writable(options.output.absolute().parent)
     rows = targets.run(options.load, options.data)
     if options.output is not None:
-        report.write(rows, options.output, {"command": report.command_line()})
+        sweep_report.write(rows, options.output, {"command": sweep_report.command_line()})
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def main() -> None:
     """Calibrate and write the index."""
     options, megatron_argv = parse()
     codec = get_codec(options.codec)
-    from megatron_lowbit.integration import calibrate
+    from megatron_lowbit.integration.loops import calibrate_checkpoint
 
-    calibrate.run(options, codec, ["--load", options.load, *megatron_argv])
+    calibrate_checkpoint.run(options, codec, ["--load", options.load, *megatron_argv])
 
 
 if __name__ == "__main__":

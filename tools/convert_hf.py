@@ -54,9 +54,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Convert, and print how to load the result."""
     options = parse()
-    from megatron_lowbit.integration import convert, translate
+    from megatron_lowbit.integration.convert import conversion, translate
 
-    args = convert.convert(
+    args = conversion.convert(
         options.model,
         save=options.save,
         tensor_parallel=options.tensor_model_parallel_size,

@@ -99,9 +99,9 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Evaluate and report."""
     options, megatron_argv = parse()
-    from megatron_lowbit.integration import evaluate
+    from megatron_lowbit.integration.loops import evaluate_checkpoint
 
-    evaluate.run(options, ["--load", options.load, *megatron_argv])
+    evaluate_checkpoint.run(options, ["--load", options.load, *megatron_argv])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main() -> None:
 
     report.require()
     from megatron_lowbit.calibration.index_files import read_index
-    from megatron_lowbit.evaluation.report.index import PointRanges
+    from megatron_lowbit.evaluation.report.index_reader import PointRanges
     from megatron_lowbit.evaluation.report.page import check_destination, write_report
     from megatron_lowbit.evaluation.report.results import read_results
     from megatron_lowbit.evaluation.report.sections import all_sections

@@ -48,7 +48,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     """Calibrate, measure and report."""
     options, megatron_argv = parse()
-    from megatron_lowbit.benchmark import robustness
+    from megatron_lowbit.benchmark.quality import robustness
 
     argv = ["--load", options.load, *megatron_argv]
     robustness.run(options, argv, examples=EXAMPLES)

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.plan import Option
-from megatron_lowbit.calibration.recipe import CodecChoice, Key, Recipe
+from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
 from megatron_lowbit.codecs import Codec, Statistics, Tables
 from megatron_lowbit.errors import IndexFileError, LowbitError
+from megatron_lowbit.model.summing import Point
 
 STATISTICS = ("minimum", "maximum", "mean", "second_moment")
 SUM_STATISTICS = ("sum_minimum", "sum_maximum", "sum_mean", "sum_second_moment")
@@ -78,7 +80,7 @@ class SyncPointRecord:
 
 
 @dataclass(frozen=True)
-class Index:
+class CalibrationIndex:
     """A whole index: `manifest` as in the file (`index_files`), and a record per sync point.
 
     Attributes:
@@ -117,9 +119,9 @@ class Index:
         if stored is None:
             return None
         return {
-            (int(layer), name): CodecChoice(**choice)
-            for layer, choices in stored["points"].items()
-            for name, choice in choices.items()
+            (int(layer), name): Assignment(**assignment)
+            for layer, assignments in stored["points"].items()
+            for name, assignment in assignments.items()
         }
 
     def options(self) -> dict[Key, list[Option]]:
@@ -132,14 +134,16 @@ class Index:
             raise IndexFileError(
                 f"{self.origin} has no recipe: make it with tools/calibrate.py --budget BITS"
             )
-        choices = [
-            (CodecChoice(**entry["choice"]), entry["bits_per_value"])
+        assignments = [
+            (Assignment(**entry["choice"]), entry["bits_per_value"])
             for entry in self.manifest["recipe"]["options"]
         ]
         return {
             (layer, name): [
-                Option(*choice, divergence)
-                for choice, divergence in zip(choices, record.divergence.tolist(), strict=True)
+                Option(*assignment, divergence)
+                for assignment, divergence in zip(
+                    assignments, record.divergence.tolist(), strict=True
+                )
             ]
             for layer, records in self.layers.items()
             for name, record in records.items()
@@ -162,6 +166,31 @@ class Index:
                 f"{bf16_features} BF16 features at layer {layer} {name}: there are {self.hidden}"
             )
         return select_bf16_index(record.ranges, bf16_features)
+
+    def assigned(self, recipe: Recipe, point: Point) -> Assignment:
+        """What a recipe has for a sync point.
+
+        Raises:
+            IndexFileError: It has nothing; the message names the sync point.
+        """
+        try:
+            return recipe[point.layer, point.name]
+        except KeyError:
+            raise IndexFileError(
+                f"{self.origin} has nothing for {point}: calibrate this model with "
+                "tools/calibrate.py"
+            ) from None
+
+    def tables_at(self, point: Point, assignment: Assignment, ranks: int) -> Tables:
+        """The tables of what is assigned to a sync point, where its partials are."""
+        return self.tables(
+            point.layer,
+            point.name,
+            assignment.make(),
+            ranks=ranks,
+            bf16_features=assignment.bf16_features,
+            device=point.device,
+        )
 
     def tables(
         self,
@@ -203,3 +232,6 @@ def select_bf16_index(ranges: Tensor, count: int) -> Tensor:
     summed = ranges.double().sum(dim=0)
     chosen = torch.argsort(summed, descending=True, stable=True)[:count]
     return chosen.sort().values.to(torch.int32)
+
+
+__getattr__ = renamed(__name__)

@@ -25,8 +25,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from megatron_lowbit.calibration.index import STATISTICS, SUM_STATISTICS, Index, SyncPointRecord
-from megatron_lowbit.calibration.recipe import CodecChoice
+from megatron_lowbit.calibration.index import (
+    STATISTICS,
+    SUM_STATISTICS,
+    CalibrationIndex,
+    SyncPointRecord,
+)
+from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.codecs import CODECS
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.files import atomic_directory, check_writable, write
@@ -70,7 +75,7 @@ def _is_index(directory: Path) -> bool:
     return MANIFEST in names and names == layers | {MANIFEST}
 
 
-def write_index(index: Index, directory: Path) -> None:
+def write_index(index: CalibrationIndex, directory: Path) -> None:
     """Write `index` as `directory`, all of it or nothing; an index that is there is replaced.
 
     Raises:
@@ -90,7 +95,7 @@ def write_index(index: Index, directory: Path) -> None:
         write(staging / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
 
 
-def read_index(directory: Path) -> Index:
+def read_index(directory: Path) -> CalibrationIndex:
     """Read and validate an index directory.
 
     Raises:
@@ -110,7 +115,7 @@ def read_index(directory: Path) -> Index:
         raise IndexFileError(
             f"{directory / MANIFEST} lists layers {listed}, not 1 to {max(expected)}: {_REMEDY}"
         )
-    return Index(manifest=manifest, layers=layers, origin=str(directory))
+    return CalibrationIndex(manifest=manifest, layers=layers, origin=str(directory))
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -176,10 +181,10 @@ def _check_schema(manifest: dict[str, Any], path: Path) -> None:
 
 def _check_recipe(recipe: Any, path: Path) -> None:
     try:
-        choices = [entry["choice"] for entry in recipe["options"]]
-        choices += [c for of_layer in recipe["points"].values() for c in of_layer.values()]
-        for choice in choices:
-            CodecChoice(**choice).make()
+        assignments = [entry["choice"] for entry in recipe["options"]]
+        assignments += [c for of_layer in recipe["points"].values() for c in of_layer.values()]
+        for assignment in assignments:
+            Assignment(**assignment).make()
         bits = [float(entry["bits_per_value"]) for entry in recipe["options"]]
         layers = [int(layer) for layer in recipe["points"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 The divergence that quantization brings into a model is close to a sum over its sync points, so bits
 are best spent where they buy most of it. From the divergence that each option would cost at each
-sync point (`integration.sensitivity` measures it) `plan` finds the choice that costs least within
+sync point (`calibration.sensitivity` measures it) `plan` finds the option that costs least within
 an average number of bits.
 """
 
@@ -11,37 +11,37 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_lowbit.calibration.recipe import CodecChoice, Key, Recipe
+from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Statistics, get_codec
 from megatron_lowbit.errors import LowbitError
 
 
 @dataclass(frozen=True)
 class Option:
-    """A choice that a plan can make at a sync point.
+    """An assignment that a plan can make at a sync point.
 
     Attributes:
-        choice: The choice.
+        assignment: What it assigns.
         bits_per_value: What it takes on the wire, all included.
         divergence: Nats that it costs there, predicted.
     """
 
-    choice: CodecChoice
+    assignment: Assignment
     bits_per_value: float
     divergence: float
 
 
-def candidates(hidden: int) -> list[CodecChoice]:
+def candidates(hidden: int) -> list[Assignment]:
     """What a sync point can get: bits by BF16 features, or all of it in BF16."""
     bits = sorted(get_codec(CALIBRATED_CODEC).supported_bits)
     features = sorted({0, hidden // 256, hidden // 128, hidden // 64, hidden // 32})
-    low = [CodecChoice(CALIBRATED_CODEC, b, k) for b in bits for k in features]
-    return [*low, CodecChoice("bf16", 16)]
+    low = [Assignment(CALIBRATED_CODEC, b, k) for b in bits for k in features]
+    return [*low, Assignment("bf16", 16)]
 
 
-def bits_per_value(choice: CodecChoice, hidden: int) -> float:
+def bits_per_value(assignment: Assignment, hidden: int) -> float:
     """What a candidate takes on the wire at this hidden size, all included."""
-    codec, kept = choice.make(), torch.arange(choice.bf16_features or 0)
+    codec, kept = assignment.make(), torch.arange(assignment.bf16_features or 0)
     statistics = Statistics(variance=torch.ones(1, hidden))
     tables = codec.tables(hidden, bf16_index=kept, statistics=statistics)
     return 8 * codec.row_bytes(tables) / hidden
@@ -62,7 +62,7 @@ def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
     Raises:
         LowbitError: `budget` is below the cheapest options.
     """
-    hulls = {key: _hull(choices) for key, choices in options.items()}
+    hulls = {key: _hull(assignments) for key, assignments in options.items()}
     left = (budget + 1e-9) * len(hulls) - sum(hull[0].bits_per_value for hull in hulls.values())
     if left < 0:
         least = sum(hull[0].bits_per_value for hull in hulls.values()) / len(hulls)
@@ -81,7 +81,7 @@ def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
         taken[key] += 1
         if taken[key] + 1 < len(hulls[key]):
             heapq.heappush(steps, _step(hulls[key], taken[key], key))
-    return {key: hulls[key][at].choice for key, at in taken.items()}
+    return {key: hulls[key][at].assignment for key, at in taken.items()}
 
 
 def average_bits(options: dict[Key, list[Option]], recipe: Recipe) -> float:
@@ -119,7 +119,7 @@ def _step(hull: list[Option], at: int, key: Key) -> tuple[float, Key, float]:
 
 def _total(options: dict[Key, list[Option]], recipe: Recipe, attribute: str) -> float:
     total = 0.0
-    for key, choice in recipe.items():
-        option = next(option for option in options[key] if option.choice == choice)
+    for key, assignment in recipe.items():
+        option = next(option for option in options[key] if option.assignment == assignment)
         total += getattr(option, attribute)
     return total

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.codecs import CODECS, Codec, get_codec
 from megatron_lowbit.errors import LowbitError
 
@@ -25,7 +26,7 @@ Key = tuple[int, str]  # layer, sync point's name
 
 
 @dataclass(frozen=True)
-class CodecChoice:
+class Assignment:
     """What one sync point gets.
 
     Attributes:
@@ -51,7 +52,7 @@ class CodecChoice:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-Recipe = dict[Key, CodecChoice]
+Recipe = dict[Key, Assignment]
 
 
 def read_rules(path: Path) -> list[dict]:
@@ -78,7 +79,7 @@ def override(recipe: Recipe, rules: Iterable[dict], *, origin: str) -> Recipe:
     """`recipe` with the first rule that matches each sync point applied to it.
 
     Args:
-        recipe: A choice for every sync point of the model.
+        recipe: An assignment for every sync point of the model.
         rules: From `read_rules`.
         origin: Where the rules are from, for messages.
 
@@ -86,13 +87,13 @@ def override(recipe: Recipe, rules: Iterable[dict], *, origin: str) -> Recipe:
         LowbitError: A rule is the first to match nowhere, or asks for bits that a codec lacks.
     """
     result, unused = dict(recipe), {rule["match"]: None for rule in rules}
-    for key, choice in recipe.items():
+    for key, assignment in recipe.items():
         name = f"{key[0]}.{key[1]}"
         rule = next((rule for rule in rules if fnmatchcase(name, rule["match"])), None)
         if rule is None:
             continue
         unused.pop(rule["match"], None)
-        result[key] = _apply(rule, choice, f"{origin}, {rule['match']!r} at {name}")
+        result[key] = _apply(rule, assignment, f"{origin}, {rule['match']!r} at {name}")
     if unused:
         layers = sorted({layer for layer, _ in recipe})
         names = ", ".join(sorted({name for _, name in recipe}))
@@ -128,21 +129,26 @@ def _check_rule(rule: object, where: str) -> None:
         raise LowbitError(f"{where}: bf16_features cannot be {rule['bf16_features']}")
 
 
-def _apply(rule: dict, choice: CodecChoice, where: str) -> CodecChoice:
+def _apply(rule: dict, assignment: Assignment, where: str) -> Assignment:
     changes = {key: rule[key] for key in ("bits", "bf16_features") if key in rule}
     if isinstance(changes.get("bits"), list):
         changes["bits"] = tuple(changes["bits"])
-    if rule.get("codec", choice.codec) != choice.codec:  # another codec: nothing of the old one
-        choice = CodecChoice(rule["codec"])
-    choice = replace(choice, **changes)
-    if choice.is_native:
+    if (
+        rule.get("codec", assignment.codec) != assignment.codec
+    ):  # another codec: nothing of the old one
+        assignment = Assignment(rule["codec"])
+    assignment = replace(assignment, **changes)
+    if assignment.is_native:
         if changes:
             raise LowbitError(f"{where}: bits and BF16 features mean nothing to {NATIVE}")
-        return choice
+        return assignment
     try:
-        codec = choice.make()
+        codec = assignment.make()
     except LowbitError as error:
         raise LowbitError(f"{where}: {error}") from None
-    if choice.bf16_features and not codec.takes_index:
+    if assignment.bf16_features and not codec.takes_index:
         raise LowbitError(f"{where}: bf16_features mean nothing to {codec.name}")
-    return choice
+    return assignment
+
+
+__getattr__ = renamed(__name__)

@@ -6,20 +6,26 @@ calibration, integration and evaluation take it from there.
 
 import re
 
-from megatron_lowbit.codecs.asymmetric import (
+from megatron_lowbit.codecs.base import Codec
+from megatron_lowbit.codecs.bf16 import Bf16
+from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
+from megatron_lowbit.codecs.peers.asymmetric_groups import (
     Int4Group32Asymmetric,
     Int4Group128Asymmetric,
     SpikeGroup32,
 )
-from megatron_lowbit.codecs.base import Codec, Statistics, Tables
-from megatron_lowbit.codecs.bf16 import Bf16
-from megatron_lowbit.codecs.candidates import CANDIDATES
-from megatron_lowbit.codecs.fp4 import Mxfp4, Nvfp4
+from megatron_lowbit.codecs.peers.fp4 import Mxfp4, Nvfp4
+from megatron_lowbit.codecs.peers.symmetric_groups import (
+    Fp8Group256,
+    Int4Group16,
+    Int4Group32,
+    Int8Token,
+)
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.codecs.scaled_hybrid import ScaledHybrid
 from megatron_lowbit.codecs.shaped_hybrid import ShapedHybrid
 from megatron_lowbit.codecs.static_hybrid import StaticHybrid
-from megatron_lowbit.codecs.symmetric import Fp8Group256, Int4Group16, Int4Group32, Int8Token
+from megatron_lowbit.codecs.tables import Statistics, Tables
 from megatron_lowbit.errors import LowbitError
 
 _OWN = (Bf16, StaticHybrid, ScaledHybrid, RotatedHybrid, ShapedHybrid)

@@ -1,6 +1,6 @@
 """``bf16``: every feature in BF16; the baseline through the same plumbing.
 
-The plain torch here is the specification; on GPUs `kernels.triton_grouped` gives the same bits.
+The plain torch here is the specification; on GPUs `kernels.triton.grouped` gives the same bits.
 """
 
 from types import ModuleType
@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Codec, Tables, rounded_into, sum_in_rank_order
+from megatron_lowbit.codecs.base import Codec, rounded_into
+from megatron_lowbit.codecs.tables import Tables, sum_in_rank_order
 from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
 from megatron_lowbit.kernels import select
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import rotation
-from megatron_lowbit.codecs.base import Tables
+from megatron_lowbit.codecs.tables import Tables
 from megatron_lowbit.errors import LowbitError
 
 FOLDABLE = (torch.bfloat16, torch.float16, torch.float32)

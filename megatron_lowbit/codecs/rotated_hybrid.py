@@ -13,8 +13,8 @@ transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / 
 (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
 
 The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
-same bits: on CPUs `kernels.rotated_hybrid`, about 50 times faster (512 x 4096 on one thread of an
-AMD EPYC), on GPUs `kernels.triton_rotated`, unless the user has these rotate on tensor cores.
+same bits: on CPUs `kernels.cpu.rotated`, about 50 times faster (512 x 4096 on one thread of an
+AMD EPYC), on GPUs `kernels.triton.rotated`, unless the user has these rotate on tensor cores.
 """
 
 from types import ModuleType
@@ -23,13 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
-from megatron_lowbit.codecs.base import (
-    Codec,
-    Tables,
-    check_index,
-    rounded_into,
-    sum_in_rank_order,
-)
+from megatron_lowbit.codecs.base import Codec, rounded_into
+from megatron_lowbit.codecs.tables import Tables, check_index, sum_in_rank_order
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
 
@@ -47,7 +42,7 @@ class RotatedHybrid(Codec):
         self.rotate = rotate
 
     @property
-    def symmetric(self) -> bool:
+    def takes_symmetric_memory(self) -> bool:
         return self.rotate
 
     def default_bf16_features(self, hidden: int) -> int:

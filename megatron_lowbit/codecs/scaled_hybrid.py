@@ -15,7 +15,7 @@ The tables belong to ranks, so an index serves its own TP degree only. A sum ove
 (two-shot) has tables of its own, from the variance and the mean of the sum.
 
 The plain torch in the methods that begin with ``_reference`` is the specification; on GPUs
-`kernels.triton_scaled` gives the same bits.
+`kernels.triton.scaled` gives the same bits.
 """
 
 from dataclasses import replace
@@ -25,17 +25,16 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, variance, wire
-from megatron_lowbit.codecs.base import (
-    Codec,
+from megatron_lowbit.codecs.base import Codec, rounded_into
+from megatron_lowbit.codecs.rotated_hybrid import token_scale
+from megatron_lowbit.codecs.tables import (
     Statistics,
     Tables,
     check_index,
     other_features,
     put_in_place,
-    rounded_into,
     sum_in_rank_order,
 )
-from megatron_lowbit.codecs.rotated_hybrid import token_scale
 from megatron_lowbit.kernels import select
 
 

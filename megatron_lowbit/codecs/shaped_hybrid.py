@@ -19,8 +19,8 @@ divide it; elsewhere nothing is subtracted.
 from dataclasses import replace
 
 from megatron_lowbit.codecs import variance
-from megatron_lowbit.codecs.base import Tables, sum_in_rank_order
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.codecs.tables import Tables, sum_in_rank_order
 
 
 class ShapedHybrid(RotatedHybrid):

@@ -10,7 +10,7 @@ infinity, so that a row without any float still keeps the contract on non-finite
 outside the calibrated range clips.
 
 The plain torch in the methods that begin with ``_reference`` is the specification; on GPUs
-`kernels.triton_static` gives the same bits.
+`kernels.triton.static` gives the same bits.
 """
 
 from types import ModuleType
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import wire
-from megatron_lowbit.codecs.base import (
-    Codec,
+from megatron_lowbit.codecs.base import Codec, rounded_into
+from megatron_lowbit.codecs.tables import (
     Statistics,
     Tables,
     check_index,
     other_features,
     put_in_place,
-    rounded_into,
     sum_in_rank_order,
 )
 from megatron_lowbit.errors import LowbitError

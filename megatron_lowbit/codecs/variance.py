@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.base import Statistics
+from megatron_lowbit.codecs.tables import Statistics
 from megatron_lowbit.errors import LowbitError
 
 # A feature that calibration saw (nearly) constant is not blown up without limit.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
-from megatron_lowbit.comm.traffic import Choice, Clock, Counters, Traffic
+from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.transport import chunks, owned, share
 
 
@@ -45,7 +45,7 @@ def simulated_all_reduce(
         sent = _sent_in_two_shot(tokens, width, ranks, codec.row_bytes(tables), sum_row)
         payload = (payload + tokens * sum_row) // 2
     counters = Counters(1, tokens, out.numel(), payload, sent)
-    traffic.add(Choice(collective, "fixed"), counters, clock.stop())
+    traffic.add(Decision(collective, "fixed"), counters, clock.stop())
     return out.view(*partials.shape[1:-1], tables.hidden)
 
 

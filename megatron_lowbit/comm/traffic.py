@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_lowbit._moved import renamed
+
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """Which collective a message goes by, and why.
 
     Attributes:
@@ -58,18 +60,20 @@ class Counters:
 
 @dataclass
 class Traffic:
-    """What went through a sync point, by choice: real sizes, added up call by call."""
+    """What went through a sync point, by decision: real sizes, added up call by call."""
 
-    _by_choice: dict[Choice, Counters] = field(default_factory=dict)
+    _by_decision: dict[Decision, Counters] = field(default_factory=dict)
     _open: list = field(default_factory=list, repr=False, compare=False)
 
-    def add(self, choice: Choice, counters: Counters, clock: "Clock") -> None:
+    def add(self, decision: Decision, counters: Counters, clock: "Clock") -> None:
         """Count one call."""
         if clock.is_captured:
-            choice = replace(choice, why=f"{choice.why}, in a CUDA graph: replays are not counted")
-        entry = self._by_choice.get(choice)
+            decision = replace(
+                decision, why=f"{decision.why}, in a CUDA graph: replays are not counted"
+            )
+        entry = self._by_decision.get(decision)
         if entry is None:
-            entry = self._by_choice[choice] = Counters()
+            entry = self._by_decision[decision] = Counters()
         entry.add(counters)
         if not clock.has_events:  # in a capture, which asking an event would end, it has none
             entry.seconds += clock.seconds()
@@ -81,17 +85,17 @@ class Traffic:
             done.seconds += clock.seconds()
 
     @property
-    def by_choice(self) -> dict[Choice, Counters]:
+    def by_decision(self) -> dict[Decision, Counters]:
         """The counters; on a GPU this waits for the calls that are under way."""
         for entry, clock in self._open:
             entry.seconds += clock.seconds()
         self._open.clear()
-        return self._by_choice
+        return self._by_decision
 
     def total(self) -> Counters:
         """All calls together."""
         total = Counters()
-        for counters in self.by_choice.values():
+        for counters in self.by_decision.values():
             total.add(counters)
         return total
 
@@ -130,3 +134,6 @@ class Clock:
             self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return 0.0 if self._on_gpu else self._stop - self._start
+
+
+__getattr__ = renamed(__name__)

@@ -1,0 +1,1 @@
+"""Evaluation: what is measured against native communication, the resumable loop, the report."""

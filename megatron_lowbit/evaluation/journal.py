@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.measure import Record
+from megatron_lowbit.evaluation.measures.measure import Record
 from megatron_lowbit.files import write_atomic
 
 _IDENTITY = "identity.json"
@@ -33,7 +33,7 @@ class Entry:
         measure: The measure's name.
         unit: Its number in the measure.
         record: The scores of the native run and of each variant.
-        traffic: Variant -> what it sent for this unit (`evaluation.run`).
+        traffic: Variant -> what it sent for this unit (`evaluation.evaluation_loop`).
     """
 
     measure: str

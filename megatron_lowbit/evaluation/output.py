@@ -33,9 +33,9 @@ are what one rank sends for it through all sync points, native ones those of a r
 and ``kl`` are nats a token, with standard errors over sequences (null for a single one); ``top1``
 is the share of tokens whose most likely next token is native's. In ``long_context`` lists have an
 entry for each bucket of positions, and ``retrieved`` is the share of the planted needles that are
-found (`evaluation.needles`); agreement is in tokens that are native's, before the first that is
-not. A measured figure's standard error is under the same key with ``_stderr``. A number that is not
-finite is null, such as the SQNR of sums without error.
+found (`evaluation.measures.needles`); agreement is in tokens that are native's, before the first
+that is not. A measured figure's standard error is under the same key with ``_stderr``. A number
+that is not finite is null, such as the SQNR of sums without error.
 """
 
 import json
@@ -44,9 +44,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lowbit.evaluation.measure import Measure
-from megatron_lowbit.evaluation.run import Evaluation
-from megatron_lowbit.evaluation.tasks import average
+from megatron_lowbit.evaluation.evaluation_loop import Evaluation
+from megatron_lowbit.evaluation.measures.measure import Measure
+from megatron_lowbit.evaluation.measures.tasks import average
 from megatron_lowbit.files import write_atomic
 
 FORMAT = 2

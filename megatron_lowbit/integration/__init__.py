@@ -1,0 +1,1 @@
+"""The only place that imports Megatron. What each folder is for: README.md beside this file."""

@@ -16,29 +16,30 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from megatron_lowbit.calibration.index import Index
+from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
-from megatron_lowbit.comm.choice import DEFAULT_MODE, Chooser, Settings, make_chooser
+from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, Policy, Settings, make_policy
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.choices import Chosen, choose
-from megatron_lowbit.integration.cuda_graphs import check_cuda_graphs
-from megatron_lowbit.integration.experts import find_expert_sums
-from megatron_lowbit.integration.folding import Folding, check_foldable
-from megatron_lowbit.integration.gathers import find_gathers
+from megatron_lowbit.integration.assignment import AssignedPoints, assign
 from megatron_lowbit.integration.handle import Extras, Handle
 from megatron_lowbit.integration.stage import require_same_points, stage_of
-from megatron_lowbit.integration.sync_points import (
+from megatron_lowbit.integration.sums.cuda_graphs import check_cuda_graphs
+from megatron_lowbit.integration.sums.experts import find_expert_sums
+from megatron_lowbit.integration.sums.folded_weights import Folding, check_foldable
+from megatron_lowbit.integration.sums.gathers import find_gathers
+from megatron_lowbit.integration.sums.sync_points import (
     SyncPoint,
     modules_of,
     sync_points_here,
     why_none,
 )
-from megatron_lowbit.kernels.select import ROTATION_SWITCH, rotation, rotation_on
+from megatron_lowbit.kernels.select import rotation_on
+from megatron_lowbit.kernels.switches import ROTATION_SWITCH, rotation
 
 
 def apply(
     model: nn.Module | Iterable[nn.Module],
-    index_dir: str | Path | Index,
+    index_dir: str | Path | CalibrationIndex,
     *,
     codec: str | None = None,
     bits: int | tuple[int, int] | None = None,
@@ -59,13 +60,14 @@ def apply(
             if left out.
         bits: Bits of a body value, or a pair: of partials, and of sums, for all sync points; by
             the index's recipe, or its own, if left out, or the codec's default for another codec.
-        collective: A mode of `comm.choice.MODES`, or `Settings` with a tuning file or nodes.
+        collective: A mode of `comm.policy.policy.MODES`, or `Settings` with a tuning file or nodes.
         all_gather_bits: With sequence parallelism: bits of a value in the all-gather before
             each column-parallel linear; native BF16 if left out.
         experts_bits: Bits of a value in the token dispatchers' sums of routed experts' outputs;
             native if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
-        fold: Fold the rotations into the weights (`integration.folding`): cheaper to encode, a
+        fold: Fold the rotations into the weights (`integration.sums.folded_weights`): cheaper to
+        encode, a
             little more error; for a fixed low-bit collective.
 
     Returns:
@@ -89,8 +91,8 @@ def apply(
     on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
     wishes = {"codec": codec, "bits": bits, "rules": rules}
-    chosen = on_every_rank(lambda: choose(model, points, index_dir, **wishes))
-    require_some(chosen.points, f"{recipe} leaves no sync point in low bits")
+    assigned = on_every_rank(lambda: assign(model, points, index_dir, **wishes))
+    require_some(assigned.points, f"{recipe} leaves no sync point in low bits")
     gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))
     require_some(
         gatherers or all_gather_bits is None,
@@ -103,19 +105,19 @@ def apply(
         "--lowbit-experts has nothing to sum: it is for MoE models whose experts' outputs are "
         "summed over ranks (--moe-token-dispatcher-type allgather, or expert tensor parallelism)",
     )
-    on_every_rank(lambda: _check_fold(model, chosen, settings) if fold else None)
+    on_every_rank(lambda: _check_fold(model, assigned, settings) if fold else None)
     on_every_rank(rotation)  # a bad value is said before ranks wait for each other
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
     wanted = (all_gather_bits, experts_bits, fold)
-    chooser = on_every_rank(lambda: _agreed_chooser(points, chosen, settings, wanted))
-    folding = Folding(chosen.points, chosen.tables) if fold else None
+    policy = on_every_rank(lambda: _agreed_policy(points, assigned, settings, wanted))
+    folding = Folding(assigned.points, assigned.tables) if fold else None
     extras = Extras(gatherers, experts, folding)
-    return Handle(model, chosen, chooser, native | chosen.native, extras, stage_of(model))
+    return Handle(model, assigned, policy, native | assigned.native, extras, stage_of(model))
 
 
-def _agreed_chooser(
-    points: list[SyncPoint], chosen: Chosen, settings: Settings, wanted: tuple
-) -> Chooser | None:
+def _agreed_policy(
+    points: list[SyncPoint], assigned: AssignedPoints, settings: Settings, wanted: tuple
+) -> Policy | None:
     """One choice of collectives for all of a stage's sync points; None if none is in low bits.
 
     A few bits more or less hardly move where each collective wins.
@@ -123,28 +125,28 @@ def _agreed_chooser(
     if not points:
         return None
     group, weight = points[0].group, points[0].module.weight
-    codecs = sorted({repr(codec) for codec in chosen.codecs})
-    agreed = (codecs, wanted, str(weight.dtype), chosen.digest())
+    codecs = sorted({repr(codec) for codec in assigned.codecs})
+    agreed = (codecs, wanted, str(weight.dtype), assigned.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     require_equal(ROTATION_SWITCH, rotation_on(weight.device), group=group)
-    if not chosen.points:
+    if not assigned.points:
         return None
-    codec, tables = chosen.typical()
-    return make_chooser(settings, group=group, codec=codec, tables=tables, device=weight.device)
+    codec, tables = assigned.typical()
+    return make_policy(settings, group=group, codec=codec, tables=tables, device=weight.device)
 
 
-def _check_fold(model, chosen: Chosen, settings: Settings) -> None:
+def _check_fold(model, assigned: AssignedPoints, settings: Settings) -> None:
     if settings.mode not in ("one-shot", "two-shot"):
         raise LowbitError(
             f"--lowbit-fold cannot work with --lowbit-collective {settings.mode}, which may send "
             "what is not rotated: choose one-shot or two-shot"
         )
-    if chosen.points and dist.get_world_size(chosen.points[0].group) == 1:
+    if assigned.points and dist.get_world_size(assigned.points[0].group) == 1:
         raise LowbitError("--lowbit-fold with one rank: nothing is encoded, leave it out")
-    for codec, tables in zip(chosen.codecs, chosen.tables, strict=True):
+    for codec, tables in zip(assigned.codecs, assigned.tables, strict=True):
         if tables.encode_scale is None:
             raise LowbitError(
                 f"--lowbit-fold: {codec.name} has no rotation to fold, use shaped-hybrid or "
                 "rotated-hybrid"
             )
-    check_foldable([module for _, module in modules_of(model)], chosen.points)
+    check_foldable([module for _, module in modules_of(model)], assigned.points)

@@ -16,7 +16,7 @@ from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank
-from megatron_lowbit.comm.choice import DEFAULT_MODE, MODES, Settings
+from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration.apply import apply

@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables
-from megatron_lowbit.comm import all_reduce, reduce_scatter
-from megatron_lowbit.comm.choice import Chooser
-from megatron_lowbit.comm.traffic import Counters, Traffic
-from megatron_lowbit.integration.choices import Chosen
-from megatron_lowbit.integration.cuda_graphs import check_no_graphs
-from megatron_lowbit.integration.experts import ExpertAttachment, ExpertSum
-from megatron_lowbit.integration.folding import Folding
-from megatron_lowbit.integration.gathers import GatherAttachment, Gatherer
+from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec
+from megatron_lowbit.comm.policy.policy import Policy
+from megatron_lowbit.comm.traffic import Counters
+from megatron_lowbit.integration.assignment import AssignedPoints
 from megatron_lowbit.integration.stage import Stage
 from megatron_lowbit.integration.stats import Counted, stats
-from megatron_lowbit.integration.sync_points import Attachment
+from megatron_lowbit.integration.sums.cuda_graphs import check_no_graphs
+from megatron_lowbit.integration.sums.experts import ExpertAttachment, ExpertSum
+from megatron_lowbit.integration.sums.folded_weights import Folding
+from megatron_lowbit.integration.sums.gathers import GatherAttachment, Gatherer
+from megatron_lowbit.integration.sums.reducer import CodecReducer
+from megatron_lowbit.integration.sums.sync_points import Attachment
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,6 @@ class SyncPointStatus:
     bf16_features: int
     symmetric_memory: str
     traffic: Counters
-
-
-class Reducer:
-    """Sums one sync point's partial through a codec and counts what it sends."""
-
-    def __init__(
-        self, codec: Codec, tables: Tables, group: dist.ProcessGroup, chooser: str | Chooser
-    ):
-        self.codec, self.tables, self.group, self.chooser = codec, tables, group, chooser
-        self.traffic = Traffic()
-
-    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
-        if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
-            self.tables = self.tables.to(partial.device)
-        call = {
-            "group": self.group,
-            "codec": self.codec,
-            "tables": self.tables,
-            "collective": self.chooser,
-            "traffic": self.traffic,
-        }
-        if scatter:
-            return reduce_scatter(partial, **call)
-        return all_reduce(partial, in_place=True, **call)
 
 
 @dataclass(frozen=True)
@@ -108,8 +84,8 @@ class Handle:
     def __init__(
         self,
         model: nn.Module | list[nn.Module],
-        chosen: Chosen,
-        chooser: Chooser | None,
+        assigned: AssignedPoints,
+        policy: Policy | None,
         native: dict[str, str],
         extras: Extras,
         stage: Stage,
@@ -117,12 +93,12 @@ class Handle:
         self._model, taken = model, set(map(str, extras.experts))
         self.native = {name: why for name, why in native.items() if name not in taken}
         self.layers, self._where = stage.layers, stage.where()
-        self._points, self._origin = chosen.points, chosen.origin
+        self._points, self._origin = assigned.points, assigned.origin
         self._extras, folding = extras, extras.folding
-        tables = chosen.tables if folding is None else folding.tables
+        tables = assigned.tables if folding is None else folding.tables
         self._reducers = [
-            Reducer(codec, table, point.group, chooser)
-            for codec, table, point in zip(chosen.codecs, tables, chosen.points, strict=True)
+            CodecReducer(codec, table, point.group, policy)
+            for codec, table, point in zip(assigned.codecs, tables, assigned.points, strict=True)
         ]
         self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
         self._is_removed = False
@@ -135,7 +111,7 @@ class Handle:
                 point.name,
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
-                reducer.chooser.symmetric.status(reducer.codec),
+                reducer.policy.symmetric_memory.status(reducer.codec),
                 reducer.traffic.total(),
             )
             for point, reducer in zip(self._points, self._reducers, strict=True)
@@ -170,22 +146,22 @@ class Handle:
         native = f"{len(self.native)} stay native" + _listed(self.native)
         if not self._reducers:
             return f"low-bit communication: no sync point{self._where} uses it; {native}"
-        chooser, ranks = self._reducers[0].chooser, dist.get_world_size(self._points[0].group)
+        policy, ranks = self._reducers[0].policy, dist.get_world_size(self._points[0].group)
         text = (
             f"low-bit communication: {len(self._reducers)} sync points{self._where} use "
-            f"{_codecs(self._reducers)} ({self._origin}), {chooser.mode} over {ranks} ranks"
+            f"{_codecs(self._reducers)} ({self._origin}), {policy.mode} over {ranks} ranks"
         )
         if ranks == 1:
             text += " (one rank: nothing is sent)"
-        elif chooser.mode == "auto":
-            text += f" ({chooser.spans()})"
+        elif policy.mode == "auto":
+            text += f" ({policy.spans()})"
         if self._reducers[0].tables.bf16_index.is_cuda:
             states = {status.symmetric_memory for status in self.status()}
             text += f", symmetric memory {', '.join(sorted(states))}"
         return f"{text}{self._extras}; {native}"
 
 
-def _codecs(reducers: list[Reducer]) -> str:
+def _codecs(reducers: list[CodecReducer]) -> str:
     """Codecs, bits and BF16 features of all sync points, in words."""
     names = sorted({reducer.codec.name for reducer in reducers})
     hidden = reducers[0].tables.hidden

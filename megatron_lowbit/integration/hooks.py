@@ -30,7 +30,7 @@ from megatron_lowbit.integration.arguments import (
     index_dir_from_args,
 )
 from megatron_lowbit.integration.stats import write_stats
-from megatron_lowbit.integration.sync_points import transformer_layers
+from megatron_lowbit.integration.sums.sync_points import transformer_layers
 
 FLAG = "--lowbit-tp-comm"
 

@@ -1,9 +1,12 @@
-"""One name of a Megatron module, bound to something else for as long as a call of ours takes.
+"""Names of Megatron's modules, bound to something else.
 
-For sums that Megatron's code makes in the middle of a method, through a name that its module has
-imported by value: within `rebound` that one method sums by ours, and no other caller ever does.
+`rebound` and `bind_in_method` do it for as long as one call takes: for sums that Megatron's code
+makes in the middle of a method, through a name that its module has imported by value: within
+`rebound` that one method sums by ours, and no other caller ever does. `rebind` replaces a function
+for good, wherever it is bound.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -50,3 +53,17 @@ def bind_in_method(owner: Any, method: str, module: ModuleType, **values: Any) -
         delattr(owner, method)
 
     return undo
+
+
+def rebind(original: Callable, replacement: Callable) -> None:
+    """Put `replacement` in the place of `original` in every module of Megatron that binds it.
+
+    Megatron imports many functions by value. A module that is imported later, such as a script,
+    takes the replacement from the module that defines the function.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] != "megatron":
+            continue
+        for attribute, value in list(vars(module).items()):
+            if value is original:
+                setattr(module, attribute, replacement)

@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.sync_points import SyncPoint, transformer_layers
+from megatron_lowbit.integration.sums.sync_points import SyncPoint, transformer_layers
 
 
 @dataclass(frozen=True)

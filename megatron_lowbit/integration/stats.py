@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lowbit.codecs import Codec
-from megatron_lowbit.comm.traffic import Choice, Counters, Traffic
+from megatron_lowbit.comm.traffic import Counters, Decision, Traffic
 from megatron_lowbit.files import write_atomic
 
 
@@ -41,15 +41,15 @@ def stats(
 ) -> dict:
     """The counters of all modules, and of all together."""
     sync_points, all_gathers, experts = list(sync_points), list(all_gathers), list(experts)
-    together: dict[Choice, Counters] = {}
+    together: dict[Decision, Counters] = {}
     for one in (*sync_points, *all_gathers, *experts):
-        for choice, counters in one.traffic.by_choice.items():
-            together.setdefault(choice, Counters()).add(counters)
+        for decision, counters in one.traffic.by_decision.items():
+            together.setdefault(decision, Counters()).add(counters)
     return {
         "sync_points": [_entry(one) for one in sync_points],
         "all_gathers": [_entry(one) for one in all_gathers],
         "experts": [_entry(one) for one in experts],
-        "total": _choices(together),
+        "total": _decisions(together),
     }
 
 
@@ -65,12 +65,12 @@ def _entry(one: Counted) -> dict:
         "name": one.name,
         "codec": repr(one.codec),
         "bits_per_value": None if math.isnan(bits) else bits,
-        "choices": _choices(one.traffic.by_choice),
+        "choices": _decisions(one.traffic.by_decision),
     }
 
 
-def _choices(by_choice: dict[Choice, Counters]) -> list[dict]:
+def _decisions(by_decision: dict[Decision, Counters]) -> list[dict]:
     return [
-        {"collective": choice.collective, "why": choice.why, **vars(counters)}
-        for choice, counters in by_choice.items()
+        {"collective": decision.collective, "why": decision.why, **vars(counters)}
+        for decision, counters in by_decision.items()
     ]

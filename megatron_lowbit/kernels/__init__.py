@@ -1,14 +1,17 @@
 """Kernels: the same bits as the plain-torch codecs, faster.
 
-For CPUs, C compiled at first use on the user's machine (`build`) and called by ctypes
-(`rotated_hybrid`); for GPUs, Triton (`triton_rotated`, `triton_static`, `triton_scaled`). Codecs
-ask `select` for kernels and run their own plain-torch code where there are none; kernels know
-nothing of codecs.
+    select        which kernels serve which tensors: C, Triton or none; codecs ask it
+    switches      what a user switches: kernels at all, how the GPU's ones rotate
+    cpu/          C, compiled at first use on the user's machine: the rotated family
+    triton/       GPUs: rotated, static, scaled, grouped (peers' formats and bf16), norm, symmetric
+    layout        a row, in one dict; cells: how a code is found; peer_memory: shared blocks
+
+Kernels know nothing of codecs. Codecs run their own plain torch where there are none.
 `describe()` says what runs; ``MEGATRON_LOWBIT_KERNELS=0`` in the environment or `disabled()` around
 a call leaves all of them out.
 """
 
-from megatron_lowbit.kernels.build import disabled
 from megatron_lowbit.kernels.select import describe
+from megatron_lowbit.kernels.switches import disabled
 
 __all__ = ["describe", "disabled"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cells:
-    """A table for `triton_parts.quantize`.
+    """A table for `parts.values.quantize`.
 
     Attributes:
         table: int64 ``[cells]``: the count above, the bits of the threshold (or infinity) below.

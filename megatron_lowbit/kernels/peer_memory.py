@@ -1,4 +1,4 @@
-"""Memory that all ranks of a group can write: how the kernels of `triton_symmetric` lay it out.
+"""Memory that all ranks of a group can write: how the kernels of `symmetric` lay it out.
 
 Every rank has one block of `size` bytes on its GPU and the addresses of all blocks. A block begins
 with flags (int32, ``[PROGRAMS, ranks]``: program p of rank r writes flag (p, r) of every rank); two

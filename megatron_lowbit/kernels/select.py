@@ -8,33 +8,32 @@ kernels that are compiled at first use need anyway.
 """
 
 import importlib
-import os
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import build, rotated_hybrid
-from megatron_lowbit.kernels.build import SWITCH
+from megatron_lowbit.kernels.cpu import build, rotated
+from megatron_lowbit.kernels.switches import (
+    BUTTERFLIES,
+    SWITCH,
+    TENSOR_CORES,
+    rotation,
+    switched_off,
+)
 
 ROTATED, STATIC, SCALED, GROUPED, NORM = "rotated", "static", "scaled", "grouped", "norm"
 _TRITON = {
-    ROTATED: "megatron_lowbit.kernels.triton_rotated",
-    STATIC: "megatron_lowbit.kernels.triton_static",
-    SCALED: "megatron_lowbit.kernels.triton_scaled",
-    GROUPED: "megatron_lowbit.kernels.triton_grouped",
-    NORM: "megatron_lowbit.kernels.triton_norm",
+    ROTATED: "megatron_lowbit.kernels.triton.rotated",
+    STATIC: "megatron_lowbit.kernels.triton.static",
+    SCALED: "megatron_lowbit.kernels.triton.scaled",
+    GROUPED: "megatron_lowbit.kernels.triton.grouped",
+    NORM: "megatron_lowbit.kernels.triton.norm",
 }
-ROTATION_SWITCH = "MEGATRON_LOWBIT_ROTATION"
-ROTATIONS = BUTTERFLIES, TENSOR_CORES = "butterflies", "tensor-cores"
 _lock = threading.Lock()
-_rotation: str | None = None  # as the environment has it, once that was read
 _tried: list[str] = []  # what the trial said, once there was one
 
 
@@ -47,17 +46,17 @@ def kernels_for(family: str, *tensors: Tensor) -> ModuleType | None:
     """
     kind = _kind(*tensors)
     if kind == "cuda":
-        return None if build.switched_off() or _trouble() else _module(family)
+        return None if switched_off() or _trouble() else _module(family)
     has_c = kind == "cpu" and family == ROTATED and build.library() is not None
-    return rotated_hybrid if has_c else None
+    return rotated if has_c else None
 
 
 def symmetric() -> ModuleType:
-    """The kernels that all-reduce in memory that GPUs share (`comm.symmetric` asks if they serve).
+    """The kernels that all-reduce in memory that GPUs share; `comm.symmetric_memory` asks for them.
 
     No switch leaves them out here: one rank alone must not go another way than its peers.
     """
-    return importlib.import_module("megatron_lowbit.kernels.triton_symmetric")
+    return importlib.import_module("megatron_lowbit.kernels.triton.symmetric")
 
 
 def describe(kind: str = "cpu") -> str:
@@ -67,7 +66,7 @@ def describe(kind: str = "cpu") -> str:
     """
     if kind == "cpu":
         return build.describe()
-    off = build.switched_off()
+    off = switched_off()
     if not off and not torch.cuda.is_available():
         off = "torch sees no GPU"
     if reason := off or _trouble():
@@ -79,37 +78,6 @@ def describe(kind: str = "cpu") -> str:
 def triton_version() -> tuple[int, ...]:
     """Of the Triton that is installed: the first two numbers."""
     return tuple(map(int, importlib.import_module("triton").__version__.split(".")[:2]))
-
-
-def rotation() -> str:
-    """How the GPU kernels rotate: ``butterflies``, or ``tensor-cores`` where the user says so.
-
-    The environment is read once.
-
-    Raises:
-        LowbitError: It names another way.
-    """
-    global _rotation
-    if _rotation is None:
-        asked = os.environ.get(ROTATION_SWITCH) or BUTTERFLIES
-        if asked not in ROTATIONS:
-            raise LowbitError(f"{ROTATION_SWITCH}={asked}: choose {' or '.join(ROTATIONS)}")
-        _rotation = asked
-    return _rotation
-
-
-@contextmanager
-def rotating_by(way: str | None) -> Iterator[None]:
-    """Have the GPU kernels rotate by one of `ROTATIONS` inside, in all threads of this process.
-
-    None: by what the environment says, read anew.
-    """
-    global _rotation
-    before, _rotation = _rotation, way
-    try:
-        yield
-    finally:
-        _rotation = before
 
 
 def rotation_on(device: torch.device) -> str:

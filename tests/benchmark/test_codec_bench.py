@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_lowbit import kernels
-from megatron_lowbit.benchmark import codec_bench
-from megatron_lowbit.benchmark.codec_bench import Plan, parse_shapes
-from megatron_lowbit.benchmark.codec_cases import check_close
+from megatron_lowbit.benchmark.codecs import codec_bench
+from megatron_lowbit.benchmark.codecs.codec_bench import Plan, parse_shapes
+from megatron_lowbit.benchmark.codecs.codec_cases import check_close
 from megatron_lowbit.codecs import get_codec, wire
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lowbit.benchmark import links, ranks
-from megatron_lowbit.benchmark.links import Links, emulated_links, parse_rate
-from megatron_lowbit.benchmark.ranks import plain_ranks
+from megatron_lowbit.benchmark.collectives import links, ranks
+from megatron_lowbit.benchmark.collectives.links import Links, emulated_links, parse_rate
+from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
 from megatron_lowbit.errors import LowbitError
 
 RATE = parse_rate("50mbit")
@@ -41,7 +41,7 @@ dist.destroy_process_group()
 
 HELD = """
 import sys
-from megatron_lowbit.benchmark.links import emulated_links
+from megatron_lowbit.benchmark.collectives.links import emulated_links
 with emulated_links(2, 10**8) as links:
     links.run(["sh", "-c", "sleep 600 & echo $! > $0/pid$RANK; wait", sys.argv[1]])
 """

@@ -10,12 +10,18 @@ import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.benchmark import prediction_check, prediction_report, prediction_run
-from megatron_lowbit.benchmark.hardware import LINKS, MODELS, payload_bytes
-from megatron_lowbit.benchmark.prediction import COLLECTIVES, PASSES, Row, possible, predict
-from megatron_lowbit.benchmark.prediction_check import Result
+from megatron_lowbit.benchmark.prediction import prediction_check, prediction_report, prediction_run
+from megatron_lowbit.benchmark.prediction.hardware import LINKS, MODELS, payload_bytes
+from megatron_lowbit.benchmark.prediction.prediction import (
+    COLLECTIVES,
+    PASSES,
+    Row,
+    possible,
+    predict,
+)
+from megatron_lowbit.benchmark.prediction.prediction_check import Result
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm.probe import probe
+from megatron_lowbit.comm.policy.probe import probe
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).parents[2] / "tools" / "predict.py"

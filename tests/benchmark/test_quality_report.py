@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_lowbit.benchmark import quality, quality_report
+from megatron_lowbit.benchmark.quality import quality, quality_report
 from megatron_lowbit.errors import LowbitError
 
 KL = {"static-hybrid": 0.24, "recipe": 0.03, "recipe@two-shot": 0.06, "recipe-3.2": 0.1}
@@ -108,7 +108,7 @@ def test_every_variant_is_in_the_text(results):
 
 def test_the_steps_know_every_codec_and_name():
     from megatron_lowbit.codecs import CANDIDATES, CODECS
-    from megatron_lowbit.integration.variants import parse_variant
+    from megatron_lowbit.evaluation.variants import parse_variant
 
     measured = {name for step in quality.steps(512, 10) for name in step.codecs}
     for name in measured:

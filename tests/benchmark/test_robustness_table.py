@@ -1,6 +1,6 @@
 """The Markdown tables of the measurement of robustness."""
 
-from megatron_lowbit.benchmark.robustness_table import tables
+from megatron_lowbit.benchmark.quality.robustness_table import tables
 
 
 def _content() -> dict:

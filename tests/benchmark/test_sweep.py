@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.benchmark import command, plot, report, sweep
-from megatron_lowbit.benchmark.plan import (
+from megatron_lowbit.benchmark.collectives import sweep, sweep_command, sweep_plot, sweep_report
+from megatron_lowbit.benchmark.collectives.sweep_plan import (
     DEFAULT_VARIANTS,
     NATIVE,
     NATIVE_FP32,
@@ -28,8 +28,8 @@ from megatron_lowbit.benchmark.plan import (
 from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
-from megatron_lowbit.comm.choice import Settings, make_chooser
-from megatron_lowbit.comm.tuning import write_tuning
+from megatron_lowbit.comm.policy.policy import Settings, make_policy
+from megatron_lowbit.comm.policy.tuning import write_tuning
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_all_reduce.py"
@@ -146,23 +146,23 @@ def _order_of_calls() -> dict[bool, str]:
 
 
 def _tune_and_choose(rank: int, path: Path) -> tuple[str, str, str]:
-    """Sweep for a tuning file, write it on rank 0, and make the chooser of `auto` by it."""
+    """Sweep for a tuning file, write it on rank 0, and make the policy of `auto` by it."""
     variants = choose_variants(codecs=["int4-g32"], collectives=["one-shot"], for_tuning=True)
     plan = Plan(variants, (4096, 65536), ranks=None, hidden=128, seconds=0.001)
     measured = sweep.measure(plan, device=torch.device("cpu"), quiet=True)
     if rank == 0:
-        write_tuning(report.tuning(measured), path)
+        write_tuning(sweep_report.tuning(measured), path)
     dist.barrier()
     codec = get_codec("int4-g32")
-    chooser = make_chooser(
+    policy = make_policy(
         Settings("auto", tuning=path),
         group=dist.group.WORLD,
         codec=codec,
         tables=codec.tables(128),
         device=torch.device("cpu"),
     )
-    choices = chooser.all_reduce(2048), chooser.reduce_scatter(2048)
-    return chooser.spans(), *(choice.collective for choice in choices)
+    choices = policy.all_reduce(2048), policy.reduce_scatter(2048)
+    return policy.spans(), *(choice.collective for choice in choices)
 
 
 def _sweep_broken(fault: str) -> str:
@@ -233,7 +233,7 @@ ROWS = [
 
 
 def test_losses_name_every_case():
-    assert report.losses(ROWS) == [
+    assert sweep_report.losses(ROWS) == [
         "2 ranks, 1gbit, rotated-hybrid 4 one-shot: 0.80x at 8 KB",
         "2 ranks, 1gbit, rotated-hybrid 4 auto: 0.94x at 1 MB",
         "4 ranks, 1gbit, rotated-hybrid 4 one-shot: 0.25x at 1 MB, 0.40x at 8 KB",
@@ -241,13 +241,15 @@ def test_losses_name_every_case():
 
 
 def test_unsteady_times_are_said():
-    assert report.unsteady(ROWS) == ""
+    assert sweep_report.unsteady(ROWS) == ""
     shaky = [row | {"p90_ms": 4 * row["p10_ms"]} for row in ROWS[:4]] + ROWS[4:]
-    assert report.unsteady(shaky).startswith("unsteady: p90 is above 3 times p10 in 4 of 13 cases")
+    assert sweep_report.unsteady(shaky).startswith(
+        "unsteady: p90 is above 3 times p10 in 4 of 13 cases"
+    )
 
 
 def test_tables():
-    first, second, third = report.tables(ROWS).split("\n\n")
+    first, second, third = sweep_report.tables(ROWS).split("\n\n")
     assert first.startswith("all-reduce, 2 ranks, 1gbit: speedup against native BF16\n")
     lines = [line.split() for line in first.splitlines()]
     assert lines[-2] == ["8", "KB", "8", "0.50x", "0.80x", "0.96x"]
@@ -259,7 +261,9 @@ def test_tables():
 
 def test_json_and_its_sidecar(measured, tmp_path):
     path = tmp_path / "results.json"
-    report.write(measured.rows, path, report.describe([measured], ["python", "tool.py"]))
+    sweep_report.write(
+        measured.rows, path, sweep_report.describe([measured], ["python", "tool.py"])
+    )
     assert json.loads(path.read_text()) == measured.rows
     meta = json.loads((tmp_path / "results.meta.json").read_text())
     assert meta["command"] == ["python", "tool.py"]
@@ -274,14 +278,14 @@ def test_json_and_its_sidecar(measured, tmp_path):
 
 def test_tuning_needs_one_setting_and_a_whole_codec(measured):
     with pytest.raises(ValueError, match="for one number of ranks"):
-        report.tuning(sweep.Measured(ROWS, {}, {}))
+        sweep_report.tuning(sweep.Measured(ROWS, {}, {}))
     with pytest.raises(ValueError, match="no codec was measured by all of"):
-        report.tuning(sweep.Measured(ROWS[:6], {}, {}))
+        sweep_report.tuning(sweep.Measured(ROWS[:6], {}, {}))
 
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    plot.draw(ROWS, tmp_path / "plot.png")
+    sweep_plot.draw(ROWS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
 
@@ -289,7 +293,7 @@ def test_plot(tmp_path):
 def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LowbitError, match=r"needs matplotlib: pip install .*\[bench\]"):
-        plot.require()
+        sweep_plot.require()
 
 
 def test_sizes():
@@ -309,7 +313,7 @@ def test_codecs():
 
 
 def test_names():
-    names = [report.variant_name(_row(1, *label, 1)) for label in _LABELS]
+    names = [sweep_report.variant_name(_row(1, *label, 1)) for label in _LABELS]
     assert names == [
         "native bf16",
         "rotated-hybrid 4+6 two-shot",
@@ -368,24 +372,24 @@ def test_variants():
 def test_bad_arguments(arguments, message, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(LowbitError, match=message.replace("[", r"\[")):
-        command.make_plans(_options(**arguments))
+        sweep_command.make_plans(_options(**arguments))
 
 
 def test_plans_for_several_numbers_of_ranks(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    made = command.make_plans(_options(ranks="2,4", node_size=2))
+    made = sweep_command.make_plans(_options(ranks="2,4", node_size=2))
     assert [(plan.ranks, plan.node_size) for plan in made] == [(2, None), (4, 2)]
     assert "2 ranks are not several nodes of 2: measured without" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert [plan.ranks for plan in command.make_plans(_options())] == [None]
+    assert [plan.ranks for plan in sweep_command.make_plans(_options())] == [None]
     with pytest.raises(LowbitError, match="link 1gbit means nothing to ranks that torchrun"):
-        command.make_plans(_options(link="1gbit"))
+        sweep_command.make_plans(_options(link="1gbit"))
 
 
 def _options(**given):
     names = "sizes codecs collectives ranks link node_size tuning output plot write_tuning".split()
     defaults = {name: None for name in names} | {"hidden": 4096, "seconds": 1.0}
-    return command.Namespace(**(defaults | given))
+    return sweep_command.Namespace(**(defaults | given))
 
 
 def test_what_a_rank_says_comes_back_as_one_line(tmp_path, capfd):
@@ -399,9 +403,9 @@ def test_output_is_checked_first(monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sweep, "run", lambda plan: pytest.fail("measured"))
     with pytest.raises(LowbitError, match=f"{tmp_path} is a directory: give a file"):
-        command.run(_options(output=tmp_path))
+        sweep_command.run(_options(output=tmp_path))
     with pytest.raises(OSError, match="/proc/none"):
-        command.run(_options(write_tuning=Path("/proc/none/tuning.json")))
+        sweep_command.run(_options(write_tuning=Path("/proc/none/tuning.json")))
 
 
 def test_interrupt_leaves_nothing(tmp_path):

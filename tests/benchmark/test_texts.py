@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from megatron_lowbit.benchmark.texts import CODE, write_texts
+from megatron_lowbit.benchmark.quality.texts import CODE, write_texts
 from megatron_lowbit.errors import LowbitError
 
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_lowbit.calibration.index import Index, SyncPointRecord, select_bf16_index
+from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 from megatron_lowbit.calibration.index_files import (
     FORMAT_VERSION,
     manifest_digest,
@@ -18,14 +18,14 @@ from megatron_lowbit.calibration.index_files import (
     write_index,
 )
 from megatron_lowbit.calibration.plan import Option
-from megatron_lowbit.calibration.recipe import CodecChoice
+from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import IndexFileError
 
 HIDDEN, RANKS = 256, 3
 
 
-def make_index(layers: int = 2) -> Index:
+def make_index(layers: int = 2) -> CalibrationIndex:
     generator = torch.Generator().manual_seed(0)
     records = {}
     for layer in range(1, layers + 1):
@@ -42,7 +42,7 @@ def make_index(layers: int = 2) -> Index:
         "codec": {"name": "rotated-hybrid", "bits": 4, "bf16_features": 2},
         "corpus": {"sha256": "0"},
     }
-    return Index(manifest=manifest, layers=records)
+    return CalibrationIndex(manifest=manifest, layers=records)
 
 
 @pytest.fixture
@@ -71,8 +71,8 @@ def test_comes_back_as_written(directory):
                 assert back is value is None or torch.equal(value, back)
 
 
-def _with_recipe(index: Index) -> Index:
-    choices = [CodecChoice("shaped-hybrid", bits, 2).to_json() for bits in (2, 4, 6)]
+def _with_recipe(index: CalibrationIndex) -> CalibrationIndex:
+    choices = [Assignment("shaped-hybrid", bits, 2).to_json() for bits in (2, 4, 6)]
     recipe = {
         "points": {
             str(layer): dict.fromkeys(names, choices[1]) for layer, names in index.layers.items()
@@ -84,20 +84,20 @@ def _with_recipe(index: Index) -> Index:
         layer: {name: replace(r, divergence=divergence * layer) for name, r in records.items()}
         for layer, records in index.layers.items()
     }
-    return Index({**index.manifest, "recipe": recipe}, layers)
+    return CalibrationIndex({**index.manifest, "recipe": recipe}, layers)
 
 
 def test_a_recipe_and_its_options_come_back(tmp_path):
     write_index(_with_recipe(make_index()), tmp_path / "lowbit")
     index = read_index(tmp_path / "lowbit")
-    assert set(index.recipe.values()) == {CodecChoice("shaped-hybrid", 4, 2)}
+    assert set(index.recipe.values()) == {Assignment("shaped-hybrid", 4, 2)}
     assert sorted(index.recipe) == sorted(
         (la, n) for la, names in index.layers.items() for n in names
     )
     option = index.options()[2, "mlp.linear_fc2"][1]
-    assert option == Option(CodecChoice("shaped-hybrid", 4, 2), 4.2, 0.04)
+    assert option == Option(Assignment("shaped-hybrid", 4, 2), 4.2, 0.04)
     assert read_index(tmp_path / "lowbit").bf16_index(
-        1, "mlp.linear_fc2", option.choice.make(), 7
+        1, "mlp.linear_fc2", option.assignment.make(), 7
     ).shape == (7,)
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from megatron_lowbit.calibration.plan import Option, average_bits, plan, predicted_divergence
-from megatron_lowbit.calibration.recipe import CodecChoice
+from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.errors import LowbitError
 
 
@@ -18,7 +18,7 @@ def _options(points: int, seed: int) -> dict:
         sensitivity = 10 ** generator.uniform(-3, 0)
         options[layer, "mlp.linear_fc2"] = [
             Option(
-                CodecChoice("shaped-hybrid", bits, kept),
+                Assignment("shaped-hybrid", bits, kept),
                 bits + kept / 8,
                 sensitivity * 4.0**-bits * generator.uniform(0.7, 1) / (1 + kept),
             )
@@ -61,7 +61,7 @@ def test_sensitive_points_get_more_bits():
 def test_a_budget_for_everything_takes_the_best_of_each():
     options = _options(3, 2)
     recipe = plan(options, 100)
-    assert recipe == {k: min(o, key=lambda x: x.divergence).choice for k, o in options.items()}
+    assert recipe == {k: min(o, key=lambda x: x.divergence).assignment for k, o in options.items()}
 
 
 def test_a_budget_below_the_least_is_refused():

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from megatron_lowbit.calibration.recipe import CodecChoice, override, read_rules
+from megatron_lowbit.calibration.recipe import Assignment, override, read_rules
 from megatron_lowbit.errors import LowbitError
 
 ATTENTION, MLP = "self_attention.linear_proj", "mlp.linear_fc2"
 EVERYWHERE = {
-    (layer, name): CodecChoice("shaped-hybrid", 4, 2)
+    (layer, name): Assignment("shaped-hybrid", 4, 2)
     for layer in (1, 2)
     for name in (ATTENTION, MLP)
 }
@@ -32,10 +32,10 @@ def test_the_first_rule_that_matches_counts(tmp_path):
         ],
     )
     assert override(EVERYWHERE, rules, origin="rules.json") == {
-        (1, MLP): CodecChoice("shaped-hybrid", (3, 6), 2),
-        (1, ATTENTION): CodecChoice("native"),
-        (2, MLP): CodecChoice("shaped-hybrid", 4, 0),
-        (2, ATTENTION): CodecChoice("rotated-hybrid"),  # with its own bits and features
+        (1, MLP): Assignment("shaped-hybrid", (3, 6), 2),
+        (1, ATTENTION): Assignment("native"),
+        (2, MLP): Assignment("shaped-hybrid", 4, 0),
+        (2, ATTENTION): Assignment("rotated-hybrid"),  # with its own bits and features
     }
 
 
@@ -94,6 +94,6 @@ def test_rules_that_cannot_be_met(rules, message):
 
 
 def test_bits_for_a_point_that_stays_native():
-    native = dict.fromkeys(EVERYWHERE, CodecChoice("native"))
+    native = dict.fromkeys(EVERYWHERE, Assignment("native"))
     with pytest.raises(LowbitError, match="mean nothing to native"):
         override(native, [{"match": "*", "bits": 4}], origin="rules.json")

@@ -7,8 +7,13 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.calibration import run
-from megatron_lowbit.calibration.run import Checkpointer, Observations, Progress, calibrate
+from megatron_lowbit.calibration import calibration_loop
+from megatron_lowbit.calibration.calibration_loop import (
+    Checkpointer,
+    Observations,
+    Progress,
+    calibrate,
+)
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.errors import LowbitError
 
@@ -67,7 +72,7 @@ def _calibrate(
 
 
 def _stop_and_resume(rank: int, directory: str) -> dict:
-    run.SAVE_EVERY = 2
+    calibration_loop.SAVE_EVERY = 2
     stopped = _calibrate(rank, directory, stop_after=5)
     left = sorted(path.name for path in Path(directory).iterdir())
     try:
@@ -84,7 +89,7 @@ def _stop_and_resume(rank: int, directory: str) -> dict:
 
 
 def _share(rank: int, directory: str) -> dict:
-    run.SAVE_EVERY = 2
+    calibration_loop.SAVE_EVERY = 2
     return {
         "whole": _calibrate(rank, directory + "/a"),
         "nan": _calibrate(rank, directory + "/b", bad=3),
@@ -93,7 +98,7 @@ def _share(rank: int, directory: str) -> dict:
 
 def _two_by_two(rank: int, directory: str) -> dict:
     """2 tensor-parallel x 2 data-parallel ranks, with a NaN on one part only."""
-    run.SAVE_EVERY = 2
+    calibration_loop.SAVE_EVERY = 2
     mine = {}
     for name, members in (("tp", ([0, 1], [2, 3])), ("dp", ([0, 2], [1, 3]))):
         groups = [dist.new_group(ranks) for ranks in members]
@@ -107,7 +112,7 @@ def _two_by_two(rank: int, directory: str) -> dict:
 
 
 def _damaged(rank: int, directory: str) -> str:
-    run.SAVE_EVERY = 2
+    calibration_loop.SAVE_EVERY = 2
     _calibrate(rank, directory, stop_after=5)
     state = next(Path(directory).glob("state_*"))
     state.write_bytes(state.read_bytes()[:-9])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import sample
 
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
 
 

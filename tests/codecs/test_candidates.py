@@ -6,7 +6,7 @@ from cases import DTYPES, OUTLIER, reference_sum, sample, tables_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import CANDIDATES, CODECS, Codec, get_codec, parse_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lowbit import kernels
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import CODECS as REGISTRY
 from megatron_lowbit.codecs import Statistics, codebook, get_codec, rotation, wire
-from megatron_lowbit.codecs.grouped import Grouped
-from megatron_lowbit.codecs.peers import PEERS
+from megatron_lowbit.codecs.peers.group_frame import Grouped
+from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
 

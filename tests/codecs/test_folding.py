@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.comm import all_reduce

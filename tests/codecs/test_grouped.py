@@ -9,10 +9,10 @@ import pytest
 import torch
 from cases import sample
 
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import CODECS, get_codec
-from megatron_lowbit.codecs.grouped import Grouped
-from megatron_lowbit.codecs.peers import PEERS
+from megatron_lowbit.codecs.peers.group_frame import Grouped
+from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
 
 NAMES = list(PEERS)

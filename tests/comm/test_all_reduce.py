@@ -185,7 +185,7 @@ def test_errors_come_on_every_rank(results):
         assert "tables are of codec bf16, the codec is rotated-hybrid" in more["codec"]
         assert f"tables are for 5 ranks, the group has {len(results)}" in more["ranks"]
         assert "unknown collective 'ring': choose one of auto, native" in more["mode"]
-        assert "make_chooser" in more["auto"]
+        assert "make_policy" in more["auto"]
         if several:
             assert "divide" in more["uneven"]
             assert more["centres"] == more["ranks"]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter
-from megatron_lowbit.comm.traffic import Choice, Clock, Counters, Traffic
+from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 
 RANKS, TOKENS, HIDDEN = 4, 24, 128
 COLLECTIVES = ["one-shot", "two-shot", "reduce-scatter", "all-gather", "native"]
@@ -127,11 +127,11 @@ def test_calls_in_a_graph_are_counted_apart(monkeypatch):
     traffic = Traffic()
     for device in ("cuda", "cpu"):
         traffic.add(
-            Choice("one-shot", "fixed"), Counters(calls=1), Clock(torch.device(device)).stop()
+            Decision("one-shot", "fixed"), Counters(calls=1), Clock(torch.device(device)).stop()
         )
-    reasons = [choice.why for choice in traffic.by_choice]
+    reasons = [decision.why for decision in traffic.by_decision]
     assert reasons == ["fixed, in a CUDA graph: replays are not counted", "fixed"]
-    assert traffic.by_choice[Choice("one-shot", reasons[0])].seconds == 0
+    assert traffic.by_decision[Decision("one-shot", reasons[0])].seconds == 0
 
 
 def test_no_event_is_asked_in_a_capture(monkeypatch):
@@ -141,7 +141,7 @@ def test_no_event_is_asked_in_a_capture(monkeypatch):
     traffic, counters = Traffic(), Counters(calls=1)
     for Event.is_capturing in (False, False, True, False):
         clock = Clock(torch.device("cuda"))
-        traffic.add(Choice("one-shot", "fixed"), counters, clock.stop())
-    eager, captured = traffic.by_choice.values()
+        traffic.add(Decision("one-shot", "fixed"), counters, clock.stop())
+    eager, captured = traffic.by_decision.values()
     assert (eager.calls, eager.seconds) == (3, 3.0)
     assert (captured.calls, captured.seconds) == (1, 0)

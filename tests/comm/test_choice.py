@@ -1,4 +1,4 @@
-"""The choice of a collective: modes, tuning files, cost model, nodes, and that all ranks agree."""
+"""The policy: modes, tuning files, cost model, nodes, and that all ranks decide alike."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from ranks import run_ranks
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
-from megatron_lowbit.comm.choice import Chooser, Settings, make_chooser
-from megatron_lowbit.comm.traffic import Choice, Traffic
-from megatron_lowbit.comm.tuning import Tuning, interpolate, this_machine, write_tuning
+from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
+from megatron_lowbit.comm.policy.tuning import Tuning, interpolate, this_machine, write_tuning
+from megatron_lowbit.comm.traffic import Decision, Traffic
 from megatron_lowbit.errors import LowbitError
 
 KB = 1 << 10
@@ -27,9 +27,9 @@ TIMES = {
 }
 
 
-def _chooser(**settings) -> Chooser:
+def _chooser(**settings) -> Policy:
     codec = get_codec()
-    return make_chooser(
+    return make_policy(
         Settings(**settings),
         group=dist.group.WORLD,
         codec=codec,
@@ -67,20 +67,20 @@ def _choose(rank: int, directory: Path) -> dict:
             write_tuning(tuning, shared / f"{name}.json")
     dist.barrier()
     (own / "broken.json").write_text('{"format_version": 1, "times": 3}')
-    chooser = _chooser(tuning=directory / "good.json")
+    policy = _chooser(tuning=directory / "good.json")
     traffic = Traffic()
     for tokens in (1, 512, 20_000):
-        all_reduce(torch.randn(tokens, 64), collective=chooser, traffic=traffic)
+        all_reduce(torch.randn(tokens, 64), collective=policy, traffic=traffic)
     probed = _chooser()
     refused = {
         name: _error(lambda name=name: _chooser(tuning=directory / f"{name}.json"))
         for name in ("ranks", "machine", "codec", "none")
     }
     return {
-        "choices": [chooser.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
-        "scatter": chooser.reduce_scatter(4 * KB).collective,
-        "text": chooser.spans(),
-        "traffic": {choice: counters.calls for choice, counters in traffic.by_choice.items()},
+        "choices": [policy.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
+        "scatter": policy.reduce_scatter(4 * KB).collective,
+        "text": policy.spans(),
+        "traffic": {decision: counters.calls for decision, counters in traffic.by_decision.items()},
         "probed": [probed.all_reduce(1 << n) for n in range(10, 28)],
         "differs": _error(lambda: _chooser(tuning=own / "differs.json")),
         "broken": _error(lambda: _chooser(tuning=own / "broken.json")),
@@ -106,13 +106,13 @@ def test_tuning_file_decides_by_size(results):
 
 def test_what_was_chosen_is_counted_with_its_reason(results):
     why = "fastest by good.json"
-    expected = {Choice(mode, why): 1 for mode in ("native", "one-shot", "two-shot")}
+    expected = {Decision(mode, why): 1 for mode in ("native", "one-shot", "two-shot")}
     assert all(result["traffic"] == expected for result in results)
 
 
 def test_cost_model_chooses_alike_on_all_ranks(results):
     assert results[0]["probed"] == results[1]["probed"]
-    assert all(choice.why == "fastest by the cost model" for choice in results[0]["probed"])
+    assert all(decision.why == "fastest by the cost model" for decision in results[0]["probed"])
 
 
 @pytest.mark.parametrize(
@@ -159,17 +159,17 @@ def test_interpolation_is_logarithmic_inside_and_proportional_above():
 
 def test_native_is_kept_where_low_bits_save_little():
     times = {"native": 1.0, "one-shot": 0.95}
-    chooser = Chooser(
+    policy = Policy(
         "auto", seconds=lambda name, values: times[name], source="a test", candidates=("one-shot",)
     )
-    assert chooser.all_reduce(1).collective == "native"
+    assert policy.all_reduce(1).collective == "native"
     times["one-shot"] = 0.85
-    assert chooser.all_reduce(2).collective == "one-shot"
+    assert policy.all_reduce(2).collective == "one-shot"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format_version": 7}', '{"format_version": 1}'])
 def test_damaged_tuning_files(text, tmp_path):
-    from megatron_lowbit.comm.tuning import _parse
+    from megatron_lowbit.comm.policy.tuning import _parse
 
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(LowbitError, match="write-tuning"):
@@ -178,7 +178,7 @@ def test_damaged_tuning_files(text, tmp_path):
 
 @pytest.mark.parametrize("points", [[], [[8, 0.0]], [[8, "nan"]], [[8]]])
 def test_bad_points_in_a_tuning_file(points, tmp_path):
-    from megatron_lowbit.comm.tuning import _parse
+    from megatron_lowbit.comm.policy.tuning import _parse
 
     write_tuning(
         Tuning(machine={}, ranks=2, node_size=None, link="", times=TIMES), tmp_path / "t.json"

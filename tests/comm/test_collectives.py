@@ -126,4 +126,4 @@ def _check_simulated(case: Case, result: dict, ranks: int) -> None:
     assert out.dtype == case.dtype, case
     assert torch.equal(out, result["out"]), case
     assert replace(traffic.total(), seconds=0) == replace(result["traffic"], seconds=0), case
-    assert list(traffic.by_choice) == result["choices"], case
+    assert list(traffic.by_decision) == result["choices"], case

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_lowbit.comm import choice, cost_model
-from megatron_lowbit.comm.cost_model import FORMULAS, Costs, Message
+from megatron_lowbit.comm.policy import cost_model, policy
+from megatron_lowbit.comm.policy.cost_model import FORMULAS, Costs, Message
 from megatron_lowbit.comm.transport import CHUNK_VALUES
 
 BYTES = 4.1875 / 8
@@ -102,6 +102,6 @@ def test_two_levels_send_what_the_table_says():
 
 
 def test_the_prediction_chooses_as_auto_does():
-    from megatron_lowbit.benchmark.prediction import MARGIN
+    from megatron_lowbit.benchmark.prediction.prediction import MARGIN
 
-    assert MARGIN == choice._MARGIN
+    assert MARGIN == policy._MARGIN

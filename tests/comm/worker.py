@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transport
-from megatron_lowbit.comm.choice import Chooser, Settings, make_chooser
+from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.comm.transport import owned
 
@@ -56,14 +56,14 @@ def can_run(collective: str, ranks: int) -> bool:
 def run_cases(rank: int, cases: list[Case]) -> list[dict]:
     """The result of every case on this rank."""
     results = []
-    choosers: dict[bool, Chooser] = {}
+    policies: dict[bool, Policy] = {}
     for case in cases:
         transport.CHUNK_VALUES = case.chunk_values
-        results.append(_run_case(rank, dist.get_world_size(), case, choosers))
+        results.append(_run_case(rank, dist.get_world_size(), case, policies))
     return results
 
 
-def _run_case(rank: int, ranks: int, case: Case, choosers: dict[bool, Chooser]) -> dict:
+def _run_case(rank: int, ranks: int, case: Case, policies: dict[bool, Policy]) -> dict:
     codec, tables = case.make_codec(), case.tables(ranks)
     mine, traffic = case.partials(ranks)[rank], Traffic()
     call = {"codec": codec, "tables": tables, "traffic": traffic}
@@ -73,15 +73,15 @@ def _run_case(rank: int, ranks: int, case: Case, choosers: dict[bool, Chooser]) 
         out = all_gather(mine, **call)
     elif case.collective == "hierarchical":
         inside = case.low_bit_inside
-        if inside not in choosers:
+        if inside not in policies:
             settings = Settings("hierarchical", node_size=node_size(ranks), low_bit_inside=inside)
-            choosers[inside] = make_chooser(
+            policies[inside] = make_policy(
                 settings, group=dist.group.WORLD, codec=codec, tables=tables, device=mine.device
             )
-        out = all_reduce(mine, collective=choosers[inside], **call)
+        out = all_reduce(mine, collective=policies[inside], **call)
     else:
         out = all_reduce(mine, collective=case.collective, **call)
-    return {"out": out, "traffic": traffic.total(), "choices": list(traffic.by_choice)}
+    return {"out": out, "traffic": traffic.total(), "choices": list(traffic.by_decision)}
 
 
 def expected(case: Case, ranks: int) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_lowbit.calibration.index import Index, SyncPointRecord, select_bf16_index
+from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 
 # codec, collective, bits a value, KL, SQNR in dB: of a plausible size, so that plots look alike.
 VARIANTS = (
@@ -62,7 +62,7 @@ def evaluation(
     }
 
 
-def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> Index:
+def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> CalibrationIndex:
     """An index with a few wide features, wider with the layer; `manifest` adds keys to its own."""
     generator = torch.Generator().manual_seed(0)
     records: dict = {}
@@ -90,7 +90,7 @@ def index(layers: int = 30, hidden: int = 128, ranks: int = 3, **manifest) -> In
         "corpus": {"files": ["emma.txt"], "sha256": "2" * 64},
         "versions": {"torch": "2.13.0"},
     }
-    return Index(manifest=own | manifest, layers=records)
+    return CalibrationIndex(manifest=own | manifest, layers=records)
 
 
 def keep_codecs(content, names: set[str]):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.evaluation import language_model as lm
+from megatron_lowbit.model import logits as lm
 
 TOKENS, VOCAB, PADDED = 40, 20, 24
 

@@ -6,11 +6,11 @@ from ranks import run_ranks
 from toys import VOCAB, Words, bigram, contextual, copying, toy
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.generation import Generation, generate
-from megatron_lowbit.evaluation.long_context import LongText, buckets
-from megatron_lowbit.evaluation.needles import DEPTHS, Needles
-from megatron_lowbit.evaluation.task_data import Item, TaskData
-from megatron_lowbit.evaluation.tasks import Task
+from megatron_lowbit.evaluation.measures.generation import Generation, generate
+from megatron_lowbit.evaluation.measures.long_context import LongText, buckets
+from megatron_lowbit.evaluation.measures.needles import DEPTHS, Needles
+from megatron_lowbit.evaluation.measures.task_data import Item, TaskData
+from megatron_lowbit.evaluation.measures.tasks import Task
 
 SOURCE = {"source": "toy.txt", "sha256": "digest"}
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.comm.traffic import Choice, Clock, Counters, Traffic
+from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.evaluation_loop import Variant, evaluate
 from megatron_lowbit.evaluation.journal import Journal
-from megatron_lowbit.evaluation.measure import LanguageModel
-from megatron_lowbit.evaluation.run import Variant, evaluate
-from megatron_lowbit.evaluation.text import Text
+from megatron_lowbit.evaluation.measures.text import Text
+from megatron_lowbit.model.language_model import LanguageModel
 
 VOCAB, PADDED = 20, 24
 SEQUENCES = torch.randint(0, VOCAB, (5, 9), generator=torch.Generator().manual_seed(3))
@@ -38,7 +38,7 @@ class Model:
         for one in self.traffic[self.noise] if self.counts else ():
             # Odd numbers, so that a sum that misses a unit shows.
             counters = Counters(1, tokens.numel(), 100 * tokens.numel(), int(tokens.sum()) + 50, 7)
-            one.add(Choice("one-shot", "fixed"), counters, Clock(tokens.device).stop())
+            one.add(Decision("one-shot", "fixed"), counters, Clock(tokens.device).stop())
         return self.weights[tokens] + self.noise * self.weights[tokens].flip(-1)
 
     def variants(self) -> list[Variant]:

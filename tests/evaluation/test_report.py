@@ -19,7 +19,7 @@ for _package in ("jinja2", "matplotlib", "pydantic"):
 
 from megatron_lowbit.evaluation.report import page, style  # noqa: E402
 from megatron_lowbit.evaluation.report.findings import codec_errors, compare  # noqa: E402
-from megatron_lowbit.evaluation.report.index import PointRanges, most_extreme  # noqa: E402
+from megatron_lowbit.evaluation.report.index_reader import PointRanges, most_extreme  # noqa: E402
 from megatron_lowbit.evaluation.report.results import read_results  # noqa: E402
 from megatron_lowbit.evaluation.report.sections import all_sections  # noqa: E402
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from megatron_lowbit.evaluation.measure import NATIVE, LanguageModel
-from megatron_lowbit.evaluation.sync_error import SyncError, extremes
+from megatron_lowbit.evaluation.measures.measure import NATIVE
+from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
+from megatron_lowbit.model.language_model import LanguageModel
 
 POINTS = [(1, "a"), (2, "b")]
 

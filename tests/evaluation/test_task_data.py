@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.task_data import TASKS, read_task
+from megatron_lowbit.evaluation.measures.task_data import TASKS, read_task
 
 ITEMS = {
     "arc-easy": 2376,

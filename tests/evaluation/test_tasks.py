@@ -8,9 +8,15 @@ import torch
 from toys import VOCAB, Words, bigram, contextual, toy
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.task_data import Item, TaskData
-from megatron_lowbit.evaluation.tasks import Task, average, choose, encode_pair, log_likelihoods
-from megatron_lowbit.evaluation.uncertainty import interval_95, ratio_stderr, stderr
+from megatron_lowbit.evaluation.measures.task_data import Item, TaskData
+from megatron_lowbit.evaluation.measures.tasks import (
+    Task,
+    average,
+    choose,
+    encode_pair,
+    log_likelihoods,
+)
+from megatron_lowbit.evaluation.measures.uncertainty import interval_95, ratio_stderr, stderr
 
 ITEM = Item(["the cat"] * 3, [" sat", " sat down", " ate"], 1)
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lowbit.evaluation.measure import LanguageModel
+from megatron_lowbit.model.language_model import LanguageModel
 
 VOCAB, PADDED = 90, 96
 

@@ -49,8 +49,8 @@ NEW_TOKENS = 6
 
 def convert_all(directory: Path) -> None:
     """Converts at every size, the last over an existing checkpoint, and tries wrong arguments."""
-    from megatron_lowbit.integration.convert import convert
-    from megatron_lowbit.integration.translate import load_flags
+    from megatron_lowbit.integration.convert.conversion import convert
+    from megatron_lowbit.integration.convert.translate import load_flags
 
     results = {}
     for save, (name, size) in CHECKPOINTS.items():
@@ -68,7 +68,7 @@ def convert_all(directory: Path) -> None:
 def lowbit_arguments(directory: Path) -> dict:
     """Our argument group in Megatron's own parser."""
     from megatron_lowbit.integration.arguments import add_lowbit_args
-    from megatron_lowbit.integration.megatron_args import parse_megatron_args
+    from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 
     argv = ["--load", str(directory / "tied-tp1"), "--lowbit-tp-comm", "--lowbit-bits", "3"]
     args = parse_megatron_args(argv, extra_args_provider=add_lowbit_args)
@@ -77,7 +77,7 @@ def lowbit_arguments(directory: Path) -> dict:
 
 def parser_errors(directory: Path) -> dict[str, str]:
     """The message each wrong command line gets."""
-    from megatron_lowbit.integration.megatron_args import parse_megatron_args
+    from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 
     load = ["--load", str(directory / "tied-tp3")]
     cases = {
@@ -149,15 +149,16 @@ def save_legacy(directory: Path, save: str) -> None:
 
     Every rank makes its own file of each variant.
     """
-    from megatron_lowbit.integration import megatron_args, runtime
-    from megatron_lowbit.integration.quiet import quiet
+    from megatron_lowbit.integration.runtime import megatron_args, session
+    from megatron_lowbit.integration.runtime.checkpoint import TRACKER
+    from megatron_lowbit.integration.runtime.quiet import quiet
 
     args = megatron_args.parse_megatron_args(["--load", str(directory / save)])
     from megatron.training.checkpointing import get_checkpoint_name, save_checkpoint
 
-    runtime.initialize(args)
+    session.initialize(args)
     try:
-        model = runtime.load_model(args)
+        model = session.load_model(args)
         args.save, args.ckpt_format, args.use_dist_ckpt = str(directory / "legacy"), "torch", False
         with quiet():
             save_checkpoint(5, [model], None, None, 0)
@@ -165,7 +166,7 @@ def save_legacy(directory: Path, save: str) -> None:
         for name, change in VARIANTS.items():
             copy = directory / name / path.relative_to(directory / "legacy")
             copy.parent.mkdir(parents=True)
-            tracker = directory / name / megatron_args.TRACKER
+            tracker = directory / name / TRACKER
             tracker.write_text("5")
             state = torch.load(path)
             change(state["model"])
@@ -175,7 +176,7 @@ def save_legacy(directory: Path, save: str) -> None:
             shutil.rmtree((directory / "fewer" / path.relative_to(directory / "legacy")).parent)
         torch.distributed.barrier()
     finally:
-        runtime.shutdown()
+        session.shutdown()
 
 
 def fuse_names(weights: dict) -> None:
@@ -205,7 +206,7 @@ def legacy_errors(directory: Path) -> dict[str, str]:
 
 def run_case(directory: Path, save: str, size: int) -> dict:
     """Logits `[batch, sequence, vocabulary]`, generations and arguments of one checkpoint."""
-    from megatron_lowbit.integration import generation, megatron_args, runtime
+    from megatron_lowbit.integration.runtime import megatron_args, session, text_generation
 
     argv = ["--load", str(directory / save)]
     # The checkpoints made for 3 ranks are loaded without saying so.
@@ -213,14 +214,14 @@ def run_case(directory: Path, save: str, size: int) -> dict:
         [] if (save.endswith("tp3") and size == 3) else ["--tensor-model-parallel-size", str(size)]
     )
     args = megatron_args.parse_megatron_args(argv)
-    runtime.initialize(args)
+    session.initialize(args)
     try:
-        model, tokenizer = runtime.load_model(args), runtime.build_tokenizer(args)
+        model, tokenizer = session.load_model(args), session.build_tokenizer(args)
         tokens = torch.load(directory / "tokens.pt")
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
             logits = gather(model(tokens, positions, None))
-        made = generation.generate(args, model, tokenizer, PROMPTS, tokens=NEW_TOKENS)
+        made = text_generation.generate(args, model, tokenizer, PROMPTS, tokens=NEW_TOKENS)
         return {
             "rank": args.rank,
             "logits": logits,
@@ -230,7 +231,7 @@ def run_case(directory: Path, save: str, size: int) -> dict:
             "args": {name: value for name, value in vars(args).items() if _plain(value)},
         }
     finally:
-        runtime.shutdown()
+        session.shutdown()
 
 
 def gather(logits: torch.Tensor) -> torch.Tensor:

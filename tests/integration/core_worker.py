@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu.device import enable_cpu
 
 LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 96, 6, 120, 24
 CODECS = [("bf16", None), ("static-hybrid", None), ("rotated-hybrid", None), ("rotated-hybrid", 2)]
@@ -114,7 +114,7 @@ def build(
 
 def whole_logits(model) -> torch.Tensor:
     """Logits of the whole vocabulary for fixed tokens."""
-    from megatron_lowbit.integration.forward import logits
+    from megatron_lowbit.model.forward import logits
 
     tokens = torch.arange(LENGTH) * 7 % VOCAB
     return whole_vocabulary(logits(model, tokens[None])[0])
@@ -132,7 +132,7 @@ def whole_vocabulary(mine: torch.Tensor) -> torch.Tensor:
 
 def fp32_accumulation(model) -> torch.Tensor:
     """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
-    from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
+    from megatron_lowbit.integration.sums.sync_points import Attachment, find_sync_points
 
     def reduce(partial, scatter):
         total = partial.float()
@@ -150,7 +150,7 @@ def fp32_accumulation(model) -> torch.Tensor:
 
 def make_index(model, out: Path, simulate_tp: int | None = None):
     """Calibrate on random tokens, by the same function as tools/calibrate.py."""
-    from megatron_lowbit.integration.calibrate import calibrate_model
+    from megatron_lowbit.integration.loops.calibrate_checkpoint import calibrate_model
 
     sequences = torch.randint(0, VOCAB, (5, LENGTH), generator=torch.Generator().manual_seed(0))
     index, progress = calibrate_model(
@@ -270,12 +270,12 @@ def sequence_parallel(out: Path) -> dict:
 def planning(out: Path) -> dict:
     """What options are predicted to cost, and what some of them do; in fp32, free of rounding."""
     from megatron_lowbit.calibration.plan import predicted_divergence
-    from megatron_lowbit.calibration.recipe import CodecChoice
-    from megatron_lowbit.evaluation.measure import LanguageModel
-    from megatron_lowbit.integration.forward import logits
-    from megatron_lowbit.integration.planning import Planner
-    from megatron_lowbit.integration.sensitivity import measure_options
-    from megatron_lowbit.integration.simulate import find_summing
+    from megatron_lowbit.calibration.planning import Planner
+    from megatron_lowbit.calibration.recipe import Assignment
+    from megatron_lowbit.calibration.sensitivity import measure_options
+    from megatron_lowbit.integration.sums.simulate import find_summing
+    from megatron_lowbit.model.forward import logits
+    from megatron_lowbit.model.language_model import LanguageModel
 
     if dist.get_world_size() == 1:
         return {}
@@ -298,7 +298,7 @@ def planning(out: Path) -> dict:
         )
         planner = Planner(index, language_model, summing, sequences, options, groups["dp_group"])
         for bits in (3, 4, 5):
-            recipe = dict.fromkeys(options, CodecChoice("shaped-hybrid", bits, 0))
+            recipe = dict.fromkeys(options, Assignment("shaped-hybrid", bits, 0))
             predicted = predicted_divergence(options, recipe)
             result["divergence", sequence_parallel, bits] = predicted, planner.measure(recipe)
     target = 2 * result["divergence", True, 4][1]
@@ -330,8 +330,8 @@ def simulated(out: Path) -> dict:
     """
     from megatron.core import parallel_state
 
-    from megatron_lowbit.integration.forward import logits
-    from megatron_lowbit.integration.simulate import find_summing
+    from megatron_lowbit.integration.sums.simulate import find_summing
+    from megatron_lowbit.model.forward import logits
 
     if dist.get_world_size() == 1:
         return {}
@@ -411,9 +411,9 @@ def errors(model, index, out: Path) -> dict[str, str]:
     import dataclasses
 
     import megatron_lowbit
-    from megatron_lowbit.comm.choice import Settings
-    from megatron_lowbit.integration.sync_points import find_sync_points
-    from megatron_lowbit.kernels import select
+    from megatron_lowbit.comm.policy.policy import Settings
+    from megatron_lowbit.integration.sums.sync_points import find_sync_points
+    from megatron_lowbit.kernels import switches
 
     def changed(**changes):
         return dataclasses.replace(index, manifest={**index.manifest, **changes})
@@ -450,10 +450,10 @@ def errors(model, index, out: Path) -> dict[str, str]:
     found["modes"] = message(apply(index, collective="one-shot" if dist.get_rank() else "native"))
     found["sum_bits"] = message(apply(index, bits=(4, 6) if dist.get_rank() else (4, 4)))
     found["tuning"] = message(apply(index, collective=Settings(tuning=out / "none.json")))
-    with select.rotating_by(select.ROTATIONS[dist.get_rank() % 2]):
+    with switches.rotating_by(switches.ROTATIONS[dist.get_rank() % 2]):
         found["rotations"] = message(apply(index))
-    one_asks = {select.ROTATION_SWITCH: "wings"} if dist.get_rank() == 1 else {}
-    with select.rotating_by(None), mock.patch.dict(os.environ, one_asks):
+    one_asks = {switches.ROTATION_SWITCH: "wings"} if dist.get_rank() == 1 else {}
+    with switches.rotating_by(None), mock.patch.dict(os.environ, one_asks):
         found["rotation"] = message(apply(index))
     rules = out / f"rules{dist.get_rank()}.json"
     rules.write_text('[{"match": "9.*", "bits": 3}]')

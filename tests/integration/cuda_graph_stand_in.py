@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from megatron_lowbit.integration.cpu import CpuEvent, CpuStream
+from megatron_lowbit.integration.cpu.device import CpuEvent, CpuStream
 
 # What waits for the device, by the dispatcher's names.
 _WAITING = frozenset(

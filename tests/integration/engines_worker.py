@@ -19,9 +19,9 @@ import torch.distributed as dist
 from core_worker import HIDDEN, VOCAB, build, make_index, message
 
 import megatron_lowbit
-from megatron_lowbit.comm.choice import Settings
-from megatron_lowbit.comm.tuning import Tuning, this_machine, write_tuning
-from megatron_lowbit.integration.cpu_attention import enable_cpu_engines
+from megatron_lowbit.comm.policy.policy import Settings
+from megatron_lowbit.comm.policy.tuning import Tuning, this_machine, write_tuning
+from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
 
 BLOCK, LONGEST, NEW_TOKENS = 8, 112, 12
 # The third shares three blocks with the second, and ends elsewhere; all together, and the fourth

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu.device import enable_cpu
 
 GRACE = 30  # seconds that the others have after a rank that failed, as under torchrun
 
@@ -40,17 +40,16 @@ def preload() -> None:
     # An older release's core finds the newest one's megatron.training, and does not go with it.
     if not Path(megatron.core.__file__).parents[1].joinpath("training").is_dir():
         return
-    from megatron_lowbit.integration import megatron_args
+    from megatron_lowbit.integration.runtime import megatron_args
 
     # A checkout's may need packages that are not here: that is for the script to say, if it cares.
     with contextlib.suppress(LowbitError, ImportError):
         megatron_args.require_megatron_training()
         import megatron_script
 
-        import megatron_lowbit.integration.calibrate
-        import megatron_lowbit.integration.evaluate
-        import megatron_lowbit.integration.generation
-        import megatron_lowbit.integration.launcher  # noqa: F401
+        import megatron_lowbit.integration.loops.calibrate_checkpoint
+        import megatron_lowbit.integration.loops.evaluate_checkpoint
+        import megatron_lowbit.integration.runtime.launcher  # noqa: F401
 
         del sys.modules["megatron_script"], megatron_script
 

@@ -24,9 +24,9 @@ from engines_worker import accepted, begin, counted, dynamic_engine, greedy, has
 
 import megatron_lowbit
 from megatron_lowbit.comm.traffic import Clock
-from megatron_lowbit.integration.cpu import CpuEvent
-from megatron_lowbit.integration.cpu_attention import enable_cpu_engines
-from megatron_lowbit.kernels.build import SWITCH
+from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
+from megatron_lowbit.integration.cpu.device import CpuEvent
+from megatron_lowbit.kernels.switches import SWITCH
 
 DECODE_ONLY = {"num_cuda_graphs": 1, "use_cuda_graphs_for_non_decode_steps": False}
 

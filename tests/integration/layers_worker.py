@@ -24,7 +24,7 @@ from core_worker import message
 from torch import Tensor, nn
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu.device import enable_cpu
 
 HIDDEN, HEADS, VOCAB, LENGTH = 96, 6, 120, 24
 PATTERN = "M*G-E"
@@ -169,7 +169,7 @@ def hybrid_model(pattern: str, dtype: torch.dtype = torch.bfloat16, **config):
     """A HybridModel of the local spec."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-    from megatron_lowbit.integration.hybrid import local_final_norm, local_stack_spec
+    from megatron_lowbit.integration.runtime.hybrid import local_final_norm, local_stack_spec
 
     made = transformer_config(
         dtype,
@@ -221,7 +221,7 @@ def tokens() -> Tensor:
 
 def whole_logits(model: nn.Module) -> Tensor:
     """Logits of the whole vocabulary for fixed tokens."""
-    from megatron_lowbit.integration.forward import logits
+    from megatron_lowbit.model.forward import logits
 
     return whole_vocabulary(logits(model, tokens()[None])[0])
 
@@ -237,7 +237,7 @@ def whole_vocabulary(mine: Tensor) -> Tensor:
 
 def make_index(model: nn.Module, out: Path):
     """Calibrate on random tokens, by the same function as tools/calibrate.py."""
-    from megatron_lowbit.integration.calibrate import calibrate_model
+    from megatron_lowbit.integration.loops.calibrate_checkpoint import calibrate_model
 
     index, _ = calibrate_model(
         model,
@@ -252,7 +252,7 @@ def make_index(model: nn.Module, out: Path):
 
 def exact_sums(model: nn.Module) -> Tensor:
     """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
-    from megatron_lowbit.integration.sync_points import Attachment, find_sync_points
+    from megatron_lowbit.integration.sums.sync_points import Attachment, find_sync_points
 
     points, _ = find_sync_points(model)
 
@@ -356,7 +356,7 @@ def trained(model: nn.Module) -> Tensor:
     """Logits in training, where a router has counts and losses; leaves gradients behind."""
     from megatron.core import parallel_state
 
-    from megatron_lowbit.integration.forward import forward
+    from megatron_lowbit.model.forward import forward
 
     # Megatron's buffer for all-gathers: one made in inference mode cannot be written outside it.
     parallel_state.get_global_memory_buffer().buffer.clear()
@@ -378,7 +378,7 @@ def gradients(model: nn.Module) -> Tensor:
 def experts(out: Path, **config) -> dict:
     """Routed experts in low bits, with exact sums elsewhere."""
     import megatron_lowbit
-    from megatron_lowbit.integration import experts as ours
+    from megatron_lowbit.integration.sums import experts as ours
 
     model = gpt_model(**{**SHARED, **config})
     run = trained if config.get("sequence_parallel") else whole_logits
@@ -430,10 +430,10 @@ def mixtures(model: nn.Module) -> list[nn.Module]:
 def refusals(out: Path) -> dict:
     """Models without sums to take over."""
     import megatron_lowbit
-    from megatron_lowbit.integration.experts import find_expert_sums
-    from megatron_lowbit.integration.folding import check_foldable
-    from megatron_lowbit.integration.hybrid import local_stack_spec
-    from megatron_lowbit.integration.sync_points import find_sync_points
+    from megatron_lowbit.integration.runtime.hybrid import local_stack_spec
+    from megatron_lowbit.integration.sums.experts import find_expert_sums
+    from megatron_lowbit.integration.sums.folded_weights import check_foldable
+    from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
     routed = hybrid_model("E", **MOE)
     moe = gpt_model(**SHARED)
@@ -480,7 +480,7 @@ def two_ranks(out: Path) -> dict:
     choice = {"moe_token_dispatcher_type": "allgather", "sequence_parallel": True}
     results["experts", "allgather", "ep"] = experts(out / "ep", **choice)
     whole = gpt_model(**{**SHARED, "moe_token_dispatcher_type": "alltoall"})
-    from megatron_lowbit.integration.experts import find_expert_sums
+    from megatron_lowbit.integration.sums.experts import find_expert_sums
 
     results["whole_experts"] = [str(one) for one in find_expert_sums(whole, 4)]
     return results
@@ -649,8 +649,9 @@ def tools(out: Path) -> dict:
     """A HybridModel's checkpoint through tools/calibrate.py and tools/evaluate.py."""
     from megatron.core import dist_checkpointing
 
-    from megatron_lowbit.integration import runtime
-    from megatron_lowbit.integration.megatron_args import TRACKER, parse_megatron_args
+    from megatron_lowbit.integration.runtime import session
+    from megatron_lowbit.integration.runtime.checkpoint import TRACKER
+    from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 
     flags = (
         "--hybrid-layer-pattern *-*E --hidden-size 48 --num-attention-heads 4 --swiglu --bf16 "
@@ -660,8 +661,8 @@ def tools(out: Path) -> dict:
         "--moe-token-dispatcher-type allgather --tokenizer-type NullTokenizer --vocab-size 60"
     )
     args = parse_megatron_args(flags.split())
-    runtime.initialize(args)
-    model = runtime.load_model(args)
+    session.initialize(args)
+    model = session.load_model(args)
     where = out / "ckpt" / "release"
     where.mkdir(parents=True)
     (unwrapped,) = (m for m in model.modules() if type(m).__name__ == "HybridModel")
@@ -671,7 +672,7 @@ def tools(out: Path) -> dict:
     dist_checkpointing.save(state, str(where))
     (out / "ckpt" / TRACKER).write_text("release")
     expected = {name: value for name, value in unwrapped.state_dict().items() if value is not None}
-    runtime.shutdown()
+    session.shutdown()
     (out / "numbers.txt").write_text(" ".join(str(n * n % 59) for n in range(400)))
     data = ["--load", str(out / "ckpt"), "--data", str(out / "numbers.txt"), "--simulate-tp", "2"]
     calibrate = [*data, "--sequences", "4", "--seq-length", "16", "--budget", "4"]
@@ -680,8 +681,8 @@ def tools(out: Path) -> dict:
 
     index = read_index(out / "ckpt" / "lowbit")
     loaded = parse_megatron_args(["--load", str(out / "ckpt")])
-    runtime.initialize(loaded)
-    found = runtime.load_model(loaded).state_dict()
+    session.initialize(loaded)
+    found = session.load_model(loaded).state_dict()
     return {
         "keys": keys,
         "points": {n: sorted(points) for n, points in index.layers.items()},
@@ -738,7 +739,7 @@ def main() -> None:
     enable_cpu()
     torch.set_num_threads(1)
     kernel_stand_ins.install()
-    from megatron_lowbit.integration.megatron_args import require_megatron_training
+    from megatron_lowbit.integration.runtime.megatron_args import require_megatron_training
 
     require_megatron_training()
     for ranks, work in ((1, tools), (2, two_ranks), (4, four_ranks)):

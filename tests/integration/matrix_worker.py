@@ -28,7 +28,7 @@ from core_worker import (
 
 import megatron_lowbit
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu.device import enable_cpu
 
 RANKS, LAYERS = 4, 4
 CODECS = ("bf16", "rotated-hybrid")

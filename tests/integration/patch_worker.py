@@ -19,9 +19,9 @@ import torch.distributed as dist
 from core_worker import LENGTH, VOCAB, build, make_index, message, whole_logits
 
 import megatron_lowbit
-from megatron_lowbit.integration import routes
-from megatron_lowbit.integration.cpu import enable_cpu
-from megatron_lowbit.integration.sync_points import find_sync_points
+from megatron_lowbit.integration.cpu.device import enable_cpu
+from megatron_lowbit.integration.sums import routes
+from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
 UNPATCHED = (routes.LocalRoute(),)
 MODES = ("one-shot", "two-shot")
@@ -107,14 +107,15 @@ def refusals(model, index) -> dict:
 
 def training(checkpoint: Path, out: Path) -> dict:
     """A checkpoint loaded by megatron.training with --lowbit-tp-comm among Megatron's arguments."""
-    from megatron_lowbit.integration import hooks, runtime
-    from megatron_lowbit.integration.forward import logits
-    from megatron_lowbit.integration.megatron_args import parse_megatron_args
+    from megatron_lowbit.integration import hooks
+    from megatron_lowbit.integration.runtime import session
+    from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+    from megatron_lowbit.model.forward import logits
 
     fixed = ["--lowbit-collective", "two-shot"]
     args = parse_megatron_args(["--load", str(checkpoint), "--lowbit-tp-comm", *fixed])
-    runtime.initialize(args)
-    model = runtime.load_model(args)
+    session.initialize(args)
+    model = session.load_model(args)
     tokens = torch.arange(LENGTH)[None] * 7 % VOCAB
     result = {"handles": [str(model.handle) for model in hooks._on]}
     result["hooked"] = logits(model, tokens)
@@ -129,7 +130,7 @@ def training(checkpoint: Path, out: Path) -> dict:
         handle.remove()
     result["native"] = logits(model, tokens)
     args.lowbit_tp_comm = args.lowbit_collective = None
-    other = runtime.load_model(args)
+    other = session.load_model(args)
     result["without the flag"] = torch.equal(logits(other, tokens), result["native"])
     args.lowbit_tp_comm, args.load = str(checkpoint / "lowbit"), str(out / "empty")
     args.exit_on_missing_checkpoint = False
@@ -141,7 +142,7 @@ def training(checkpoint: Path, out: Path) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         result["not found"] = message(lambda: load_checkpoint([other], None, None))
     result["made"] = len(hooks._on)
-    runtime.shutdown()
+    session.shutdown()
     return result
 
 

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tiny_llama import tokenizer
 
-from megatron_lowbit.benchmark import robustness
-from megatron_lowbit.benchmark.robustness_plan import Calibration
+from megatron_lowbit.benchmark.quality import robustness
+from megatron_lowbit.benchmark.quality.robustness_plan import Calibration
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration import runtime
+from megatron_lowbit.integration.runtime import session
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "data"
 CALIBRATIONS = [Calibration("prose", 4, 1), Calibration("code", 2, 1)]
@@ -50,7 +50,7 @@ def main(out: Path) -> None:
         try:
             robustness.run(options, argv, examples=examples, calibrations=CALIBRATIONS)
         except LowbitError as error:
-            runtime.shutdown()
+            session.shutdown()
             return str(error)
 
     seen = {"whole": measure("whole.json", resume=False)}

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from core_worker import HIDDEN, LAYERS, LENGTH, VOCAB, build, make_index, message, whole_logits
 
-from megatron_lowbit.integration.cpu import enable_cpu
+from megatron_lowbit.integration.cpu.device import enable_cpu
 
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -150,7 +150,7 @@ def applied(model, index, collective: str = "one-shot") -> dict:
 
 def specs(out: Path, sequence_parallel: bool) -> dict:
     """One checkpoint in the local spec, TE's, and with sequence parallelism the inference spec."""
-    from megatron_lowbit.integration.sync_points import fingerprint, transformer_layers
+    from megatron_lowbit.integration.sums.sync_points import fingerprint, transformer_layers
 
     local = build(torch.bfloat16, sequence_parallel=sequence_parallel)
     index, _ = make_index(local, out)
@@ -181,7 +181,7 @@ def gradients(model, index) -> list[torch.Tensor]:
     from megatron.core import parallel_state
 
     import megatron_lowbit
-    from megatron_lowbit.integration.forward import forward
+    from megatron_lowbit.model.forward import forward
 
     # What Megatron keeps there from inference mode takes no gradients.
     parallel_state.get_global_memory_buffer().buffer.clear()
@@ -205,7 +205,7 @@ def biases(config) -> dict:
     from megatron.core import tensor_parallel
     from megatron.core.extensions.transformer_engine import TERowParallelLinear
 
-    from megatron_lowbit.integration.sync_points import Attachment, SyncPoint
+    from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
 
     def reduce(partial, scatter):
         name = "reduce_scatter_to_sequence_parallel" if scatter else "reduce_from_tensor_model"
@@ -255,9 +255,9 @@ def run_linear(linear) -> dict:
 def refusals(out: Path) -> dict:
     """What must be refused, none of which may change a module, and what stays native."""
     import megatron_lowbit
-    from megatron_lowbit.integration import transformer_engine as route
-    from megatron_lowbit.integration.simulate import find_summing
-    from megatron_lowbit.integration.sync_points import find_sync_points
+    from megatron_lowbit.integration.sums import transformer_engine as route
+    from megatron_lowbit.integration.sums.simulate import find_summing
+    from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
     model = same_weights(build(torch.bfloat16, sequence_parallel=True), te_spec())
     linear, config = model.decoder.layers[0].mlp.linear_fc2, model.config
@@ -297,7 +297,7 @@ def refusals(out: Path) -> dict:
 
 def fused_refusals() -> dict[str, str]:
     """Of MLPs that never call their linear, and of the inference-optimized layers."""
-    from megatron_lowbit.integration.sync_points import find_sync_points
+    from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
     found = {}
     local = build(torch.bfloat16)
@@ -327,7 +327,7 @@ def experts() -> dict:
     from core_worker import MOE
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from megatron_lowbit.integration.sync_points import find_sync_points
+    from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
     config = build(torch.bfloat16, **{**MOE, "moe_grouped_gemm": True}).config
     model = GPTModel(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lowbit.comm.choice import Settings
+from megatron_lowbit.comm.policy.policy import Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.arguments import (
     add_lowbit_args,

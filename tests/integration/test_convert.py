@@ -28,7 +28,7 @@ from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noq
 from tiny_models import hugging_face_models  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration import hf_source  # noqa: E402
+from megatron_lowbit.integration.convert import hf_source  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("convert_worker.py")
@@ -409,7 +409,7 @@ def test_command_line_says_what_is_wrong(tmp_path, monkeypatch, make, words):
 
 
 def test_interrupted_conversion_leaves_the_old_checkpoint(tmp_path):
-    from megatron_lowbit.integration.convert import TRACKER, replacing_checkpoint
+    from megatron_lowbit.integration.convert.conversion import TRACKER, replacing_checkpoint
 
     target = tmp_path / "checkpoint"
     with replacing_checkpoint(target) as directory:
@@ -422,7 +422,7 @@ def test_interrupted_conversion_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_directory_of_something_else_is_not_replaced(tmp_path):
-    from megatron_lowbit.integration.convert import replacing_checkpoint
+    from megatron_lowbit.integration.convert.conversion import replacing_checkpoint
 
     (tmp_path / "notes.txt").write_text("keep")
     refused = pytest.raises(LowbitError, match="has notes.txt, which no conversion wrote")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_lowbit.integration.cpu_attention import (
+from megatron_lowbit.integration.cpu.attention import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )

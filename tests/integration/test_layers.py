@@ -10,9 +10,9 @@ import torch
 from layers_worker import LENGTH
 from releases import environment
 
-from megatron_lowbit.benchmark.closeness import sqnr
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.checks import refuse_pipeline
+from megatron_lowbit.integration.loops.checks import refuse_pipeline
 
 WORKER = Path(__file__).with_name("layers_worker.py")
 ATTENTION, MLP = "self_attention.linear_proj", "mlp.linear_fc2"

@@ -16,8 +16,7 @@ from releases import ROOT, environment
 
 from megatron_lowbit.calibration.corpus import Corpus
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.task_data import PACKAGE, TASKS
-from megatron_lowbit.integration.measures import (
+from megatron_lowbit.evaluation.inputs import (
     check_lengths,
     check_options,
     generation,
@@ -25,6 +24,7 @@ from megatron_lowbit.integration.measures import (
     prefix_of,
     task_names,
 )
+from megatron_lowbit.evaluation.measures.task_data import PACKAGE, TASKS
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
 CODECS = ["bf16", "recipe", "rotated-hybrid-2", "recipe@two-shot"]

@@ -41,7 +41,7 @@ def test_calibration_writes_a_whole_index_and_nothing_else(calibrated):
     assert (recipe["budget"], len(index.recipe)) == (4, 4)
     assert 3 < recipe["bits_per_value"] <= 4
     for options in index.options().values():
-        costs = {o.choice.bits: o.divergence for o in options if not o.choice.bf16_features}
+        costs = {o.assignment.bits: o.divergence for o in options if not o.assignment.bf16_features}
         assert costs[2] > costs[3] > costs[4] > costs[5] > costs[6] > costs[16] > 0
     corpus = index.manifest["corpus"]
     assert (corpus["files"], corpus["sequences"], corpus["seq_length"]) == ([TEXT.name], 4, 16)

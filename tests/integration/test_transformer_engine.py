@@ -14,7 +14,7 @@ import torch
 from forks import forked
 from releases import environment
 
-from megatron_lowbit.integration.transformer_engine import MUTED_TE, attributes_read
+from megatron_lowbit.integration.sums.transformer_engine import MUTED_TE, attributes_read
 
 HERE = Path(__file__).parent
 RANKS = 2

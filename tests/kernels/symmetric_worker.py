@@ -16,13 +16,13 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 from megatron_lowbit.codecs.folding import fold
-from megatron_lowbit.comm import all_reduce, symmetric
-from megatron_lowbit.comm.choice import Chooser
+from megatron_lowbit.comm import all_reduce, symmetric_memory
+from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.kernels import select
-from megatron_lowbit.kernels.build import disabled
 from megatron_lowbit.kernels.peer_memory import PeerMemory
+from megatron_lowbit.kernels.switches import disabled
 
 SIZE = 1 << 13
 
@@ -97,7 +97,7 @@ def run_calls_on_a_gpu(rank: int) -> list[bool]:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    opening = symmetric._Opening(dist.group.WORLD, device)
+    opening = symmetric_memory._Opening(dist.group.WORLD, device)
     opening.allocate()
     dist.barrier()
     opening.exchange()
@@ -174,24 +174,28 @@ def run_opened(rank: int, directory: Path, fault: str) -> dict:
             memory = mapped(rank, ranks, directory, programs=2, seconds=60)
             if fault == "wrong block" and rank == 0:
                 memory.peers[1] = memory.peers[0] + SIZE // 2
-            self.opened = symmetric.Symmetric(memory, group=lambda: group)
+            self.opened = symmetric_memory.Symmetric(memory, group=lambda: group)
 
-    symmetric._Opening, symmetric._TRIAL_HIDDEN, symmetric._TRIAL_KEPT = Opening, 64, 2
-    symmetric._obstacle = lambda device: "no GPU" if fault == "no GPU" and rank == 1 else ""
-    symmetric._TRIAL_SECONDS = 0.0001 if fault else 60  # 100 polls
+    symmetric_memory._Opening, symmetric_memory._TRIAL_HIDDEN, symmetric_memory._TRIAL_KEPT = (
+        Opening,
+        64,
+        2,
+    )
+    symmetric_memory._obstacle = lambda device: "no GPU" if fault == "no GPU" and rank == 1 else ""
+    symmetric_memory._TRIAL_SECONDS = 0.0001 if fault else 60  # 100 polls
     if fault == "broken kernel" and rank == 0:
         select.symmetric().two_shot = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        opened = symmetric._open(group, device)
+        opened = symmetric_memory._open(group, device)
     codec, traffic = get_codec("shaped-hybrid", bits=(4, 6)), Traffic()
     tables = tables_of(codec, 96, 5, ranks)
     same = []
     for collective, tokens in (("one-shot", 2), ("two-shot", 5), ("two-shot", 30)):
         partials = sample("heavy-tailed", (ranks, tokens, 96), tokens).bfloat16()
-        chooser = Chooser(collective, symmetric=opened)
+        policy = Policy(collective, symmetric_memory=opened)
         out = all_reduce(
-            partials[rank], codec=codec, tables=tables, collective=chooser, traffic=traffic
+            partials[rank], codec=codec, tables=tables, collective=policy, traffic=traffic
         )
         same.append(_is_same(out, expected(partials, tables, codec, collective)))
     return {
@@ -199,7 +203,7 @@ def run_opened(rank: int, directory: Path, fault: str) -> dict:
         "status": opened.status(codec),
         "other codec": opened.status(get_codec("int4-g32")),
         "warned": [str(warning.message) for warning in caught],
-        "sent": {(c.collective, c.why): k.sent_bytes for c, k in traffic.by_choice.items()},
+        "sent": {(c.collective, c.why): k.sent_bytes for c, k in traffic.by_decision.items()},
     }
 
 

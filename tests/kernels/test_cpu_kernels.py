@@ -22,7 +22,8 @@ from megatron_lowbit.codecs.codebook import thresholds
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.codecs.rotation import signs
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import build
+from megatron_lowbit.kernels import switches
+from megatron_lowbit.kernels.cpu import build
 
 NONE = kernels.describe() if kernels.describe().startswith("none") else None
 needs_kernel = pytest.mark.skipif(NONE is not None, reason=str(NONE))
@@ -288,7 +289,7 @@ for warning in caught:
 
 def _start(**environment: str) -> subprocess.Popen:
     search = os.pathsep.join(sys.path)
-    env = {**os.environ, "PYTHONPATH": search, build.SWITCH: "1", **environment}
+    env = {**os.environ, "PYTHONPATH": search, switches.SWITCH: "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", PROBE], stdout=subprocess.PIPE, text=True, env=env
     )
@@ -302,8 +303,8 @@ def _finish(process: subprocess.Popen) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain_digest():
-    digest, kernel, *warned = _finish(_start(**{build.SWITCH: "0"}))
-    assert kernel == f"none: switched off by {build.SWITCH}=0"
+    digest, kernel, *warned = _finish(_start(**{switches.SWITCH: "0"}))
+    assert kernel == f"none: switched off by {switches.SWITCH}=0"
     assert not warned
     return digest
 

@@ -17,8 +17,8 @@ from megatron_lowbit import kernels
 from megatron_lowbit.codecs import CODECS, Codec, Statistics, Tables, codebook, get_codec, wire
 from megatron_lowbit.codecs.base import LowbitError
 from megatron_lowbit.codecs.folding import fold
-from megatron_lowbit.codecs.grouped import Grouped
-from megatron_lowbit.codecs.peers import PEERS
+from megatron_lowbit.codecs.peers.group_frame import Grouped
+from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.kernels import select
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

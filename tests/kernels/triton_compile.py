@@ -19,18 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
-from megatron_lowbit.codecs.peers import PEERS
-from megatron_lowbit.kernels import (
-    select,
-    triton_gathered,
-    triton_grouped,
-    triton_norm,
-    triton_rotated,
-    triton_symmetric,
-)
+from megatron_lowbit.codecs.peers.systems import PEERS
+from megatron_lowbit.kernels import select, switches
 from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
+from megatron_lowbit.kernels.triton import gathered, grouped, norm, rotated, symmetric
 
-MODULES = (triton_gathered, triton_grouped, triton_norm, triton_rotated, triton_symmetric)
+MODULES = (gathered, grouped, norm, rotated, symmetric)
 TARGET = GPUTarget("cuda", 90, 32)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
 TYPES = {
@@ -49,7 +43,7 @@ MEMORY = PeerMemory(
 
 
 def _compile(kernel, tokens, tile, on, *arguments, **constants) -> None:
-    """What `triton_launch.launch` would run, compiled as Triton's launcher would specialize it."""
+    """What `launching.launch` would run, compiled as Triton's launcher would specialize it."""
     values = {**dict(zip(kernel.arg_names, arguments, strict=False)), **constants}
     values["LOG_TILE"] = tile.log_tile
     fixed = {k: v for k, v in values.items() if v is None or k.isupper() or _is_one(v)}
@@ -121,7 +115,7 @@ def main() -> None:
         for name in ("static-hybrid", "scaled-hybrid"):
             _encode_and_sum(name, hidden, bits)
         _rotated(hidden, bits, and_reduce=True)
-        with select.rotating_by(select.TENSOR_CORES):
+        with switches.rotating_by(switches.TENSOR_CORES):
             _rotated(hidden, bits, and_reduce=False)  # which rotates nothing
     for name in ("bf16", *PEERS):
         _encode_and_sum(name, CASES[-1][0], None)

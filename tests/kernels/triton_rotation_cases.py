@@ -10,8 +10,8 @@ from torch import Tensor
 from triton_cases import DEVICE, tables_of, triton_everywhere  # noqa: F401 (a fixture)
 
 from megatron_lowbit import kernels
-from megatron_lowbit.benchmark import codec_bench
-from megatron_lowbit.benchmark.closeness import (
+from megatron_lowbit.benchmark.codecs import codec_bench
+from megatron_lowbit.benchmark.codecs.closeness import (
     MOST_CODES,
     MOST_DECIBELS,
     moved_codes,
@@ -19,9 +19,9 @@ from megatron_lowbit.benchmark.closeness import (
 )
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.folding import fold
-from megatron_lowbit.kernels import select
+from megatron_lowbit.kernels import switches
 
-TENSOR_CORES = select.TENSOR_CORES
+TENSOR_CORES = switches.TENSOR_CORES
 # Blocks of 64 and 1024 in a padded row, a block of all: 1, 2 and 3 products, some with butterflies.
 HIDDEN = [576, 4096, 5120]
 
@@ -40,7 +40,7 @@ def test_both_bounds(kind, hidden, bits):
     partials = [sample(kind, (-(-24_000 // hidden), hidden), r).to(DEVICE) for r in range(ranks)]
     with kernels.disabled():
         expected = _payloads(codec, partials, tables)
-    with select.rotating_by(TENSOR_CORES):
+    with switches.rotating_by(TENSOR_CORES):
         got = _payloads(codec, partials, tables)
         total = codec.decode_sum(got, tables)
     steps = torch.cat(
@@ -65,7 +65,7 @@ def test_the_norm_decodes_as_the_sum():
     tables = tables_of(codec, 576, 4)
     payloads = codec.encode(sample("normal", (3, 576), 0).to(DEVICE), tables)[None]
     weight = torch.ones(576, device=DEVICE)
-    with select.rotating_by(TENSOR_CORES):
+    with switches.rotating_by(TENSOR_CORES):
         _, total = codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5)
         assert torch.equal(total, codec.decode_sum(payloads, tables))
     assert not torch.equal(total, codec.decode_sum(payloads, tables))
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_left_to_butterflies(hidden):
     tables = tables_of(codec, hidden, 2)
     partial = sample("normal", (3, hidden), 0).to(DEVICE)
     payloads = codec.encode(partial, tables)[None]
-    with select.rotating_by(TENSOR_CORES):
+    with switches.rotating_by(TENSOR_CORES):
         assert torch.equal(codec.encode(partial, tables)[None], payloads)
         got = codec.decode_sum(payloads, tables)
     assert torch.equal(got, codec.decode_sum(payloads, tables))
@@ -93,7 +93,7 @@ def test_what_is_exact_stays_so():
     wide = sample("heavy-tailed", (4, 515), 1).to(DEVICE)
     for partial, made_by in ((whole, tables), (wide, folded)):
         payload = codec.encode(partial, made_by)
-        with select.rotating_by(TENSOR_CORES):
+        with switches.rotating_by(TENSOR_CORES):
             assert torch.equal(codec.encode(partial, made_by), payload)
 
 
@@ -103,7 +103,7 @@ def test_a_row_that_is_not_finite_stays_alone(bad):
     tables = tables_of(codec, 576, 0)  # nothing apart: all go through the products
     partial = sample("normal", (3, 576), 0).to(DEVICE)
     partial[1, 7] = bad
-    with select.rotating_by(TENSOR_CORES):
+    with switches.rotating_by(TENSOR_CORES):
         total = codec.decode_sum(codec.encode(partial, tables)[None], tables)
     assert total.isnan().any(dim=1).tolist() == [False, True, False]
     assert total[1].isnan().all()

@@ -6,6 +6,7 @@ Only comparisons of numbers that were measured; where one is missing the finding
 import statistics
 from dataclasses import dataclass
 
+from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report.results import (
     Evaluation,
     Number,
@@ -16,7 +17,6 @@ from megatron_lowbit.evaluation.report.results import (
     Variant,
 )
 from megatron_lowbit.evaluation.report.style import family_of
-from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
 
 BUDGET = 4.2  # bits a value: the paper's
 PAPER = "static-hybrid"

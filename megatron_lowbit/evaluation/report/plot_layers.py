@@ -3,9 +3,10 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.findings import CodecError, codec_errors
-from megatron_lowbit.evaluation.report.index import (
+from megatron_lowbit.evaluation.report.index_reader import (
     LEVEL_NAMES,
     PointRanges,
     RecipePoint,
@@ -13,7 +14,6 @@ from megatron_lowbit.evaluation.report.index import (
 )
 from megatron_lowbit.evaluation.report.labels import label_ends
 from megatron_lowbit.evaluation.report.results import PointError, ResultFile
-from megatron_lowbit.evaluation.sync_error import BELOW_MEDIAN_DB, LOW_DB
 
 _BAND = style.color_of("shaped-hybrid")
 _CHOSEN = style.color_of("static-hybrid")

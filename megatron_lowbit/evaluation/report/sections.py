@@ -4,14 +4,9 @@ import json
 import re
 from typing import Any
 
-from megatron_lowbit.evaluation.report import (
-    plot_layers,
-    plot_quality,
-    plot_tasks,
-    tables,
-)
+from megatron_lowbit.evaluation.report import page_tables, plot_layers, plot_quality, plot_tasks
 from megatron_lowbit.evaluation.report.findings import BUDGET, PAPER, Comparison, Ratio, compare
-from megatron_lowbit.evaluation.report.index import PointRanges, read_recipe
+from megatron_lowbit.evaluation.report.index_reader import PointRanges, read_recipe
 from megatron_lowbit.evaluation.report.page import (
     NOT_MEASURED,
     Block,
@@ -61,13 +56,13 @@ def _headline(files: list[ResultFile], manifest: dict[str, Any]) -> Section:
         blocks += [Paragraph(file.label, "heading"), Paragraph(first, "lead")]
         blocks += [Paragraph(text) for text in (*others, _what(file))]
         if found:
-            blocks.append(tables.comparison(file, found))
+            blocks.append(page_tables.comparison(file, found))
     note = (
         f"Best: the least KL at no more than {BUDGET:g} bits a value; beside it {PAPER}, by the "
         "same collective and within the same bits. Ratios under 1 are better than the paper's "
         "method. Their errors take the two as independent, though both ran on the same tokens. "
         "Loss: difference in negative log-likelihood to native BF16. On this page ± is one "
-        f"standard error, and {tables.NONE} a number that is not in the file or not finite."
+        f"standard error, and {page_tables.NONE} a number that is not in the file or not finite."
     )
     title = f"The best at no more than {BUDGET:g} bits a value"
     return Section("headline", title, [*blocks, Paragraph(note)])
@@ -136,8 +131,8 @@ def _kept(file: ResultFile, codecs: list[str]) -> list[str]:
         if codec in kept:
             one = kept[codec]
             words.append(
-                f"{codec} {tables.share(one.kept)}\u00a0% "
-                f"[{tables.share(one.kept_low)}, {tables.share(one.kept_high)}]"
+                f"{codec} {page_tables.share(one.kept)}\u00a0% "
+                f"[{page_tables.share(one.kept_low)}, {page_tables.share(one.kept_high)}]"
             )
     if not words:
         return []
@@ -161,13 +156,13 @@ def _tasks(files: list[ResultFile]) -> list[Block | None]:
     measured = [file for file in files if file.data.tasks]
     return [
         plot_tasks.draw_tasks("tasks", measured),
-        *(tables.tasks(file) for file in measured),
-        *(Folded(tables.task_differences(file)) for file in measured),
+        *(page_tables.tasks(file) for file in measured),
+        *(Folded(page_tables.task_differences(file)) for file in measured),
     ]
 
 
 def _ranges(points: list[PointRanges]) -> list[Block | None]:
-    return [plot_layers.draw_ranges("ranges", points), tables.outliers(points)]
+    return [plot_layers.draw_ranges("ranges", points), page_tables.outliers(points)]
 
 
 def _errors(files: list[ResultFile]) -> list[Block | None]:
@@ -175,7 +170,7 @@ def _errors(files: list[ResultFile]) -> list[Block | None]:
     for number, file in enumerate(files, 1):
         if file.data.sync_points and file.data.sync_points.points:
             blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file))
-            blocks.append(tables.errors(file))
+            blocks.append(page_tables.errors(file))
     return blocks
 
 
@@ -185,18 +180,18 @@ def _long_context(files: list[ResultFile]) -> list[Block | None]:
         for text, measured in enumerate(file.data.long_context, 1):
             name = f"long-context-{number}-{text}"
             blocks.append(plot_tasks.draw_long_context(name, file, measured))
-            blocks.append(tables.needles(file, measured))
+            blocks.append(page_tables.needles(file, measured))
     return blocks
 
 
 def _generation(files: list[ResultFile]) -> list[Block | None]:
-    return [tables.generation(file, one) for file in files for one in file.data.generation]
+    return [page_tables.generation(file, one) for file in files for one in file.data.generation]
 
 
 def _recipe(manifest: dict[str, Any]) -> list[Block | None]:
     points = read_recipe(manifest)
     if points:
-        return [plot_layers.draw_recipe("recipe", points), Folded(tables.recipe(points))]
+        return [plot_layers.draw_recipe("recipe", points), Folded(page_tables.recipe(points))]
     codec = manifest["codec"]
     return [
         Paragraph(
@@ -208,7 +203,7 @@ def _recipe(manifest: dict[str, Any]) -> list[Block | None]:
 
 
 def _numbers(files: list[ResultFile]) -> list[Block | None]:
-    return [tables.raw(file, text) for file in files for text in file.data.texts]
+    return [page_tables.raw(file, text) for file in files for text in file.data.texts]
 
 
 def _origin(manifest: dict[str, Any], files: list[ResultFile], command: str) -> list[Block | None]:
@@ -217,7 +212,7 @@ def _origin(manifest: dict[str, Any], files: list[ResultFile], command: str) -> 
     return [
         Paragraph("This page was made by:"),
         Paragraph(command, "code"),
-        tables.files(files, manifest["sha256"]),
+        page_tables.files(files, manifest["sha256"]),
         Paragraph("Manifest of the index, without its lists by layer:"),
         Paragraph(json.dumps(shown, indent=2), "code"),
     ]

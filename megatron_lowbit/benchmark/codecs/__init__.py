@@ -1,0 +1,1 @@
+"""Speed of the codecs on this machine's CPU or GPU."""

@@ -1,0 +1,136 @@
+"""What `codec_bench` measures of a codec: its operations, what each takes, and when it is right."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.benchmark.codecs.closeness import codes_apart, sums_apart
+from megatron_lowbit.codecs import Codec, Statistics, Tables
+from megatron_lowbit.codecs.folding import fold
+from megatron_lowbit.errors import LowbitError
+
+_PERIOD = 257  # tokens of the partials, which repeat: a prime, so that a wrong row is seen
+
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation of a codec at one shape.
+
+    Attributes:
+        name: In the results.
+        call: Takes `given` and gives payloads, sums, or both.
+        given: What it takes.
+        moved: Bytes that it must move, each input and output once.
+        rotates: Whether another rotation changes its results.
+    """
+
+    name: str
+    call: Callable[..., Results]
+    given: tuple[Tensor, ...]
+    moved: int
+    rotates: bool = False
+
+
+def cases(codec: Codec, tables: Tables, partials: list[Tensor]) -> list[Case]:
+    """Every operation of a codec, with payloads of all of `partials` where it sums."""
+    payloads = torch.stack([codec.encode(x, tables, rank=r) for r, x in enumerate(partials)])
+    partial, out, ranks = partials[0], torch.empty_like(partials[0]), len(partials)
+    sent, received, dense = payloads[0].nbytes, payloads.nbytes, partial.nbytes
+    rotates = tables.encode_scale is not None
+
+    def encode(x: Tensor) -> Results:
+        return (codec.encode(x, tables),)
+
+    def decode_sum(rows: Tensor) -> Results:
+        return (codec.decode_sum(rows, tables, out=out),)
+
+    def both(x: Tensor, rows: Tensor) -> Results:
+        return encode(x) + decode_sum(rows)
+
+    def reduce_encode(rows: Tensor) -> Results:
+        return (codec.reduce_encode(rows, tables),)
+
+    found = [Case("encode", encode, (partial,), dense + sent, rotates)]
+    if rotates:
+        found.append(_folded(codec, tables, partial, sent))
+    summed = f"decode_sum of {ranks}"
+    found += [
+        Case(summed, decode_sum, (payloads,), received + dense, rotates),
+        # A message without the sending, which puts this rank's payload among the others.
+        Case(f"encode + {summed}", both, (partial, payloads), 2 * dense + sent + received, rotates),
+    ]
+    if not codec.needs_statistics or tables.of_sum is not None:
+        found.append(Case(f"reduce_encode of {ranks}", reduce_encode, (payloads,), received + sent))
+    return found
+
+
+def _folded(codec: Codec, tables: Tables, partial: Tensor, sent: int) -> Case:
+    """Encode of what a folded weight makes: any values do for the rotated ones."""
+    _, folded = fold(torch.ones(tables.hidden, 1, device=partial.device), tables)
+    wide = torch.cat([partial, partial[:, tables.bf16_index]], dim=1)
+    return Case("encode, folded", lambda x: (codec.encode(x, folded),), (wide,), wide.nbytes + sent)
+
+
+def check_equal(got: Results, expected: Results, what: str) -> None:
+    """Raise if any bit of a result is not plain torch's.
+
+    Raises:
+        LowbitError: Says of `what` where.
+    """
+    for mine, right in zip(got, expected, strict=True):
+        if not torch.equal(mine, right):
+            place = (mine != right).nonzero()[0].tolist()
+            raise LowbitError(
+                f"wrong result of {what}: kernel and plain torch differ first at {place}"
+            )
+
+
+def check_close(
+    got: Results, expected: Results, codec: Codec, tables: Tables, exact: Tensor, what: str
+) -> None:
+    """Raise if a result is not within the bounds of `closeness`.
+
+    Args:
+        got: Payloads (uint8) and sums.
+        expected: Of plain torch.
+        codec: That made them.
+        tables: That it made them by.
+        exact: The sum of the partials, ``[tokens, hidden]``.
+        what: They are of.
+
+    Raises:
+        LowbitError: Says of `what` how far apart they are.
+    """
+    for mine, right in zip(got, expected, strict=True):
+        if mine.dtype == torch.uint8:
+            apart = codes_apart(mine, right, codec, tables)
+        else:
+            apart = sums_apart(mine, right, exact)
+        if apart:
+            raise LowbitError(f"wrong result of {what} on tensor cores: {apart}")
+
+
+def make_partials(shape: tuple[int, int], ranks: int, device: torch.device) -> list[Tensor]:
+    """BF16 ``[tokens, hidden]`` of each rank, seeded."""
+    tokens, hidden = shape
+    period = min(tokens, _PERIOD)
+    partials = []
+    for rank in range(ranks):
+        generator = torch.Generator().manual_seed(rank)
+        base = torch.randn(period, hidden, generator=generator).to(torch.bfloat16)
+        partials.append(base.repeat(-(-tokens // period), 1)[:tokens].to(device))
+    return partials
+
+
+def make_tables(codec: Codec, partials: list[Tensor]) -> Tables:
+    """Tables as a calibration on the first tokens of these partials makes them."""
+    statistics = Statistics.of(torch.stack([x[:_PERIOD].cpu() for x in partials]))
+    hidden = partials[0].shape[1]
+    count = codec.default_bf16_features(hidden)
+    index = statistics.ranges.sum(dim=0).argsort(descending=True)[:count]
+    tables = codec.tables(hidden, bf16_index=index, statistics=statistics)
+    return tables.to(partials[0].device)

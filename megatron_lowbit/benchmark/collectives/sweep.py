@@ -1,0 +1,244 @@
+"""The sweep over message sizes, codecs and collectives: what every rank does, and who starts it.
+
+`run(plan)` starts the ranks, behind links or on loopback, and returns what they measured; `measure`
+is for a process that is a rank already, as under torchrun. Nothing is timed before its result is
+checked (`benchmark.collectives.correctness`); a wrong result ends the sweep with a `LowbitError`.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_lowbit import cli
+from megatron_lowbit.benchmark.collectives import correctness
+from megatron_lowbit.benchmark.collectives.collective_cases import Buffers, Choosers, make_case
+from megatron_lowbit.benchmark.collectives.correctness import Partials
+from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
+from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
+from megatron_lowbit.benchmark.collectives.sweep_plan import (
+    SCATTERS,
+    Plan,
+    Variant,
+    check_node_size,
+    shape_of,
+)
+from megatron_lowbit.benchmark.timing import Times, time_calls
+from megatron_lowbit.comm.policy.cost_model import BF16_BYTES
+from megatron_lowbit.comm.policy.tuning import this_machine
+from megatron_lowbit.errors import LowbitError
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Measured:
+    """What a sweep gives.
+
+    Attributes:
+        rows: A dict per size and variant: ranks, link, bytes, codec, collective, median_ms, p10_ms,
+            p90_ms, native_median_ms, speedup.
+        machine: Device and backend, as a tuning file names them.
+        versions: Of Python and torch.
+        choices: Which collective each ``auto`` took: [codec, bytes, collective].
+        calls: Timed calls of each row.
+    """
+
+    rows: list[dict]
+    machine: dict[str, str]
+    versions: dict[str, str]
+    choices: list[list] = field(default_factory=list)
+    calls: list[int] = field(default_factory=list)
+
+
+def run(plan: Plan, *, quiet: bool = False) -> Measured:
+    """Start the plan's ranks, let them measure, and return what they measured.
+
+    Args:
+        plan: With a number of ranks.
+        quiet: Leave out the line that rank 0 prints after each size.
+
+    Raises:
+        LowbitError: A wrong result, links that cannot be made here, or a rank that ended.
+    """
+    assert plan.ranks is not None, "ranks that torchrun started call measure"
+    ranks = plain_ranks(plan.ranks)
+    if plan.link is not None:
+        ranks = emulated_links(plan.ranks, parse_rate(plan.link))
+    path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(prefix="lowbit-sweep-") as name, ranks as started:
+        directory = Path(name)
+        write_plan(plan, directory / "plan.json")
+        command = [sys.executable, "-m", __spec__.name, name, "quiet" if quiet else "say"]
+        try:
+            started.run(command, env={"PYTHONPATH": path})
+        except LowbitError:
+            for failure in sorted(directory.glob("error-*")):
+                raise LowbitError(failure.read_text()) from None
+            raise
+        return Measured(**json.loads((directory / "measured.json").read_bytes()))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the ranks of the environment, by NCCL on GPUs or Gloo on CPUs; yields the device."""
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl")
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(plan: Plan, *, device: torch.device, quiet: bool = False) -> Measured:
+    """Measure `plan` on the ranks of the default group; call it on every one of them.
+
+    Args:
+        plan: Whose number of ranks is that of the group, or None.
+        device: Where this rank's partials are.
+        quiet: As for `run`.
+
+    Raises:
+        LowbitError: On every rank: a wrong result, or settings that do not serve this group.
+    """
+    if plan.node_size is not None:
+        check_node_size(plan.node_size, dist.get_world_size())
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    measured = Measured([], this_machine(), versions)
+    policies = Choosers(plan, device)
+    with torch.inference_mode():
+        for size in plan.sizes:
+            _measure_size(plan, size, policies, measured, device)
+            if not quiet:
+                cli.say(_progress(plan, measured))
+    return measured
+
+
+def _measure_size(
+    plan: Plan, size: int, policies: Choosers, measured: Measured, device: torch.device
+) -> None:
+    """Check and time all variants at one size; scatters apart: ranks divide their tokens."""
+    ranks = dist.get_world_size()
+    scatters = [v for v in plan.measured if v.collective in SCATTERS]
+    others = [v for v in plan.measured if v.collective not in SCATTERS]
+    for variants, multiple in ((others, 1), (scatters, ranks)):
+        if not variants:
+            continue
+        shape = shape_of(size, hidden=plan.hidden, multiple=multiple)
+        partials = Partials(ranks, *shape, device)
+        mine = partials.of_rank(dist.get_rank())
+        buffers = Buffers(mine)
+        cases = [make_case(v, partials, buffers, policies, plan) for v in variants]
+        for case in cases:
+            buffers.refill()
+            correctness.check(
+                case.call(),
+                partials,
+                start=case.start,
+                expected=case.expected,
+                floor=case.floor,
+                case=_name(case.variant, shape),
+            )
+        times = time_calls(
+            [case.call for case in cases],
+            seconds=plan.seconds,
+            device=device,
+            prepare=buffers.refill,  # sums of sums would grow to infinity
+            call_by_call=plan.call_by_call,
+        )
+        _add_rows(plan, variants, times, shape, policies, measured)
+
+
+def _add_rows(
+    plan: Plan,
+    variants: list[Variant],
+    times: list[Times],
+    shape: tuple[int, int],
+    policies: Choosers,
+    measured: Measured,
+) -> None:
+    size = BF16_BYTES * shape[0] * shape[1]
+    medians = {v: round(t.median, 5) for v, t in zip(variants, times, strict=True)}
+    for variant, t in zip(variants, times, strict=True):
+        codec, collective = variant.label
+        median, native = medians[variant], medians[variant.rival]
+        row = {
+            "ranks": dist.get_world_size(),
+            "link": plan.where,
+            "bytes": size,
+            "codec": codec,
+            "collective": collective,
+            "median_ms": median,
+            "p10_ms": round(t.p10, 5),
+            "p90_ms": round(t.p90, 5),
+            "native_median_ms": native,
+            "speedup": round(native / median, 4),
+        }
+        measured.rows.append(row)
+        measured.calls.append(t.calls)
+        if collective == "auto":
+            chosen = policies.get(variant).all_reduce(size // BF16_BYTES).collective
+            measured.choices.append([codec, size, chosen])
+
+
+def _name(variant: Variant, shape: tuple[int, int]) -> str:
+    codec, collective = variant.label
+    return f"{codec} {collective} on {shape[0]} x {shape[1]}"
+
+
+def _progress(plan: Plan, measured: Measured) -> str:
+    """A line on the size that was measured last: native and the fastest in low bits."""
+    last = measured.rows[-1]["bytes"]
+    rows = [row for row in measured.rows if row["bytes"] == last]
+    low = [row for row in rows if not row["codec"].startswith("native")]
+    text = f"{rows[0]['ranks']} ranks, {plan.where}, {last >> 10} KB: checked"
+    if low:
+        best = max(low, key=lambda row: row["speedup"])
+        text += f"; best {best['speedup']:.2f}x, {best['codec']} {best['collective']}"
+    return text
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` for the ranks that are to measure it."""
+    path.write_text(json.dumps(asdict(plan), default=str))
+
+
+def read_plan(path: Path) -> Plan:
+    """What `write_plan` wrote."""
+    content = json.loads(path.read_bytes())
+    content["variants"] = tuple(Variant(**variant) for variant in content["variants"])
+    content["sizes"] = tuple(content["sizes"])
+    content["tuning"] = content["tuning"] and Path(content["tuning"])
+    return Plan(**content)
+
+
+def _rank() -> None:
+    """One of the processes that `run` starts."""
+    directory, quiet = Path(sys.argv[1]), sys.argv[2] == "quiet"
+    try:
+        plan = read_plan(directory / "plan.json")
+        with process_group() as device:
+            measured = measure(plan, device=device, quiet=quiet)
+    except LowbitError as error:
+        # `run` says it, once for all ranks.
+        (directory / f"error-{cli.RANK:03}").write_text(str(error))
+        sys.exit(1)
+    if cli.RANK == 0:
+        (directory / "measured.json").write_text(json.dumps(asdict(measured)))
+
+
+if __name__ == "__main__":
+    cli.run(_rank)

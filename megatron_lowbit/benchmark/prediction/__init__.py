@@ -1,0 +1,1 @@
+"""What the cost model says of hardware that is not here, and how well it does here."""

@@ -1,0 +1,1 @@
+"""What codecs cost a model, and how much calibration matters."""

@@ -1,0 +1,135 @@
+"""The quality that the project set itself, measured step by step by tools/bench_quality.py.
+
+Each step is a run of tools/calibrate.py or tools/evaluate.py in simulated tensor parallelism, with
+its JSON beside the others in the output directory; a step whose JSON is there is not run again.
+Then the targets are read off: `targets` says what was asked and what came out.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lowbit import cli
+from megatron_lowbit.benchmark.quality.texts import write_texts
+from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
+from megatron_lowbit.codecs.peers.systems import PEERS
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import write_atomic
+
+_ROOT = Path(__file__).resolve().parents[2]
+BUDGET = "4.2"
+PAPER, OURS, OURS_TWO_SHOT = "static-hybrid", "recipe", "recipe@two-shot"
+_OWN = (
+    *("bf16", "int4", "int4-random", PAPER, "static-hybrid@two-shot", "scaled-hybrid"),
+    *("rotated-hybrid", "rotated-hybrid-3", "shaped-hybrid", "shaped-hybrid-3"),
+    *("shaped-hybrid@two-shot", "shaped-hybrid-4+6"),
+    *(OURS, OURS_TWO_SHOT, "recipe-3.2", "recipe-2.7"),
+)
+_SHORT = ("bf16", PAPER, "rotated-hybrid", "shaped-hybrid", OURS, OURS_TWO_SHOT, "recipe-3.2")
+_TASKS = (PAPER, "shaped-hybrid", OURS, OURS_TWO_SHOT)
+
+
+def _peers() -> tuple[str, ...]:
+    """Each peer one-shot and, where that is how it sends, two-shot."""
+    two_shot = [name for name, peer in PEERS.items() if peer.collective == "two-shot"]
+    return (*PEERS, *(f"{name}@two-shot" for name in two_shot))
+
+
+def _at_their_bits() -> tuple[str, ...]:
+    """Our recipes at the bits of the peers that take more than 4.2, one-shot and two-shot."""
+    budgets = ("4.5", "5", "8")
+    return tuple(f"recipe-{bits}{way}" for bits in budgets for way in ("", "@two-shot"))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation, by tools/evaluate.py.
+
+    Attributes:
+        name: Of its JSON file.
+        ranks: Simulated tensor-parallel size.
+        codecs: Variants.
+        texts: Kinds of held-out text.
+        arguments: More arguments.
+    """
+
+    name: str
+    ranks: int
+    codecs: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+
+def steps(tokens: int, limit: int) -> list[Step]:
+    """What is measured: `tokens` of each text, `limit` items of each task."""
+    length = ("--tokens", str(tokens))
+    kinds = ("prose", "code", "dialogue")
+    tried = ("rotated-hybrid", "shaped-hybrid", *CANDIDATES)
+    return [
+        Step("tp3", 3, _OWN, kinds, length),
+        Step("tp3-peers", 3, (*_peers(), *_at_their_bits()), kinds, length),
+        Step("tp8", 8, _SHORT, kinds, length),
+        Step("tp3-candidates", 3, tried, ("prose",), length),
+        Step("tp3-tasks", 3, _TASKS, (), ("--tasks", "all", "--limit", str(limit))),
+    ]
+
+
+def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[str, dict]:
+    """Run the steps whose results are not in `directory` yet; step -> its results.
+
+    Raises:
+        LowbitError: A step failed; what is finished stays, and the next call goes on.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_settings(directory, {"load": str(checkpoint), "tokens": tokens, "limit": limit})
+    texts = write_texts(directory / "texts")
+    files = {
+        "prose": _ROOT / "examples/data/persuasion.txt",
+        "code": texts["code_held_out"],
+        "dialogue": texts["dialogue_held_out"],
+    }
+    results = {}
+    for step in steps(tokens, limit):
+        output = directory / f"{step.name}.json"
+        if not output.exists():
+            index = _calibrated(checkpoint, directory, step.ranks)
+            codecs = ("--codecs", ",".join(step.codecs), "--resume")
+            data = ("--data", *(str(files[kind]) for kind in step.texts)) if step.texts else ()
+            where = ("--index", str(index), "--simulate-tp", str(step.ranks))
+            cli.say(f"-- {step.name}")
+            _tool(
+                "evaluate",
+                ("--load", str(checkpoint), *where, *codecs, *data, *step.arguments),
+                output,
+            )
+        results[step.name] = json.loads(output.read_text())
+    return results
+
+
+def _check_settings(directory: Path, settings: dict) -> None:
+    """Raise if what is in `directory` was measured with other settings; note them if it is new."""
+    path = directory / "settings.json"
+    if not path.exists():
+        write_atomic(path, json.dumps(settings).encode())
+    elif json.loads(path.read_text()) != settings:
+        raise LowbitError(f"{directory} has results of {path.read_text()}: name another directory")
+
+
+def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:
+    """The index of a tensor-parallel size, with a recipe."""
+    index = directory / f"index-tp{ranks}"
+    if not index.exists():
+        cli.say(f"-- {index.name}")
+        data = ("--data", str(_ROOT / "examples/data/emma.txt"), "--seq-length", "128")
+        where = ("--load", str(checkpoint), "--simulate-tp", str(ranks), "--budget", BUDGET)
+        _tool("calibrate", (*where, *data, "--resume"), index)
+    return index
+
+
+def _tool(name: str, arguments: tuple[str, ...], output: Path) -> None:
+    command = [sys.executable, _ROOT / "tools" / f"{name}.py", *arguments, "--output", output]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise LowbitError(f"tools/{name}.py failed: what is finished stays in {output.parent}")

@@ -1,0 +1,152 @@
+"""What tools/bench_quality.py prints: the targets with what came out, and all that was measured.
+
+Where a target is measured on several texts or tensor-parallel sizes, the worst of them counts.
+"""
+
+import math
+
+from megatron_lowbit.benchmark.quality.quality import BUDGET, OURS, OURS_TWO_SHOT, PAPER
+from megatron_lowbit.codecs.peers.systems import PEERS
+from megatron_lowbit.evaluation.text_tables import with_error
+
+
+def text(results: dict[str, dict]) -> str:
+    """All tables, as Markdown.
+
+    Args:
+        results: Step -> its JSON (`benchmark.quality.quality.run`).
+    """
+    parts = [_table(["measure", "asked", "measured", "met"], targets(results))]
+    for name in ("tp3", "tp8", "tp3-peers", "tp3-candidates"):
+        parts.append(f"{_title(results[name])}:\n\n{_quality(results[name])}")
+    parts.append(_tasks(results["tp3-tasks"]))
+    return "\n\n".join(parts)
+
+
+def targets(results: dict[str, dict]) -> list[list[str]]:
+    """Rows of the table of targets: measure, asked, measured, whether it was met."""
+    both = [results["tp3"], results["tp8"]]
+    losses = _shares(both, "delta_nll")
+    divergences = _shares(both, "kl")
+    matched = {
+        f"TP {result['tp_size']} {text['name']}": _bits_to_match(result, text)
+        for result in both
+        for text in result["texts"]
+    }
+    behind = _behind_peers(results)
+    rows = [
+        _row(f"loss at {BUDGET} bits, of {PAPER}'s", 0.1, losses),
+        _row(f"KL at {BUDGET} bits, of {PAPER}'s", 1 / 6, divergences),
+        _row(f"bits that match {PAPER}'s loss at 4.19", 3.2, matched),
+    ]
+    kept = {r["codec"]: r for r in results["tp3-tasks"]["task_average"]["results"]}
+    for name, asked in ((OURS, 0.995), (OURS_TWO_SHOT, 0.99)):
+        found = kept[name]
+        span = f"{found['kept_low']:.1%} to {found['kept_high']:.1%}"
+        rows.append(
+            [
+                f"average of the five tasks kept, {name}",
+                f"{asked:.1%}",
+                f"{found['kept']:.1%} (95 %: {span})",
+                "yes" if found["kept"] >= asked else "**no**",
+            ]
+        )
+    ahead = f"behind {', '.join(behind)}" if behind else "ahead of all"
+    rows.append(["KL at equal bits, against every peer", "all", ahead, _met(not behind)])
+    return rows
+
+
+def _shares(results: list[dict], key: str) -> dict[str, float]:
+    """Our recipe's figure as a share of the paper's, by TP size and text."""
+    shares = {}
+    for result in results:
+        for text in result["texts"]:
+            by_codec = {r["codec"]: r[key] for r in text["results"]}
+            shares[f"TP {result['tp_size']} {text['name']}"] = by_codec[OURS] / by_codec[PAPER]
+    return shares
+
+
+def _bits_to_match(result: dict, text: dict) -> float:
+    """The fewest bits of a recipe whose loss is not above the paper's; infinite if none is."""
+    bits = {variant["codec"]: variant["bits_per_value"] for variant in result["variants"]}
+    loss = {r["codec"]: r["delta_nll"] for r in text["results"]}
+    recipes = [name for name in loss if name.startswith("recipe") and "@" not in name]
+    matching = [bits[name] for name in recipes if loss[name] <= loss[PAPER]]
+    return min(matching, default=math.inf)
+
+
+def _behind_peers(results: dict[str, dict]) -> list[str]:
+    """Peers that no variant of ours beats at no more bits, by the same collective."""
+    variants = {v["codec"]: v for step in ("tp3", "tp3-peers") for v in results[step]["variants"]}
+    behind = []
+    for number, text in enumerate(results["tp3-peers"]["texts"]):
+        kl = {
+            r["codec"]: r["kl"]
+            for step in ("tp3", "tp3-peers")
+            for r in results[step]["texts"][number]["results"]
+        }
+        for name, variant in variants.items():
+            if name.partition("@")[0] not in PEERS:
+                continue
+            rivals = [
+                kl[ours]
+                for ours, v in variants.items()
+                if ours.startswith("recipe")
+                and v["collective"] == variant["collective"]
+                and v["bits_per_value"] <= variant["bits_per_value"] + 0.005
+            ]
+            if not rivals or min(rivals) >= kl[name]:
+                behind.append(f"{name} on {text['name']}")
+    return behind
+
+
+def _row(work: str, asked: float, measured: dict[str, float]) -> list[str]:
+    worst = max(measured.values())
+    each = ", ".join(f"{name}: {value:.3f}" for name, value in measured.items())
+    return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", _met(worst <= asked)]
+
+
+def _quality(result: dict) -> str:
+    """Loss and KL of every variant on every text."""
+    names = [text["name"] for text in result["texts"]]
+    head = ["codec", "collective", "bits/value"]
+    head += [f"{what}, {name}" for name in names for what in ("loss", "KL")]
+    rows = []
+    for number, variant in enumerate(result["variants"]):
+        row = [variant["codec"], variant["collective"], f"{variant['bits_per_value']:.2f}"]
+        for text in result["texts"]:
+            scores = text["results"][number]
+            row += [with_error(scores["delta_nll"], scores["delta_nll_stderr"])]
+            row += [with_error(scores["kl"], scores["kl_stderr"])]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _tasks(result: dict) -> str:
+    """Accuracy of every variant on every task, and the average."""
+    average = result["task_average"]
+    head = ["codec", *(task["name"] for task in result["tasks"]), "average", "kept (95 %)"]
+    native = [f"{task['native'][task['metric']]:.3f}" for task in result["tasks"]]
+    rows = [["native", *native, f"{average['native']:.3f}", "100 %"]]
+    for number, found in enumerate(average["results"]):
+        scores = [task["results"][number][task["metric"]] for task in result["tasks"]]
+        kept = f"{found['kept']:.1%} ({found['kept_low']:.1%} to {found['kept_high']:.1%})"
+        cells = [f"{score:.3f}" for score in scores]
+        rows.append([found["codec"], *cells, f"{found['average']:.3f}", kept])
+    items = ", ".join(f"{task['name']} {task['items']}" for task in result["tasks"])
+    return f"{_title(result)}, items: {items}\n\n{_table(head, rows)}"
+
+
+def _title(result: dict) -> str:
+    size = f"TP {result['tp_size']}" + (", simulated" if result["simulated"] else "")
+    tokens = [f"{text['tokens']} tokens of {text['name']}" for text in result["texts"]]
+    return ", ".join([result["model"], size, *tokens])
+
+
+def _met(met: bool) -> str:
+    return "yes" if met else "**no**"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

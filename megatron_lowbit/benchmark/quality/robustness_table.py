@@ -1,0 +1,59 @@
+"""The results of `benchmark.quality.robustness`: Markdown tables, and what explains them."""
+
+NOTES = """\
+What each codec takes from a calibration:
+- static-hybrid: which features travel in BF16, and from each rank's ranges the scale of all others;
+- rotated-hybrid: only which features travel in BF16 (of those, the column "same features" has the
+  share that the first row has, too);
+- shaped-hybrid: that, each rank's means, and the variances that even out the features;
+- recipe: that, and from gradients and errors on the calibration text (its first 4,096 tokens at
+  most) the bits and the number of BF16 features of every sync point."""
+_COLUMNS = {"kl": "KL divergence", "delta_nll": "difference in loss"}
+
+
+def tables(content: dict) -> str:
+    """A table of KL divergence and one of the difference in loss.
+
+    Args:
+        content: The JSON output of `benchmark.quality.robustness`.
+    """
+    texts = content["texts"]
+    natively = ", ".join(f"{text['name']} {text['native']['perplexity']:.2f}" for text in texts)
+    setting = (
+        f"{content['model']}, TP {content['tp_size']}, simulated, {texts[0]['tokens']} held-out "
+        f"tokens of each text, calibrated on sequences of {content['seq_length']} tokens"
+    )
+    parts = [f"{setting}; native perplexity: {natively}"]
+    for key, what in _COLUMNS.items():
+        parts.append(f"{what[0].upper()}{what[1:]} from native, nats a token, by held-out text:")
+        parts.append(_table(content, key))
+    return "\n\n".join(parts)
+
+
+def _table(content: dict, key: str) -> str:
+    first = content["calibrations"][0]["results"]
+    columns = [(text, codec) for text, results in first.items() for codec in results]
+    heads = [_head(content, text, codec) for text, codec in columns]
+    rows = [["calibrated on", "same features", *heads]]
+    for row in content["calibrations"]:
+        numbers = [f"{row['results'][text][codec][key]:.4f}" for text, codec in columns]
+        rows.append([_name(row), _percent(row["same_features"]), *numbers])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["---", *["---:"] * (len(widths) - 1)]
+    lines = [
+        " | ".join(cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(cells))
+        for cells in (zip(row, widths, strict=True) for row in [rows[0], rule, *rows[1:]])
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _head(content: dict, text: str, codec: str) -> str:
+    return f"{text}: {codec}" + (f" {content['budget']:g}" if codec == "recipe" else "")
+
+
+def _name(row: dict) -> str:
+    return f"{row['kind']}, {row['sequences']} sequences, seed {row['seed']}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"

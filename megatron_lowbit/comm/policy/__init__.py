@@ -1,0 +1,1 @@
+"""The policy: by which collective a message goes, the same on every rank."""

@@ -1,0 +1,138 @@
+"""Error at each sync point: the sums of all variants on the activations of native communication.
+
+So each number is the error of one quantization (in two-shot: of two) alone, and not of what comes
+before it in the model. SQNR, the signal to quantization noise ratio, is 10 log10 of the sum of
+squares over the sum of squared errors, in dB, over all tokens of all sequences; the exact sum is
+that of the partials in fp32, the other what the model would get, rounded to its dtype.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.evaluation.measures.measure import NATIVE, Record, Scores
+from megatron_lowbit.model.language_model import LanguageModel
+
+# A sync point is named whose SQNR is below the first, or below its codec's median by the second.
+LOW_DB = 10.0
+BELOW_MEDIAN_DB = 10.0
+_NAMED = 4  # in a line; the JSON output has all
+
+# (number of the sync point, exact fp32 sum, variant -> its sum); sums are [..., hidden].
+Observer = Callable[[int, Tensor, dict[str, Tensor]], None]
+
+
+class SyncError:
+    """SQNR of every sync point and variant.
+
+    The native run of a unit, a sequence, does it all: each sync point sums its partials by every
+    variant and goes on with the native sum. The runs through the variants have nothing to do.
+    """
+
+    name = "sync points"
+    unit = "sequence"
+
+    def __init__(
+        self,
+        sequences: Tensor,
+        points: list[tuple[int, str]],
+        *,
+        observing: Callable[[Observer], AbstractContextManager],
+        sha256: str,
+    ):
+        """Measure on `sequences`.
+
+        Args:
+            sequences: int64 ``[n, seq_length]``.
+            points: Layer and name of each sync point.
+            observing: Makes a context in which every sync point of the native model calls the
+                observer.
+            sha256: Of the text.
+        """
+        self._sequences, self._points, self._observing = sequences, points, observing
+        self.identity = {"sha256": sha256, "sequences": list(sequences.shape)}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def run(self, number: int, model: LanguageModel, native: Any) -> tuple[Scores, Any]:
+        """One sequence: ``signal``, and by variant ``noise`` and ``worst``, each by sync point."""
+        if native is not None:
+            return {}, None
+        count = len(self._points)
+        scores: Scores = {"signal": [math.nan] * count, "noise": {}, "worst": {}}
+
+        def observe(point: int, exact: Tensor, sums: dict[str, Tensor]) -> None:
+            signal = exact.double().square().sum(dim=-1)
+            scores["signal"][point] = signal.sum().item()
+            for variant, total in sums.items():
+                noise = (total.double() - exact.double()).square().sum(dim=-1)
+                ratio = torch.where(noise == 0, torch.inf, signal / noise)
+                noises = scores["noise"].setdefault(variant, [math.nan] * count)
+                worst = scores["worst"].setdefault(variant, [math.nan] * count)
+                noises[point], worst[point] = noise.sum().item(), ratio.min().item()
+
+        with self._observing(observe):
+            model.logits(self._sequences[number][None])
+        return scores, True
+
+    def summarize(self, records: list[Record]) -> dict:
+        """``sequences``, and ``points``: layer, name, and dB by variant, over all and the worst."""
+        scores = [record[NATIVE] for record in records]
+        points = []
+        for number, (layer, name) in enumerate(self._points):
+            signal = sum(one["signal"][number] for one in scores)
+            sqnr, worst = {}, {}
+            for variant in scores[0]["noise"]:
+                noise = sum(one["noise"][variant][number] for one in scores)
+                sqnr[variant] = _decibel(signal / noise) if noise else math.inf
+                worst[variant] = _decibel(_least([s["worst"][variant][number] for s in scores]))
+            entry = {"layer": layer, "name": name, "sqnr": sqnr, "worst_token_sqnr": worst}
+            points.append(entry)
+        return {"sequences": len(records), "points": points}
+
+
+def extremes(points: list[dict]) -> list[str]:
+    """A line for each variant with sync points that are far worse than others, or not finite.
+
+    Args:
+        points: Of `SyncError.summarize`.
+    """
+    lines = []
+    for variant in points[0]["sqnr"] if points else ():
+        values = {f"layer {p['layer']} {p['name']}": p["sqnr"][variant] for p in points}
+        finite = [value for value in values.values() if not math.isnan(value)]
+        median = statistics.median(finite) if finite else math.nan
+        bad = {
+            name: value
+            for name, value in values.items()
+            if not (value >= LOW_DB and value >= median - BELOW_MEDIAN_DB)
+        }
+        if bad:
+            lines.append(f"{variant}: {_listed(bad)} (median {median:.1f})")
+    return lines
+
+
+def _listed(bad: dict[str, float]) -> str:
+    """Sync points, the worst first."""
+    worst = sorted(bad, key=lambda name: -math.inf if math.isnan(bad[name]) else bad[name])
+    texts = [
+        f"{name} is not finite" if math.isnan(bad[name]) else f"{name} has {bad[name]:.1f} dB"
+        for name in worst[:_NAMED]
+    ]
+    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return ", ".join(texts) + more
+
+
+def _decibel(ratio: float) -> float:
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf if ratio == 0 else math.nan
+
+
+def _least(values: list[float]) -> float:
+    """The smallest; NaN if one is."""
+    return math.nan if any(map(math.isnan, values)) else min(values)

@@ -1,0 +1,176 @@
+"""Variants by their names in the results, on the sync points of a model.
+
+    rotated-hybrid            a codec
+    rotated-hybrid-3          with other bits
+    rotated-hybrid-4+6        with bits of partials and bits of sums: two-shot
+    recipe                    the index's recipe: bits and BF16 features by sync point
+    recipe-3.2                the recipe planned anew, for a budget of 3.2 bits a value
+    int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
+                              BF16 features, chosen at random
+    NAME@two-shot             any of these in two-shot, the sum in the bits of the partials
+    NAME@folded               any with a rotation, folded into the weights; not among the
+                              errors by sync point, whose native partials it has not
+
+All but those with ``+`` or ``@two-shot`` are one-shot.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial as bind
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.plan import plan
+from megatron_lowbit.calibration.recipe import Recipe
+from megatron_lowbit.codecs import Codec, Tables, parse_codec
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.evaluation_loop import Variant
+from megatron_lowbit.evaluation.measures.sync_error import Observer
+from megatron_lowbit.model.summing import CountingReducer, Folded, Point, Summing
+
+_TWO_SHOT, _FOLDED = "two-shot", "folded"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a variant's name means.
+
+    Attributes:
+        base: The name without its collective.
+        collective: ``one-shot`` or ``two-shot``.
+        codec: The codec at every sync point; None for a recipe.
+        budget: Bits a value of a recipe planned anew; None for another variant or the index's own.
+        is_folded: Whether the weights take the rotation.
+    """
+
+    base: str
+    collective: str
+    codec: Codec | None = None
+    budget: float | None = None
+    is_folded: bool = False
+
+    def codecs(self, index: CalibrationIndex) -> list[Codec]:
+        """The codecs that it uses, for checks."""
+        if self.codec is not None:
+            return [self.codec]
+        return [assignment.make() for assignment in set(self._recipe(index).values())]
+
+    def prepare(self, index: CalibrationIndex, points: list[Point], ranks: int) -> list[tuple]:
+        """The codec of each sync point and its tables for a group of `ranks`."""
+        if self.codec is None:
+            at = bind(_by_recipe, self._recipe(index))
+        elif self.base in _BASELINES:
+            at = bind(_with_features, _BASELINES[self.base], self.codec)
+        else:
+            at = bind(_uniform, self.codec)
+        return [at(index, point, ranks) for point in points]
+
+    def _recipe(self, index: CalibrationIndex) -> Recipe:
+        options = index.options()  # raises where there is no recipe
+        return index.recipe if self.budget is None else plan(options, self.budget)
+
+
+def parse_variant(name: str) -> Named:
+    """What a variant's name means.
+
+    Raises:
+        LowbitError: Unknown codec, number of bits or way.
+    """
+    base, *ways = name.split("@")
+    for way in ways:
+        if way not in (_TWO_SHOT, _FOLDED):
+            raise LowbitError(f"{name}: @{way} is neither @{_TWO_SHOT} nor @{_FOLDED}")
+    collective = "two-shot" if _TWO_SHOT in ways or "+" in base else "one-shot"
+    recipe = re.fullmatch(r"recipe(?:-(\d+(?:\.\d+)?))?", base)
+    if recipe:
+        codec, budget = None, float(recipe[1]) if recipe[1] else None
+    else:
+        budget, codec = None, parse_codec("static-hybrid" if base in _BASELINES else base)
+    return Named(base, collective, codec, budget, _FOLDED in ways)
+
+
+class Variants:
+    """The variants of one evaluation.
+
+    Attributes:
+        summing: How the model sums its partials.
+        reducers: Variant -> a reducer for each sync point.
+    """
+
+    def __init__(self, chosen: dict[str, Named], summing: Summing, index: CalibrationIndex):
+        self.summing = summing
+        self.reducers: dict[str, list[CountingReducer]] = {}
+        self._foldings: dict[str, Folded] = {}
+        for name, named in chosen.items():
+            prepared = named.prepare(index, summing.points, summing.ranks)
+            codecs, tables = zip(*prepared, strict=True)
+            if named.is_folded:
+                self._foldings[name] = summing.folded(tables)
+                tables = self._foldings[name].tables
+            each = zip(summing.points, codecs, tables, strict=True)
+            self.reducers[name] = [summing.reducer(*one, named.collective) for one in each]
+
+    def all(self) -> list[Variant]:
+        """As the evaluation loop takes them."""
+        return [
+            Variant(name, bind(self._using, name), [reducer.traffic for reducer in reducers])
+            for name, reducers in self.reducers.items()
+        ]
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        folding = self._foldings.get(name, nullcontext())
+        with folding, self.summing.using(self.reducers[name]):
+            yield
+
+    def observing(self, observe: Observer) -> AbstractContextManager:
+        """A context in which each sync point sums by all variants, too, for `SyncError`."""
+
+        def watch(number: int, partial: Tensor, native: Tensor) -> None:
+            exact = self.summing.exact(self.summing.points[number], partial)
+            sums = {  # reducers may sum in place
+                name: reducers[number](partial.clone(), False)
+                for name, reducers in self.reducers.items()
+                if name not in self._foldings
+            }
+            observe(number, exact, sums)
+
+        return self.summing.watching(watch)
+
+
+def _uniform(
+    codec: Codec, index: CalibrationIndex, point: Point, ranks: int
+) -> tuple[Codec, Tables]:
+    device = point.device
+    return codec, index.tables(point.layer, point.name, codec, ranks=ranks, device=device)
+
+
+def _by_recipe(
+    recipe: Recipe, index: CalibrationIndex, point: Point, ranks: int
+) -> tuple[Codec, Tables]:
+    assignment = index.assigned(recipe, point)
+    return assignment.make(), index.tables_at(point, assignment, ranks)
+
+
+def _with_features(
+    choose, codec: Codec, index: CalibrationIndex, point: Point, ranks: int
+) -> tuple[Codec, Tables]:
+    """`codec` with the calibrated statistics and another BF16 index."""
+    count = len(index.bf16_index(point.layer, point.name, codec))
+    features = torch.tensor(choose(index, point, count), dtype=torch.int64)
+    statistics = index.record(point.layer, point.name).statistics(ranks)
+    tables = codec.tables(index.hidden, bf16_index=features, statistics=statistics)
+    return codec, tables.to(point.device)
+
+
+def _random_features(index: CalibrationIndex, point: Point, count: int) -> list[int]:
+    """The same on every rank and in every run, another choice for each sync point."""
+    return random.Random(str(point)).sample(range(index.hidden), count)
+
+
+_BASELINES = {"int4": lambda index, point, count: [], "int4-random": _random_features}

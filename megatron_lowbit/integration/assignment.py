@@ -1,0 +1,160 @@
+"""What each sync point of a model gets: index, recipe and the user's wishes brought together.
+
+Everything that can fail is read and checked here, before anything is changed.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_lowbit._moved import renamed
+from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
+from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
+
+MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class AssignedPoints:
+    """What the sync points of this rank get: none where its pipeline stage has no low bits.
+
+    Attributes:
+        points: Those that run in low bits.
+        codecs: Of each of them.
+        tables: Of each of them.
+        native: Those that a rule leaves to Megatron, with the reason.
+        origin: Where this comes from, for people.
+    """
+
+    points: list[SyncPoint]
+    codecs: list[Codec]
+    tables: list[Tables]
+    native: dict[str, str]
+    origin: str
+
+    def typical(self) -> tuple[Codec, Tables]:
+        """Codec and tables of the first sync point with the most common codec."""
+        names = [repr(codec) for codec in self.codecs]
+        at = names.index(Counter(names).most_common(1)[0][0])
+        return self.codecs[at], self.tables[at]
+
+    def digest(self) -> str:
+        """Of all that sender and receiver must agree on."""
+        names = [str(point) for point in self.points]
+        digest = hashlib.sha256(repr((names, self.codecs, sorted(self.native))).encode())
+        for table in self.tables:
+            of_sum = table.of_sum.scale if table.of_sum else None
+            shared = (table.bf16_index, table.encode_scale, table.decode_scale)
+            for tensor in (*shared, table.scale, table.center, of_sum):
+                if tensor is not None:
+                    digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def assign(
+    model: nn.Module | Iterable[nn.Module],
+    points: list[SyncPoint],
+    index_dir: str | Path | CalibrationIndex,
+    *,
+    codec: str | None,
+    bits: int | tuple[int, int] | None,
+    rules: Path | None,
+) -> AssignedPoints:
+    """Choose a codec and make its tables for every sync point.
+
+    Args:
+        model: The model that the index must be for.
+        points: Its sync points on this rank, if any.
+        index_dir: An index or its directory.
+        codec: The same codec everywhere instead of the index's recipe or codec.
+        bits: The same bits everywhere instead of the index's.
+        rules: A recipe file (`calibration.recipe`), on top of all that.
+
+    Raises:
+        LowbitError: See `apply`.
+    """
+    index = index_dir if isinstance(index_dir, CalibrationIndex) else read_index(Path(index_dir))
+    recipe, origin = _recipe(index, codec, bits)
+    if rules is not None:
+        recipe = override(recipe, read_rules(rules), origin=str(rules))
+        origin += f" and {Path(rules).name}"
+    if not points:
+        return AssignedPoints([], [], [], {}, origin)
+    ranks = dist.get_world_size(points[0].group)
+    used = {assignment for assignment in recipe.values() if not assignment.is_native}
+    check_index(index, model, [assignment.make() for assignment in used], ranks)
+    low, codecs, tables, native = [], [], [], {}
+    for point in points:
+        assignment = index.assigned(recipe, point)
+        if assignment.is_native:
+            native[str(point)] = f"left native by {Path(rules).name}"
+            continue
+        low.append(point)
+        codecs.append(assignment.make())
+        tables.append(index.tables_at(point, assignment, ranks))
+    return AssignedPoints(low, codecs, tables, native, origin)
+
+
+def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
+    """What an index remembers of its model: the shape, and a fingerprint of each layer here."""
+    layers = transformer_layers(model)
+    config = next(iter(layers.values())).config
+    shape = {key: getattr(config, key) for key in MODEL_SHAPE}
+    return {**shape, "fingerprints": {str(n): fingerprint(layer) for n, layer in layers.items()}}
+
+
+def check_index(
+    index: CalibrationIndex,
+    model: nn.Module | Iterable[nn.Module],
+    codecs: Iterable[Codec],
+    tp_size: int,
+) -> None:
+    """Raise `IndexFileError` unless `index` was made for `model` and serves `codecs` here."""
+    expected, found = index.manifest["model"], model_identity(model)
+    for key in MODEL_SHAPE:
+        if expected.get(key) != found[key]:
+            raise IndexFileError(
+                f"{index.origin} is for another model: its {key} is {expected.get(key)}, this "
+                f"model's is {found[key]}; calibrate this model with tools/calibrate.py"
+            )
+    for layer, digest in found["fingerprints"].items():
+        if expected["fingerprints"].get(layer) != digest:
+            raise IndexFileError(
+                f"{index.origin} was calibrated on other weights (layer {layer} differs); "
+                "calibrate this checkpoint with tools/calibrate.py"
+            )
+    for codec in codecs:
+        if codec.needs_statistics and index.tp_size != tp_size:
+            raise IndexFileError(
+                f"{index.origin} was calibrated at tensor parallel size {index.tp_size}, this run "
+                f"has {tp_size}: {codec.name} has tables per rank, calibrate at {tp_size} or use a "
+                "codec that fits any size (shaped-hybrid, rotated-hybrid)"
+            )
+
+
+def _recipe(
+    index: CalibrationIndex, name: str | None, bits: int | tuple[int, int] | None
+) -> tuple[Recipe, str]:
+    """An assignment for every sync point of the index, and where it comes from."""
+    own = index.manifest["codec"]
+    if name is None and bits is None and index.recipe is not None:
+        return index.recipe, "the index's recipe"
+    if bits is None and name in (None, own["name"]):
+        bits = own["bits"]
+    name = name or own["name"]
+    get_codec(name, bits=bits)
+    keys = [(layer, point) for layer, points in index.layers.items() for point in points]
+    origin = "one codec, the index's recipe set aside" if index.recipe else "one codec"
+    return dict.fromkeys(keys, Assignment(name, bits)), origin
+
+
+__getattr__ = renamed(__name__)

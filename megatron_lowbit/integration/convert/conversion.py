@@ -1,0 +1,214 @@
+"""Models from Hugging Face or GGUF files to Megatron-core checkpoints.
+
+One process, no GPU and no torchrun: the weights go into a GPTModel on the CPU, which writes itself
+as a torch_dist checkpoint, the format that any tensor-parallel size can load. The checkpoint holds
+Megatron's arguments for the architecture and the tokenizer, so that `--load DIR` is all a tool
+needs. Only megatron.core and transformers are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import atomic_directory
+from megatron_lowbit.integration.convert.families import Architecture
+from megatron_lowbit.integration.convert.hf_source import (
+    Weights,
+    load_tokenizer,
+    open_weights,
+    read_config,
+)
+from megatron_lowbit.integration.convert.translate import (
+    DTYPES,
+    layer_weights,
+    megatron_args,
+    outer_weights,
+)
+from megatron_lowbit.integration.cpu.device import enable_cpu
+from megatron_lowbit.integration.runtime.checkpoint import TRACKER
+from megatron_lowbit.integration.runtime.quiet import quiet
+
+# What a converted checkpoint's directory holds, with what calibration adds.
+_OURS = {TRACKER, "release", "tokenizer", "lowbit", ".lowbit.partial"}
+
+
+def convert(
+    model: str | os.PathLike,
+    *,
+    save: str | os.PathLike,
+    tensor_parallel: int = 1,
+    dtype: str = "bf16",
+    progress: bool = False,
+) -> argparse.Namespace:
+    """Converts a Hugging Face directory or a GGUF file into a Megatron-core checkpoint.
+
+    The caller's main module needs an `if __name__ == "__main__"` guard: writing starts a process.
+
+    Args:
+        model: A directory with config.json, safetensors and a tokenizer; or a `.gguf` file.
+        save: The checkpoint's directory. A checkpoint that is already there is replaced, in one
+            step and only once the new one is complete.
+        tensor_parallel: The tensor-parallel size that is recorded, and that the vocabulary is
+            padded for. Other sizes can load the checkpoint too.
+        dtype: Of the stored weights: "bf16", "fp16" or "fp32".
+        progress: Shows a progress bar on stderr.
+
+    Returns:
+        The Megatron arguments that the checkpoint holds.
+
+    Raises:
+        LowbitError: The model is missing or not supported, the size does not divide, `save` is
+            something else, or torch.distributed is already in use.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LowbitError("conversion runs in one process: do not start it with torchrun")
+    source, target = Path(model), Path(save).absolute()
+    arch = read_config(source)
+    arch.check_tensor_parallel(tensor_parallel)
+    if dtype not in DTYPES:
+        raise LowbitError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    args = megatron_args(arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer")
+    with replacing_checkpoint(target) as directory:
+        load_tokenizer(source).save_pretrained(directory / "tokenizer")
+        with open_weights(source, arch) as get:
+            _write(arch, args, get, directory=directory, progress=progress)
+    return args
+
+
+@contextlib.contextmanager
+def replacing_checkpoint(target: Path) -> Iterator[Path]:
+    """Gives a temporary directory that becomes `target` when the block ends well.
+
+    Raises:
+        LowbitError: What is at `target` is not a converted checkpoint: not ours to replace.
+    """
+    if target.exists() and not target.is_dir():
+        raise LowbitError(f"--save {target}: exists and is not a directory")
+    foreign = {path.name for path in target.iterdir()} - _OURS if target.is_dir() else set()
+    if foreign:
+        raise LowbitError(f"--save {target}: has {min(foreign)}, which no conversion wrote")
+    with atomic_directory(target) as staging:
+        yield staging
+
+
+def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None:
+    """Fills a Megatron model with the weights and saves it as the checkpoint in `directory`."""
+    enable_cpu()
+    release = directory / "release"
+    release.mkdir()
+    with quiet(), single_process_group():
+        from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint import CheckpointException
+
+        model = _build(arch, args)
+        _fill(model, arch, get, progress=progress)
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+        _check_space(model, directory)
+        try:
+            dist_checkpointing.save({**common, "model": model.sharded_state_dict()}, str(release))
+        except (CheckpointException, RuntimeError) as error:
+            # Megatron writes in a process of its own, whose reason (a full disk) it does not pass.
+            raise LowbitError(f"{directory.parent}: writing the checkpoint failed") from error
+        # Where releases before 0.19 have what is not sharded, and newer ones look first.
+        torch.save(common, release / "common.pt")
+    (directory / TRACKER).write_text("release")
+
+
+def _check_space(model: torch.nn.Module, directory: Path) -> None:
+    """Raises LowbitError where the weights do not fit on the disk."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise LowbitError(
+            f"{directory.parent}: {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f}"
+        )
+
+
+@contextlib.contextmanager
+def single_process_group() -> Iterator[None]:
+    """Megatron's model parallelism of size 1 in a process group of one process."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        parallel_state.initialize_model_parallel(1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
+    """An empty GPTModel on the CPU, with the parameters that `arch` has; it is never run.
+
+    Its local layers store the same keys as Transformer Engine's: Megatron maps the norms.
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=arch.layers,
+        hidden_size=arch.hidden,
+        ffn_hidden_size=arch.ffn,
+        num_attention_heads=arch.heads,
+        num_query_groups=arch.kv_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_epsilon,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=arch.family.qkv_bias,
+        qk_layernorm=arch.family.qk_norm,
+        params_dtype=args.params_dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=arch.family.qk_norm
+        ),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=arch.max_positions,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        share_embeddings_and_output_weights=arch.tied,
+    ).to(args.params_dtype)
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress: bool) -> None:
+    """Copies every weight into `model`; rows of the padded vocabulary become zero."""
+    from tqdm import tqdm
+
+    parameters = dict(model.named_parameters())
+
+    def put(weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in weights.items():
+            parameter = parameters.pop(name)
+            padding = parameter.shape[0] - weight.shape[0]
+            padded = "embedding" in name or "output_layer" in name
+            if weight.shape[1:] != parameter.shape[1:] or (padding and not padded):
+                raise LowbitError(
+                    f"{name}: shape {tuple(weight.shape)}, expected {tuple(parameter.shape)}"
+                )
+            parameter.zero_()
+            parameter[: weight.shape[0]].copy_(weight)
+
+    put(outer_weights(get, arch))
+    for layer in tqdm(range(arch.layers), desc="layers", unit="layer", disable=not progress):
+        put(layer_weights(get, arch, layer))
+    get.check_all_used()
+    assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"

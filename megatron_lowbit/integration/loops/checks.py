@@ -1,0 +1,81 @@
+"""Checks of arguments that the tools share: what can be refused before a model is loaded."""
+
+import argparse
+
+from megatron_lowbit.calibration.plan import bits_per_value, candidates
+from megatron_lowbit.codecs import Codec
+from megatron_lowbit.errors import LowbitError
+
+
+def refuse_pipeline(args: argparse.Namespace) -> None:
+    """Raise where the tools' plain forward pass does not serve."""
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if getattr(args, name) > 1:
+            flag = "--" + name.replace("_", "-")
+            raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
+    experts = args.expert_model_parallel_size
+    whole = args.tensor_model_parallel_size // (
+        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    )
+    if experts > max(whole, 1):
+        raise LowbitError(
+            f"--expert-model-parallel-size {experts} spreads experts over data-parallel ranks, "
+            f"which run texts of their own here: pass {max(whole, 1)}"
+        )
+
+
+def feature_count(text: str | None, hidden: int, codec: Codec) -> int:
+    """How many BF16 features ``--bf16-features`` means: a count, or a fraction of `hidden`."""
+    if text is not None and not codec.takes_index:
+        raise LowbitError(
+            f"--bf16-features {text} means nothing to codec {codec.name}: leave it out"
+        )
+    if text is None:
+        return codec.default_bf16_features(hidden)
+    try:
+        count = int(text) if text.lstrip("+-").isdigit() else int(float(text) * hidden)
+    except (ValueError, OverflowError):
+        raise LowbitError(f"--bf16-features {text}: not a finite number") from None
+    if not 0 <= count <= hidden:
+        raise LowbitError(f"--bf16-features {text}: not within 0 and the hidden size {hidden}")
+    return count
+
+
+def check_length(args: argparse.Namespace, seq_length: int) -> None:
+    """Raise if the model has fewer positions than a sequence has tokens."""
+    if seq_length > args.max_position_embeddings:
+        raise LowbitError(
+            f"--seq-length {seq_length}: the model has {args.max_position_embeddings} positions"
+        )
+
+
+def check_recipe(options: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Raise if a recipe that was asked for cannot be planned."""
+    if options.budget is None and options.target_loss is None:
+        return
+    if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
+        raise LowbitError(
+            "tensor parallel size 1 communicates nothing: a recipe needs ranks, or --simulate-tp N"
+        )
+    least = min(
+        bits_per_value(assignment, args.hidden_size) for assignment in candidates(args.hidden_size)
+    )
+    if options.budget is not None and options.budget < least:
+        raise LowbitError(
+            f"--budget {options.budget:g} is below what the codecs can do here: ask for "
+            f"{least:.2f} or more"
+        )
+
+
+def megatron_argv(argv: list[str], simulate_tp: int | None) -> list[str]:
+    """Megatron's arguments; in simulation with tensor parallel size 1.
+
+    Raises:
+        LowbitError: In simulation they name another tensor parallel size.
+    """
+    if not simulate_tp:
+        return argv
+    flag = "--tensor-model-parallel-size"
+    if any(word.split("=")[0] == flag for word in argv):
+        raise LowbitError(f"{flag} with --simulate-tp {simulate_tp}: leave it out, it is 1 then")
+    return [*argv, flag, "1"]

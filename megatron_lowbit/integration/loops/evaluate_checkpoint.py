@@ -1,0 +1,204 @@
+"""Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from megatron_lowbit import cli
+from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.index_files import manifest_digest, read_index
+from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.evaluation_loop import Evaluation, evaluate
+from megatron_lowbit.evaluation.inputs import (
+    Inputs,
+    check_options,
+    read_inputs,
+    text_sequences,
+)
+from megatron_lowbit.evaluation.journal import Journal
+from megatron_lowbit.evaluation.measures.measure import Measure
+from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
+from megatron_lowbit.evaluation.output import Setting, summary, write_summary
+from megatron_lowbit.evaluation.text_tables import tables
+from megatron_lowbit.evaluation.variants import Named, Variants, parse_variant
+from megatron_lowbit.files import check_writable
+from megatron_lowbit.integration.arguments import INDEX_NAME
+from megatron_lowbit.integration.assignment import check_index, model_identity
+from megatron_lowbit.integration.loops.checks import megatron_argv, refuse_pipeline
+from megatron_lowbit.integration.runtime import session
+from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.sums.simulate import find_summing
+from megatron_lowbit.model.summing import Summing
+
+SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
+
+
+def run(options: argparse.Namespace, argv: list[str]) -> None:
+    """Evaluate as `options` of tools/evaluate.py say, print the tables, write the JSON."""
+    chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
+    if options.resume and not options.output:
+        raise LowbitError("--resume needs --output: what was measured is kept beside it")
+    check_options(options)
+    args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
+    refuse_pipeline(args)
+    session.initialize(args)
+    index, inputs = on_every_rank(lambda: _read(args, options))
+    require_equal("index or text", _digests(index, inputs))
+    model = session.load_model(args)
+    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
+    on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
+    variants = on_every_rank(lambda: Variants(chosen, summing, index))
+    measures = make_measures(options, inputs, variants)
+    journal = _journal(options, index, model, variants, measures)
+    evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
+    setting = _setting(options, index, summing, chosen)
+    content = summary(setting, measures, evaluation)
+    _report(content)
+    on_every_rank(lambda: _write(content, options.output, journal))
+    session.shutdown()
+
+
+def make_measures(
+    options: argparse.Namespace, inputs: Inputs, variants: Variants
+) -> dict[str, list[Measure]]:
+    """What to measure, by the key of the JSON output that the results go under, in order."""
+    sync_points: list[Measure] = []
+    for corpus in list(inputs.texts.values())[:1]:
+        sync_error = SyncError(
+            text_sequences(corpus, options)[:SYNC_SEQUENCES, :-1],
+            [(point.layer, point.name) for point in variants.summing.points],
+            observing=variants.observing,
+            sha256=corpus.sha256,
+        )
+        sync_points.append(sync_error)
+    return {"sync_points": sync_points, **inputs.measures}
+
+
+def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[CalibrationIndex, Inputs]:
+    """The index and all that is measured on."""
+    if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
+        raise LowbitError(
+            "tensor parallel size 1 communicates nothing: nothing to compare; --simulate-tp N "
+            "compares as N ranks would"
+        )
+    if options.output:
+        if options.output.is_dir():
+            raise LowbitError(f"--output {options.output} is a directory: name a file")
+        check_writable(options.output.absolute().parent)
+    index = read_index(options.index or Path(options.load) / INDEX_NAME)
+    return index, read_inputs(
+        options,
+        args.max_position_embeddings,
+        tokenize=session.build_tokenizer(args).tokenize,
+        tokenizer=session.build_tokenizer(args, special_tokens=False),
+    )
+
+
+def _digests(index: CalibrationIndex, inputs: Inputs) -> tuple:
+    """Of all that was read: ranks must have read the same."""
+    texts = [(name, corpus.sha256) for name, corpus in inputs.texts.items()]
+    return manifest_digest(index.manifest), texts
+
+
+def _check(index: CalibrationIndex, model: nn.Module, chosen: Iterable[Named], ranks: int) -> None:
+    codecs = [codec for named in chosen for codec in named.codecs(index)]
+    check_index(index, model, codecs, ranks)
+
+
+def _journal(
+    options: argparse.Namespace,
+    index: CalibrationIndex,
+    model: nn.Module,
+    variants: Variants,
+    measures: dict[str, list[Measure]],
+) -> Journal | None:
+    """The journal of this evaluation, beside its output; none without an output."""
+    from megatron.core import parallel_state
+
+    summing = variants.summing
+    identity = {
+        "index": manifest_digest(index.manifest),
+        "model": model_identity(model),
+        "dtype": str(summing.points[0].module.weight.dtype),
+        "codecs": ",".join(variants.reducers),
+        "tensor parallel size": summing.ranks,
+        "simulated": summing.is_simulated,
+        **{measure.name: measure.identity for group in measures.values() for measure in group},
+    }
+    text = json.dumps(identity, sort_keys=True)
+    require_equal("model, data or arguments", hashlib.sha256(text.encode()).hexdigest())
+    if not options.output:
+        return None
+    output = options.output.absolute()
+    return Journal(
+        output.with_name(f".{output.name}.partial"),
+        identity,
+        dp_group=parallel_state.get_data_parallel_group(),
+        tp_group=summing.points[0].group,
+    )
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    model: nn.Module,
+    variants: Variants,
+    measures: dict[str, list[Measure]],
+    journal: Journal | None,
+    resume: bool,
+) -> Evaluation:
+    """Run the loop, from where the journal stands."""
+    from megatron.core import parallel_state
+
+    done = journal.start(resume=resume) if journal else []
+    if resume:
+        total = sum(len(measure) for group in measures.values() for measure in group)
+        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
+    group = variants.summing.points[0].group
+    language_model = session.language_model(
+        args, model, inputs.tokenizer, group=group, prefix=inputs.prefix
+    )
+    return evaluate(
+        [measure for group in measures.values() for measure in group],
+        language_model,
+        variants.all(),
+        journal=journal,
+        done=done,
+        dp_group=parallel_state.get_data_parallel_group(),
+        track=cli.progress,
+    )
+
+
+def _setting(
+    options: argparse.Namespace, index: CalibrationIndex, summing: Summing, chosen
+) -> Setting:
+    return Setting(
+        model=options.name or Path(options.load).name,
+        tp_size=summing.ranks,
+        simulated=summing.is_simulated,
+        index_sha256=manifest_digest(index.manifest),
+        sync_points=len(summing.points),
+        hidden=index.hidden,
+        collectives={name: named.collective for name, named in chosen.items()},
+    )
+
+
+def _report(content: dict) -> None:
+    """The results for people."""
+    for table in tables(content):
+        cli.say(table + "\n")
+    for line in extremes(content["sync_points"]["points"]):
+        cli.say(f"far off at sync points: {line}")
+
+
+def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
+    """Write the JSON; then what was kept for --resume has served."""
+    if output is None or cli.RANK != 0:
+        return
+    write_summary(content, output)
+    journal.clear()

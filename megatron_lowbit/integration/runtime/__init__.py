@@ -1,0 +1,1 @@
+"""Starting Megatron: arguments, checkpoints, models, engines, the launcher."""

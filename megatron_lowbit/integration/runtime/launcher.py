@@ -1,0 +1,177 @@
+"""Running a Megatron-LM script as it is, with `--lowbit-tp-comm` among its arguments.
+
+The script builds its parser, its model and loads its checkpoint through `megatron.training`. Before
+it starts, `install` puts itself in the way at two places, whatever the release:
+
+- `megatron.training.arguments.add_megatron_arguments`, which every parser goes through (it is
+  looked up at call time): the argument group joins it, and what a machine without CUDA cannot do is
+  switched off when it has parsed;
+- `megatron.training.checkpointing.load_checkpoint`, under every name that it is bound to: when it
+  returns, the model is switched to low bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_lowbit.cli import say
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import hooks
+from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
+from megatron_lowbit.integration.cpu.device import enable_cpu
+from megatron_lowbit.integration.cpu.training import enable_cpu_training
+from megatron_lowbit.integration.rebinding import rebind
+from megatron_lowbit.integration.runtime import megatron_args
+
+_CHECKOUT = "MEGATRON_LM"
+
+
+class Launch:
+    """A script's run, and what it did of what low bits need, so that nothing is silently off."""
+
+    def __init__(self, script: str, argv: list[str]):
+        """
+        Args:
+            script: Its name, for messages.
+            argv: Its arguments.
+        """
+        self._script = script
+        self._wanted = any(word.split("=", 1)[0] == hooks.FLAG for word in argv)
+        self._built_parser = self._parsed = False
+
+    def install(self) -> None:
+        """Step into `megatron.training`; call it before the script is read.
+
+        Raises:
+            LowbitError: There is no `megatron.training`.
+        """
+        on_cpu = enable_cpu()
+        if on_cpu:
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        megatron_args.require_megatron_training(
+            remedy=f"set {_CHECKOUT}=DIR to a checkout of Megatron-LM"
+        )
+        from megatron.training import arguments, checkpointing
+
+        if on_cpu:
+            enable_cpu_training()
+            enable_cpu_engines()
+        arguments.add_megatron_arguments = self._with_group(arguments.add_megatron_arguments)
+        rebind(checkpointing.load_checkpoint, self._with_low_bits(checkpointing.load_checkpoint))
+        self._see_early_exit()
+
+    def ended(self) -> None:
+        """The script ended by itself: raise unless low bits were on, if they were asked for.
+
+        Raises:
+            LowbitError: It never built Megatron's parser, or it never loaded a checkpoint.
+        """
+        if not self._built_parser:
+            raise LowbitError(
+                f"{self._script} ended without megatron.training's arguments: the launcher is for "
+                "scripts that parse them"
+            )
+        if self._wanted and self._parsed and not hooks.is_on():
+            raise LowbitError(
+                f"{self._script} ended without loading a checkpoint: low bits were never on"
+            )
+
+    def stopped(self) -> None:
+        """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
+        hooks.write_stats_now()
+
+    def _see_early_exit(self) -> None:
+        """`os._exit`, by which Megatron's scripts end after CUDA graphs, is an end, too."""
+        leave, process = os._exit, os.getpid()
+
+        def exit_seen(status: int) -> None:
+            if status == 0 and os.getpid() == process:
+                hooks.write_stats_now()
+                self.ended()
+            leave(status)
+
+        os._exit = exit_seen
+
+    def _with_group(self, original):
+        @functools.wraps(original)
+        def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            self._built_parser = True
+            parser = hooks.add_arguments(original(parser))
+            self._prepare(parser)
+            return parser
+
+        return add_megatron_arguments
+
+    def _prepare(self, parser: argparse.ArgumentParser) -> None:
+        """One-line errors, a `--help` that works, and arguments that this machine can run."""
+        parse = parser.parse_known_args
+        megatron_args.one_line_errors(parser)
+
+        def parse_known_args(argv=None, namespace=None):
+            megatron_args.escape_help(parser)  # now: the script has added its own arguments
+            parsed, rest = parse(argv, namespace)
+            if not torch.cuda.is_available():
+                words = sys.argv[1:] if argv is None else argv
+                _fit(parsed, megatron_args.given_names(parser, words))
+            self._parsed = True
+            return parsed, rest
+
+        parser.parse_known_args = parse_known_args
+
+    def _with_low_bits(self, original):
+        @functools.wraps(original)
+        def load_checkpoint(ddp_model, *args, **kwargs):
+            result = original(ddp_model, *args, **kwargs)
+            if self._wanted:
+                hooks.checkpoint_loaded(ddp_model)
+            else:
+                say(f"> native communication: no {hooks.FLAG}")
+            return result
+
+        return load_checkpoint
+
+
+def _fit(args: argparse.Namespace, given: set[str]) -> None:
+    """Switch off what a CPU or local layers lack, and say what was changed in one line."""
+    before = dict(vars(args))
+    megatron_args.fit_to_machine(args, given)
+    changed = [f"{name}={value}" for name, value in vars(args).items() if before.get(name) != value]
+    if changed:
+        say(f"> no CUDA here, so: {', '.join(changed)}")
+
+
+def use_checkout(script: Path | None) -> None:
+    """Put the Megatron-LM checkout that is meant first on `sys.path`, if there is one.
+
+    Args:
+        script: The script, whose own checkout counts; None for a module.
+
+    Raises:
+        LowbitError: `MEGATRON_LM` is no checkout, or another one than the script lies in.
+    """
+    own = next(filter(_is_checkout, script.resolve().parents), None) if script else None
+    named = os.environ.get(_CHECKOUT)
+    if named and not _is_checkout(Path(named)):
+        raise LowbitError(
+            f"{_CHECKOUT}={named} is no Megatron-LM checkout: it has no megatron/core"
+        )
+    if own and named and Path(named).resolve() != own:
+        raise LowbitError(
+            f"{script} lies in the checkout {own}, and {_CHECKOUT} names {named}: unset it"
+        )
+    root = own or (Path(named).resolve() if named else None)
+    if root is not None:
+        sys.path.insert(0, str(root))
+        # Processes that the script starts need it, too.
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def _is_checkout(directory: Path) -> bool:
+    return (directory / "megatron" / "core" / "__init__.py").is_file()

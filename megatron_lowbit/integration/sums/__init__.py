@@ -1,0 +1,1 @@
+"""Where Megatron sums partials, and how we step in."""

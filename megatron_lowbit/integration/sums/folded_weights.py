@@ -1,0 +1,130 @@
+"""Rotations folded into the weights of sync points, and the weights given back bit for bit.
+
+A folded linear gives ``[rotated body | BF16 features]`` (`codecs.folding`), which encoding only
+scales and packs. Its parameter stays the same object and holds the folded weight, k rows taller,
+and the original is kept in host memory. `state_dict` and with it Megatron's checkpoints see the
+original, loading into a folded linear is refused, and `remove` puts the original back.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from megatron_lowbit.codecs import Tables
+from megatron_lowbit.codecs.folding import FOLDABLE, fold
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.sums.routes import LocalRoute, PatchedRoute, route_of
+from megatron_lowbit.integration.sums.sync_points import SyncPoint
+
+
+class Folding:
+    """Folded weights for some sync points; a context manager that puts them in and out.
+
+    Attributes:
+        tables: Of each sync point, for the partials that its folded weight makes.
+    """
+
+    def __init__(self, points: list[SyncPoint], tables: Sequence[Tables]):
+        """Fold; nothing of the model changes before `attach`.
+
+        Args:
+            points: Sync points that `check_foldable` has passed.
+            tables: Of each, for a codec with a rotation.
+        """
+        self._weights, self.tables = [], []
+        for point, table in zip(points, tables, strict=True):
+            folded, changed = fold(point.module.weight.data, table)
+            self._weights.append(_Weight(point, folded))
+            self.tables.append(changed)
+
+    def attach(self) -> None:
+        """Put the folded weights in."""
+        for weight in self._weights:
+            weight.attach()
+
+    def remove(self) -> None:
+        """Put the original weights back. A second call does nothing."""
+        for weight in self._weights:
+            weight.remove()
+
+    def __enter__(self) -> "Folding":
+        self.attach()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.remove()
+
+
+class _Weight:
+    """One sync point's folded weight, and its original while the folded one is in."""
+
+    def __init__(self, point: SyncPoint, folded: Tensor):
+        self._point, self._folded = point, folded
+        self._original: Tensor | None = None
+        self._hooks: list = []
+
+    def attach(self) -> None:
+        module = self._point.module
+        self._original = module.weight.data.cpu()
+        module.weight.data = self._folded
+
+        def save(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
+            state_dict[prefix + "weight"] = self._original.to(self._folded.device)
+
+        self._hooks = [
+            module.register_state_dict_post_hook(save),
+            module.register_load_state_dict_pre_hook(self._refuse),
+        ]
+
+    def remove(self) -> None:
+        if self._original is None:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._point.module.weight.data = self._original.to(self._folded.device)
+        self._original = None
+
+    def _refuse(self, *args) -> None:
+        raise LowbitError(
+            f"the weight of {self._point} is folded: remove() the low-bit handle before loading"
+        )
+
+
+def fold_all(points: list[SyncPoint], tables: Sequence[Tables]) -> Folding:
+    """The weights of all sync points of a model, with the rotations of `tables` folded in.
+
+    Raises:
+        LowbitError: One of them cannot be folded.
+    """
+    check_foldable([point.module for point in points], points)
+    return Folding(points, tables)
+
+
+def check_foldable(modules: Iterable[nn.Module], points: list[SyncPoint]) -> None:
+    """Raise `LowbitError` unless the weight of every sync point can be folded.
+
+    Args:
+        modules: All that may use the weights.
+        points: The sync points.
+    """
+    uses = Counter(id(p) for module in modules for p in module._parameters.values())
+    for point in points:
+        weight = point.module.weight
+        if not isinstance(route_of(point.module), (LocalRoute, PatchedRoute)):
+            raise LowbitError(
+                f"{point} is a {type(point.module).__name__} whose partials go another way than a "
+                "local RowParallelLinear's: --lowbit-fold needs the local spec, without overlapped "
+                "shared experts"
+            )
+        # A quantized weight is a subclass of Tensor (Transformer Engine), or of another dtype.
+        if type(weight.data) is not Tensor or weight.dtype not in FOLDABLE:
+            raise LowbitError(
+                f"the weight of {point} is quantized ({type(weight.data).__name__}, "
+                f"{weight.dtype}), no rotation can be folded into it: leave --lowbit-fold out"
+            )
+        if uses[id(weight)] > 1:
+            raise LowbitError(
+                f"the weight of {point} is shared with another module, which would see it rotated: "
+                "leave --lowbit-fold out"
+            )

@@ -1,0 +1,33 @@
+"""The reducer of one sync point in low bits (`model.summing.Reducer`), over real ranks."""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.comm import all_reduce, reduce_scatter
+from megatron_lowbit.comm.policy.policy import Policy
+from megatron_lowbit.comm.traffic import Traffic
+
+
+class CodecReducer:
+    """Sums one sync point's partial through a codec and counts what it sends."""
+
+    def __init__(
+        self, codec: Codec, tables: Tables, group: dist.ProcessGroup, policy: str | Policy
+    ):
+        self.codec, self.tables, self.group, self.policy = codec, tables, group, policy
+        self.traffic = Traffic()
+
+    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
+        if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
+            self.tables = self.tables.to(partial.device)
+        call = {
+            "group": self.group,
+            "codec": self.codec,
+            "tables": self.tables,
+            "collective": self.policy,
+            "traffic": self.traffic,
+        }
+        if scatter:
+            return reduce_scatter(partial, **call)
+        return all_reduce(partial, in_place=True, **call)

@@ -1,0 +1,1 @@
+"""C kernels, compiled at first use by `build` and called by ctypes."""

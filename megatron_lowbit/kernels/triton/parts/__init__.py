@@ -1,0 +1,1 @@
+"""Pieces of Triton programs, each for one token's row."""

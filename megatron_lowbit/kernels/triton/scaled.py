@@ -1,0 +1,233 @@
+"""``scaled-hybrid`` in Triton: one program a token, one pass over its data.
+
+The bits are those of `codecs.scaled_hybrid`, its plain-torch code; only the bits of a NaN in a sum
+may differ. It moves as many bytes as `static`, and 2 more a token for its scale. The tables,
+4 bytes a feature each and 8 of the body's index, stay in the caches; those of the scales are as
+many as there are ranks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lowbit.kernels.cells import cells
+from megatron_lowbit.kernels.layout import row_bytes
+from megatron_lowbit.kernels.triton import gathered as gathered
+from megatron_lowbit.kernels.triton.launching import new_payload, sum_into
+from megatron_lowbit.kernels.triton.parts import values as parts
+
+
+@triton.jit
+def _encode(
+    partial,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    row_stride,
+    column_stride,
+    scale,  # fp32 [hidden]: the size of each feature
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    payload,  # uint8 [tokens, row_bytes]
+    row_bytes,
+    center,  # fp32 [hidden], or None
+    cells,  # int64 [CELLS]
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,  # a power of two, at least `kept`; or 0
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CELLS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
+    partial += token * row_stride
+    payload += token * row_bytes
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
+    row = parts.load_floats(partial + feature * column_stride, inside)
+    if center is not None:
+        row -= tl.load(center + feature, mask=inside, other=0.0)
+    row = tl.div_rn(row, tl.load(scale + feature, mask=inside, other=1.0))
+    finite = 1
+    if KEPT:
+        floats = payload + BODY_BYTES + BODY_BYTES % 2
+        finite = parts.write_kept(partial, column_stride, bf16_index, kept, floats, KEPT)
+    # The tile may be longer than the power of two that the codec pads a body to: the zeros behind
+    # it change no sum of squares.
+    parts.write_body(
+        row, finite, payload, kept, cells, BODY, BODY_BYTES, BITS, STEPS, CELLS, LOG_TILE
+    )
+
+
+@triton.jit
+def _values(
+    payload,
+    kept,
+    levels,
+    scale,
+    feature,
+    inside,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    """fp32 [1 << LOG_TILE]: a rank's body, each level times the token's scale, then its own."""
+    values = parts.row_values(payload, kept, levels, BODY_BYTES, BITS, LOG_TILE)
+    return values * tl.load(scale + feature, mask=inside, other=0.0)
+
+
+@triton.jit
+def _decode_sum(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    scale,  # fp32 [ranks, hidden]
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    out_row_stride,
+    out_column_stride,
+    center,  # fp32 [hidden]: of the sum, or None
+    levels,  # fp32 [2**BITS]
+    HIDDEN: tl.constexpr,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    out += token * out_row_stride
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
+    total = _values(payloads, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
+    row = payloads
+    for _ in range(1, ranks):
+        row += rank_stride
+        scale += HIDDEN
+        total += _values(row, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
+    if center is not None:
+        total += tl.load(center + feature, mask=inside, other=0.0)
+    gathered.store_sum(
+        total,
+        feature,
+        inside,
+        payloads,
+        rank_stride,
+        ranks,
+        bf16_index,
+        kept,
+        out,
+        out_column_stride,
+        BODY_BYTES,
+        KEPT,
+        NATIVE,
+    )
+
+
+@torch.library.custom_op("megatron_lowbit::scaled_encode", mutates_args=())
+def encode(
+    partial: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    thresholds: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> Tensor:
+    """Write a partial into a payload.
+
+    Args:
+        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous: what each feature is divided by then.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that become codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        thresholds: fp32 ``[2**bits - 1]``, ascending.
+        bits: 2 to 6.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Returns:
+        ``uint8 [tokens, row_bytes]``, contiguous.
+
+    Raises:
+        LowbitError: `partial` has another shape or type, or too many features.
+    """
+    search = cells(thresholds)
+    return gathered.launch_encode(
+        _encode,
+        partial,
+        row_bytes(body_bytes, bf16_index.numel() + 1),
+        *(scale, body_index, bf16_index, center, search.table),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        STEPS=search.steps,
+        CELLS=len(search.table),
+    )
+
+
+@encode.register_fake
+def _(partial, center, scale, body_index, bf16_index, thresholds, bits, body_bytes):
+    return new_payload(partial, partial.shape[0], row_bytes(body_bytes, bf16_index.numel() + 1))
+
+
+def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
+            new fp32 tensor if left out.
+        tables: As for `decode_sum_into`.
+
+    Returns:
+        `out`.
+    """
+    out = sum_into(out, payloads, tables["scale"].shape[1])
+    decode_sum_into(out, payloads, **tables)
+    return out
+
+
+@torch.library.custom_op("megatron_lowbit::scaled_decode_sum", mutates_args=("out",))
+def decode_sum_into(
+    out: Tensor,
+    payloads: Tensor,
+    center: Tensor | None,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> None:
+    """The op behind `decode_sum`.
+
+    Args:
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        center: fp32 ``[hidden]``, contiguous: added to the sum; nothing is if None.
+        scale: fp32 ``[at least ranks, hidden]``, contiguous.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that are codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: 2 to 6.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, or too many features.
+    """
+    gathered.launch_decode_sum(
+        _decode_sum,
+        *(out, payloads, row_bytes(body_bytes, bf16_index.numel() + 1)),
+        *(scale, body_index, bf16_index, center, levels),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+    )
+
+
+@decode_sum_into.register_fake
+def _(out, payloads, center, scale, body_index, bf16_index, levels, bits, body_bytes):
+    return None

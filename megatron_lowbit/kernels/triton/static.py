@@ -1,0 +1,218 @@
+"""``static-hybrid`` in Triton: one program a token, one pass over its data.
+
+The bits are those of `codecs.static_hybrid`, its plain-torch code; only the bits of a NaN in a sum
+may differ. At 4 bits encode moves 2 bytes a value in and 0.5 out, decode_sum 0.5 in for each rank
+and 2 out. How the body is gathered and scattered is in `gathered`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_lowbit.kernels.layout import row_bytes
+from megatron_lowbit.kernels.triton import gathered as gathered
+from megatron_lowbit.kernels.triton.launching import new_payload, sum_into
+from megatron_lowbit.kernels.triton.parts import values as parts
+
+
+@triton.jit
+def _encode(
+    partial,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    row_stride,
+    column_stride,
+    scale,  # fp32 [hidden]: the step of each feature
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    payload,  # uint8 [tokens, row_bytes]
+    row_bytes,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,  # a power of two, at least `kept`; or 0
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
+    partial += token * row_stride
+    payload += token * row_bytes
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
+    values = parts.load_floats(partial + feature * column_stride, inside)
+    step = tl.load(scale + feature, mask=inside, other=0.0)
+    inverse = tl.where(step > 0, tl.div_rn(1.0, step), 0.0)
+    largest: tl.constexpr = (1 << (BITS - 1)) - 1
+    codes = parts.round_within(values * inverse, -largest, largest)
+    finite = tl.abs(values) < float("inf")
+    codes = tl.where(finite, codes, -(1 << (BITS - 1))) & ((1 << BITS) - 1)
+    if KEPT:
+        floats = payload + BODY_BYTES + BODY_BYTES % 2
+        parts.write_kept(partial, column_stride, bf16_index, kept, floats, KEPT)
+        parts.pack(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
+    else:
+        parts.pack_bytes(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
+
+
+@triton.jit
+def _sum_row(
+    payloads,
+    rank_stride,
+    ranks,
+    scale,
+    feature,
+    inside,
+    HIDDEN: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    """fp32 [1 << LOG_TILE]: a token's body in rank order, each rank's by its own steps."""
+    total = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
+    total *= tl.load(scale + feature, mask=inside, other=0.0)
+    for _ in range(1, ranks):
+        payloads += rank_stride
+        scale += HIDDEN
+        values = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
+        total += values * tl.load(scale + feature, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _values(payload, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr):
+    """fp32 of the codes of a row: integers, and NaN for the lowest."""
+    half: tl.constexpr = 1 << (BITS - 1)
+    codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+    values = tl.where(codes >= half, codes - 2 * half, codes).to(tl.float32)
+    return tl.where(codes == half, float("nan"), values)
+
+
+@triton.jit
+def _decode_sum(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    scale,  # fp32 [ranks, hidden]
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    out_row_stride,
+    out_column_stride,
+    HIDDEN: tl.constexpr,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    out += token * out_row_stride
+    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
+    total = _sum_row(
+        payloads, rank_stride, ranks, scale, feature, inside, HIDDEN, BODY_BYTES, BITS, LOG_TILE
+    )
+    gathered.store_sum(
+        total,
+        feature,
+        inside,
+        payloads,
+        rank_stride,
+        ranks,
+        bf16_index,
+        kept,
+        out,
+        out_column_stride,
+        BODY_BYTES,
+        KEPT,
+        NATIVE,
+    )
+
+
+@torch.library.custom_op("megatron_lowbit::static_encode", mutates_args=())
+def encode(
+    partial: Tensor,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> Tensor:
+    """Write a partial into a payload.
+
+    Args:
+        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        scale: fp32 ``[hidden]``, contiguous: the value of one step of each feature.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that become codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        bits: 3 to 8.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Returns:
+        ``uint8 [tokens, row_bytes]``, contiguous.
+
+    Raises:
+        LowbitError: `partial` has another shape or type, or too many features.
+    """
+    row = row_bytes(body_bytes, bf16_index.numel())
+    tables = (scale, body_index, bf16_index)
+    return gathered.launch_encode(_encode, partial, row, *tables, BODY_BYTES=body_bytes, BITS=bits)
+
+
+@encode.register_fake
+def _(partial, scale, body_index, bf16_index, bits, body_bytes):
+    return new_payload(partial, partial.shape[0], row_bytes(body_bytes, bf16_index.numel()))
+
+
+def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
+            new fp32 tensor if left out.
+        tables: As for `decode_sum_into`.
+
+    Returns:
+        `out`.
+    """
+    out = sum_into(out, payloads, tables["scale"].shape[1])
+    decode_sum_into(out, payloads, **tables)
+    return out
+
+
+@torch.library.custom_op("megatron_lowbit::static_decode_sum", mutates_args=("out",))
+def decode_sum_into(
+    out: Tensor,
+    payloads: Tensor,
+    scale: Tensor,
+    body_index: Tensor,
+    bf16_index: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> None:
+    """The op behind `decode_sum`.
+
+    Args:
+        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        scale: fp32 ``[at least ranks, hidden]``, contiguous.
+        body_index: int64 ``[hidden - k]``, contiguous: the features that are codes.
+        bf16_index: int64 ``[k]``, contiguous: the others.
+        bits: 3 to 8.
+        body_bytes: Bytes of the packed codes of a row.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, or too many features.
+    """
+    row = row_bytes(body_bytes, bf16_index.numel())
+    tables = (scale, body_index, bf16_index)
+    gathered.launch_decode_sum(
+        _decode_sum, out, payloads, row, *tables, BODY_BYTES=body_bytes, BITS=bits
+    )
+
+
+@decode_sum_into.register_fake
+def _(out, payloads, scale, body_index, bf16_index, bits, body_bytes):
+    return None

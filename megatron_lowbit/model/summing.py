@@ -1,0 +1,112 @@
+"""How the partials of a model's sync points are summed, as loops over a model see it.
+
+A *reducer* sums what a sync point has here: this rank's partial, ``[..., hidden]``, of a model
+under tensor parallelism, or all partials, ``[ranks, ..., hidden]``, of a model that is whole in one
+process (`integration.sums.simulate`). `Summing` is the interface of both. Calibration and
+evaluation are written over it, and so know nothing of Megatron.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.comm.traffic import Traffic
+
+# (number of the sync point, what it has here, its native sum)
+Watch = Callable[[int, Tensor, Tensor], None]
+
+
+class Reducer(Protocol):
+    """Sums what a sync point has here."""
+
+    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
+        """The sum, or with `scatter` this rank's part of it."""
+
+
+class CountingReducer(Reducer, Protocol):
+    """A reducer through a codec, with the counters of its sync point."""
+
+    traffic: Traffic
+
+
+class Point(Protocol):
+    """A sync point, by what loops need of it.
+
+    Attributes:
+        layer: Megatron's layer number: from 1, over all pipeline stages.
+        name: Its path under the layer.
+        hidden: Features of its sum.
+        device: Where its partials are.
+        group: The tensor-parallel group that it sums over.
+    """
+
+    layer: int
+    name: str
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def group(self) -> dist.ProcessGroup: ...
+
+
+class Folded(Protocol):
+    """Folded weights of all sync points; entering it puts them in, leaving it takes them out.
+
+    Attributes:
+        tables: Of each sync point, for the partials that its folded weight makes.
+    """
+
+    tables: list[Tables]
+
+    def __enter__(self) -> "Folded": ...
+
+    def __exit__(self, *exc_info) -> None: ...
+
+
+class Summing(Protocol):
+    """What both ways can do.
+
+    Attributes:
+        points: The model's sync points.
+        ranks: How many partials a sum has.
+        here: How many of them this process has.
+        is_simulated: Whether no bytes travel.
+    """
+
+    points: Sequence[Point]
+    ranks: int
+    here: int
+    is_simulated: bool
+
+    def reducer(
+        self, point: Point, codec: Codec, tables: Tables, collective: str
+    ) -> CountingReducer:
+        """A reducer of `point` through `codec`, by ``one-shot`` or ``two-shot``."""
+
+    def using(self, reducers: Sequence[Reducer]) -> AbstractContextManager[None]:
+        """A context in which each sync point sums by its reducer, and not natively."""
+
+    def watching(self, watch: Watch) -> AbstractContextManager[None]:
+        """A context in which each sync point sums natively and calls `watch`."""
+
+    def folded(self, tables: Sequence[Tables]) -> Folded:
+        """Weights with the rotations of `tables` folded in.
+
+        Raises:
+            LowbitError: The weight of a sync point cannot be folded.
+        """
+
+    def partials(self, partial: Tensor) -> list[Tensor]:
+        """The partials in what a sync point has here: `here` tensors ``[..., hidden]``."""
+
+    def exact(self, point: Point, partial: Tensor) -> Tensor:
+        """The fp32 sum in rank order, of what a sync point has here."""
