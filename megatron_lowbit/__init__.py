@@ -8,6 +8,7 @@ CUDA, Triton nor Megatron:
     all_reduce      sum a tensor over a process group through a codec (needs only torch)
     reduce_scatter  the same, each rank its own block of the first axis
     all_gather      put the tensors of all ranks together
+    ErrorFeedback   what one sum could not send goes along with the next one
     get_codec       a codec by name and bits
     LowbitError     the base of the package's errors
 """
@@ -23,6 +24,7 @@ _EXPORTS = {
     "all_reduce": "megatron_lowbit.comm",
     "reduce_scatter": "megatron_lowbit.comm",
     "all_gather": "megatron_lowbit.comm",
+    "ErrorFeedback": "megatron_lowbit.comm.feedback",
     "get_codec": "megatron_lowbit.codecs",
     "LowbitError": "megatron_lowbit.errors",
 }

@@ -41,6 +41,8 @@ class SyncPointRecord:
         sum_second_moment: Likewise.
         divergence: fp64 ``[options]``, nats that each of the manifest's options of a recipe is
             predicted to cost here; None without a recipe.
+        divergence_carried: The same if errors are carried to the next sync point; None in an index
+            that was calibrated before there was feedback.
     """
 
     bf16_index: Tensor
@@ -53,6 +55,7 @@ class SyncPointRecord:
     sum_mean: Tensor
     sum_second_moment: Tensor
     divergence: Tensor | None = None
+    divergence_carried: Tensor | None = None
 
     @property
     def ranges(self) -> Tensor:
@@ -140,14 +143,17 @@ class CalibrationIndex:
         ]
         return {
             (layer, name): [
-                Option(*assignment, divergence)
-                for assignment, divergence in zip(
-                    assignments, record.divergence.tolist(), strict=True
-                )
+                Option(*assignment, *costs)
+                for assignment, costs in zip(assignments, _costs(record), strict=True)
             ]
             for layer, records in self.layers.items()
             for name, record in records.items()
         }
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether the recipe was planned for errors that are carried on."""
+        return bool(self.manifest.get("recipe", {}).get("feedback"))
 
     def bf16_index(
         self, layer: int, name: str, codec: Codec, bf16_features: int | None = None
@@ -209,6 +215,15 @@ class CalibrationIndex:
             statistics=self.record(layer, name).statistics(ranks),
             device=device,
         )
+
+
+def _costs(record: SyncPointRecord) -> list[tuple[float, float | None]]:
+    """Divergence of each option without and with feedback; None where that is not known."""
+    carried = record.divergence_carried
+    plain = record.divergence.tolist()
+    return list(
+        zip(plain, [None] * len(plain) if carried is None else carried.tolist(), strict=True)
+    )
 
 
 def _ranges(minimum: Tensor, maximum: Tensor) -> Tensor:

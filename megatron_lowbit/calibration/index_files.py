@@ -7,7 +7,8 @@
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
                                   and, of the sum over ranks,
                                   NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden];
-                                  with a recipe NAME/divergence fp64 [options]
+                                  with a recipe NAME/divergence fp64 [options], and
+                                  NAME/divergence_carried, the same with error feedback
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
@@ -225,6 +226,7 @@ def _to_records(
     for name in sorted({key.rpartition("/")[0] for key in tensors}):
         keys = ["bf16_index", *STATISTICS, *SUM_STATISTICS]
         keys += ["divergence"] if "recipe" in manifest else []
+        keys += ["divergence_carried"] if "feedback" in manifest.get("recipe", {}) else []
         fields = {key: tensors.get(f"{name}/{key}") for key in keys}
         for key, value in fields.items():
             problem = _problem(key, value, ranks, hidden, options)
@@ -245,7 +247,9 @@ def _problem(key: str, value: Tensor | None, ranks: int, hidden: int, options: i
         inside = bool(((value >= 0) & (value < hidden)).all())
         return None if ascending and inside else f"is not ascending within 0..{hidden - 1}"
     shape = [hidden] if key in SUM_STATISTICS else [ranks, hidden]
-    shape, dtype = ([options], torch.float64) if key == "divergence" else (shape, torch.float32)
+    shape, dtype = (
+        ([options], torch.float64) if key.startswith("divergence") else (shape, torch.float32)
+    )
     if value.dtype != dtype or list(value.shape) != shape:
         return f"is {value.dtype} {list(value.shape)}, not {str(dtype)[6:]} {shape}"
     return None if bool(value.isfinite().all()) else "is not finite"

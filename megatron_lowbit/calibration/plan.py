@@ -7,7 +7,8 @@ an average number of bits.
 """
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,19 +25,46 @@ class Option:
         assignment: What it assigns.
         bits_per_value: What it takes on the wire, all included.
         divergence: Nats that it costs there, predicted.
+        carried: The same if errors are carried to the next sync point (`codecs.carry`); None in an
+            index that was calibrated before there was feedback.
     """
 
     assignment: Assignment
     bits_per_value: float
     divergence: float
+    carried: float | None = None
+
+
+Options = dict[Key, list[Option]]
+
+
+def with_feedback(options: Options) -> Options:
+    """The options at the divergence that they cost with error feedback.
+
+    Raises:
+        LowbitError: They were measured before there was feedback.
+    """
+    if any(option.carried is None for of_point in options.values() for option in of_point):
+        raise LowbitError(
+            "this recipe was planned without error feedback: plan it anew with tools/calibrate.py "
+            "--budget BITS"
+        )
+    return {
+        key: [replace(option, divergence=option.carried) for option in of_point]
+        for key, of_point in options.items()
+    }
+
+
+# Nothing is sent: the calibrated mean is the sum, and the next sync point sends the rest.
+SKIP = Assignment(CALIBRATED_CODEC, 0, 0)
 
 
 def candidates(hidden: int) -> list[Assignment]:
-    """What a sync point can get: bits by BF16 features, or all of it in BF16."""
+    """What a sync point can get: nothing, bits by BF16 features, or all of it in BF16."""
     bits = sorted(get_codec(CALIBRATED_CODEC).supported_bits)
     features = sorted({0, hidden // 256, hidden // 128, hidden // 64, hidden // 32})
     low = [Assignment(CALIBRATED_CODEC, b, k) for b in bits for k in features]
-    return [*low, Assignment("bf16", 16)]
+    return [SKIP, *low, Assignment("bf16", 16)]
 
 
 def bits_per_value(assignment: Assignment, hidden: int) -> float:
@@ -47,7 +75,7 @@ def bits_per_value(assignment: Assignment, hidden: int) -> float:
     return 8 * codec.row_bytes(tables) / hidden
 
 
-def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
+def plan(options: Options, budget: float, *, skipped: Collection[Key] = ()) -> Recipe:
     """The least divergence within an average number of bits.
 
     Each sync point starts with its cheapest option; then, over and over, the step that saves most
@@ -58,11 +86,15 @@ def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
     Args:
         options: Of each sync point, all of them.
         budget: Average of `Option.bits_per_value` over the sync points.
+        skipped: Those that send nothing.
 
     Raises:
         LowbitError: `budget` is below the cheapest options.
     """
-    hulls = {key: _hull(assignments) for key, assignments in options.items()}
+    hulls = {
+        key: _hull([o for o in of_point if (o.assignment == SKIP) == (key in skipped)])
+        for key, of_point in options.items()
+    }
     left = (budget + 1e-9) * len(hulls) - sum(hull[0].bits_per_value for hull in hulls.values())
     if left < 0:
         least = sum(hull[0].bits_per_value for hull in hulls.values()) / len(hulls)
@@ -84,12 +116,12 @@ def plan(options: dict[Key, list[Option]], budget: float) -> Recipe:
     return {key: hulls[key][at].assignment for key, at in taken.items()}
 
 
-def average_bits(options: dict[Key, list[Option]], recipe: Recipe) -> float:
+def average_bits(options: Options, recipe: Recipe) -> float:
     """Bits a value of a planned recipe, over its sync points."""
     return _total(options, recipe, "bits_per_value") / len(recipe)
 
 
-def predicted_divergence(options: dict[Key, list[Option]], recipe: Recipe) -> float:
+def predicted_divergence(options: Options, recipe: Recipe) -> float:
     """Nats a token that a planned recipe is predicted to cost."""
     return _total(options, recipe, "divergence")
 
@@ -117,7 +149,7 @@ def _step(hull: list[Option], at: int, key: Key) -> tuple[float, Key, float]:
     return _slope(first, second), key, second.bits_per_value - first.bits_per_value
 
 
-def _total(options: dict[Key, list[Option]], recipe: Recipe, attribute: str) -> float:
+def _total(options: Options, recipe: Recipe, attribute: str) -> float:
     total = 0.0
     for key, assignment in recipe.items():
         option = next(option for option in options[key] if option.assignment == assignment)

@@ -6,6 +6,7 @@ budgets, each with its own plan. What is measured is the KL divergence from nati
 since the difference in loss of so few tokens is mostly noise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +15,20 @@ from torch import Tensor, nn
 
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.calibration.plan import Option, average_bits, plan, predicted_divergence
+from megatron_lowbit.calibration.plan import (
+    SKIP,
+    Options,
+    average_bits,
+    plan,
+    predicted_divergence,
+    with_feedback,
+)
 from megatron_lowbit.calibration.recipe import Key, Recipe
-from megatron_lowbit.calibration.sensitivity import measure_options
+from megatron_lowbit.calibration.sensitivity import following_of, measure_options
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
-from megatron_lowbit.model.summing import Summing
+from megatron_lowbit.model.summing import Point, Summing
 
 _PLANNING_TOKENS = 4096  # of the first calibration sequences
 _RESOLUTION = 0.05  # bits a value
@@ -37,18 +45,22 @@ class Planner:
         sequences: int64 ``[n, seq_length]`` to plan on.
         options: Of every sync point.
         dp_group: The ranks that share the sequences.
+        feedback: Whether errors will be carried from sync point to sync point.
+        skipped: The sync points that are to send nothing.
     """
 
     index: CalibrationIndex
     model: LanguageModel
     summing: Summing
     sequences: Tensor
-    options: dict[Key, list[Option]]
+    options: Options
     dp_group: dist.ProcessGroup | None
+    feedback: bool
+    skipped: frozenset[Key] = frozenset()
 
     def for_budget(self, budget: float) -> Recipe:
         """The recipe of least predicted divergence within `budget` bits a value."""
-        return plan(self.options, budget)
+        return plan(self.options, budget, skipped=self.skipped)
 
     def for_target(self, target: float) -> tuple[Recipe, float]:
         """The recipe of fewest bits within `target` nats of measured divergence, and the nats.
@@ -57,8 +69,7 @@ class Planner:
             LowbitError: Even the best recipe is beyond `target`.
         """
         least, most = (
-            sum(edge(o.bits_per_value for o in options) for options in self.options.values())
-            / len(self.options)
+            sum(edge(self._bits(key)) for key in self.options) / len(self.options)
             for edge in (min, max)
         )
         best = self.for_budget(most)
@@ -78,6 +89,12 @@ class Planner:
             else:
                 least = middle
         return best, nats
+
+    def _bits(self, key: Key) -> list[float]:
+        """What a sync point may take."""
+        if key in self.skipped:
+            return [0.0]
+        return [o.bits_per_value for o in self.options[key] if o.assignment != SKIP]
 
     def measure(self, recipe: Recipe) -> float:
         """The KL divergence of a recipe from native communication, nats a token; on every rank."""
@@ -100,12 +117,12 @@ class Planner:
         return lm.log_softmax(logits, vocab_size=self.model.vocab_size, group=self.model.tp_group)
 
     def _reducers(self, recipe: Recipe) -> list:
-        reducers = []
+        codecs, tables = [], []
         for point in self.summing.points:
             assignment = recipe[point.layer, point.name]
-            tables = self.index.tables_at(point, assignment, self.summing.ranks)
-            reducers.append(self.summing.reducer(point, assignment.make(), tables, "one-shot"))
-        return reducers
+            tables.append(self.index.tables_at(point, assignment, self.summing.ranks))
+            codecs.append(assignment.make())
+        return self.summing.reducers(codecs, tables, "one-shot", feedback=self.feedback)
 
 
 def with_recipe(
@@ -118,6 +135,8 @@ def with_recipe(
     budget: float | None,
     target: float | None,
     dp_group: dist.ProcessGroup | None,
+    feedback: bool = True,
+    skip: int = 0,
 ) -> CalibrationIndex:
     """`index` with a recipe within `budget` bits a value or `target` nats; call it on every rank.
 
@@ -130,9 +149,11 @@ def with_recipe(
         budget: Average bits a value, all included; or None.
         target: Nats of divergence; or None.
         dp_group: The ranks that share the sequences.
+        feedback: Whether errors will be carried from sync point to sync point.
+        skip: How many sync points are to send nothing; with feedback only.
 
     Raises:
-        LowbitError: The budget or the target is out of reach.
+        LowbitError: The budget or the target is out of reach, or so many cannot be skipped.
     """
     sequences = sequences[: max(1, _PLANNING_TOKENS // sequences.shape[1])]
     options = measure_options(
@@ -144,26 +165,34 @@ def with_recipe(
         dp_group=dp_group,
         track=cli.progress,
     )
-    planner = Planner(index, model, summing, sequences, options, dp_group)
+    costs = with_feedback(options) if feedback else options
+    skipped = choose_skipped(costs, summing.points, skip)
+    planner = Planner(index, model, summing, sequences, costs, dp_group, feedback, skipped)
     if budget is not None:
         recipe, goal = planner.for_budget(budget), {"budget": budget}
     else:
         recipe, nats = planner.for_target(target)
         goal = {"target_loss": target, "measured_divergence": nats}
-    return _add(index, recipe, options, goal)
+    return _add(index, recipe, options, goal, feedback)
 
 
 def _add(
-    index: CalibrationIndex, recipe: Recipe, options: dict[Key, list[Option]], goal: dict
+    index: CalibrationIndex,
+    recipe: Recipe,
+    options: Options,
+    goal: dict,
+    feedback: bool,
 ) -> CalibrationIndex:
     points: dict[str, dict] = {}
     for (layer, name), assignment in recipe.items():
         points.setdefault(str(layer), {})[name] = assignment.to_json()
     first = next(iter(options.values()))
+    predicted = predicted_divergence(with_feedback(options) if feedback else options, recipe)
     entry = {
         **goal,
+        "feedback": feedback,
         "bits_per_value": average_bits(options, recipe),
-        "predicted_divergence": predicted_divergence(options, recipe),
+        "predicted_divergence": predicted,
         "points": points,
         "options": [
             {"choice": o.assignment.to_json(), "bits_per_value": o.bits_per_value} for o in first
@@ -171,7 +200,11 @@ def _add(
     }
     layers = {
         layer: {
-            name: replace(record, divergence=_divergence(options[layer, name]))
+            name: replace(
+                record,
+                divergence=_fp64([o.divergence for o in options[layer, name]]),
+                divergence_carried=_fp64([o.carried for o in options[layer, name]]),
+            )
             for name, record in records.items()
         }
         for layer, records in index.layers.items()
@@ -179,5 +212,41 @@ def _add(
     return replace(index, manifest={**index.manifest, "recipe": entry}, layers=layers)
 
 
-def _divergence(options: list[Option]) -> Tensor:
-    return torch.tensor([option.divergence for option in options], dtype=torch.float64)
+def choose_skipped(options: Options, points: Sequence[Point], count: int) -> frozenset[Key]:
+    """The sync points that cost least to skip: never two neighbours in a chain, never its end.
+
+    What a skipped one leaves is sent by the next one, whose error grows with what it has to send.
+
+    Args:
+        options: Of each sync point, at their cost with feedback.
+        points: The sync points, in call order.
+        count: How many to skip.
+
+    Raises:
+        LowbitError: So many cannot be skipped.
+    """
+    costs = {
+        key: next(o.divergence for o in of_point if o.assignment == SKIP)
+        for key, of_point in options.items()
+    }
+    following = {
+        (points[n].layer, points[n].name): (points[m].layer, points[m].name)
+        for n, m in following_of(points).items()
+    }
+    before = {after: key for key, after in following.items()}
+    chosen: set[Key] = set()
+    for key in sorted(following, key=lambda key: costs[key]):
+        if len(chosen) == count:
+            break
+        if following[key] not in chosen and before.get(key) not in chosen:
+            chosen.add(key)
+    if len(chosen) < count:
+        raise LowbitError(
+            f"--skip {count}: {len(chosen)} of {len(points)} sync points can be skipped, never two "
+            "neighbours and never the last one that carries errors"
+        )
+    return frozenset(chosen)
+
+
+def _fp64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

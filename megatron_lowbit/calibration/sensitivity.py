@@ -7,9 +7,13 @@ is the Hessian of the KL divergence at zero error (Amari, Neural Computation 10,
 a backward pass over tokens that the model itself draws, the errors from really encoding and
 decoding the partials of native runs. On SmolLM2-135M at TP 3 the sum over all 60 sync points
 foretold 0.0486 nats where 0.0493 were measured, and 0.0229 where 0.0295 were (4,096 tokens).
+
+With error feedback (`codecs.carry`) an error e at one sync point acts on all that is behind it, and
+-e on all that is behind the next one, which repairs it. So h_i is then the second moment of the
+*difference* of the two gradients, token by token; the last sync point of a chain keeps its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,16 +21,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.calibration.plan import Option, bits_per_value, candidates
-from megatron_lowbit.calibration.recipe import Assignment, Key
+from megatron_lowbit.calibration.plan import SKIP, Option, Options, bits_per_value, candidates
+from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.forward import device_of, forward, logits
-from megatron_lowbit.model.summing import Summing
+from megatron_lowbit.model.summing import Point, Summing
 
 _SEED = 1234
 # Squared errors scatter far less than squared gradients do: fewer tokens do for them.
 _ERROR_SHARE = 4
+# Of a sum: the error of an option that misses nearly all of it is not blown up without limit.
+_MOST_NOISE = 0.9
 Track = Callable[[str, str], Callable]
 
 
@@ -39,7 +45,7 @@ def measure_options(
     vocab_size: int,
     dp_group: dist.ProcessGroup | None,
     track: Track,
-) -> dict[Key, list[Option]]:
+) -> Options:
     """The options of every sync point; call it on every rank.
 
     Args:
@@ -58,39 +64,70 @@ def measure_options(
     device, length = device_of(model), sequences.shape[1]
     # By their numbers, which their draws go by: the same for any number of ranks.
     mine = {number: sequences[number] for number in range(rank, len(sequences), ranks)}
-    sensitivity = _gradients(model, summing, mine, vocab_size, track("sensitivity", "sequence"))
+    progress = track("sensitivity", "sequence")
+    sensitivity = _gradients(model, summing, mine, vocab_size, progress)
     sensitivity = _mean_over(sensitivity.to(device), len(mine) * length, dp_group)
     assignments = candidates(index.hidden)
     few = sequences[: max(1, len(sequences) // _ERROR_SHARE)][rank::ranks]
-    costs = _errors(
-        model, summing, index, assignments, few, sensitivity, track("errors", "sequence")
-    )
+    progress = track("errors", "sequence")
+    costs, noise = _errors(model, summing, index, assignments, few, sensitivity, progress)
     costs = _mean_over(costs.to(device), few.numel(), dp_group)
+    noise = _mean_over(noise.to(device), few.numel(), dp_group)
+    costs[1] *= _quantized_again(assignments, noise)
     # All ranks go by the first one's figures: plans must be the same to the last bit.
     dist.broadcast(costs, src=0)
     if not costs.isfinite().all():
-        number = (~costs.isfinite()).any(dim=1).nonzero()[0].item()
+        number = (~costs.isfinite()).any(dim=2).any(dim=0).nonzero()[0].item()
         raise LowbitError(
             f"planning met values that are not finite at {summing.points[number]}: calibrate on "
             "texts that the model can run"
         )
     bits = [bits_per_value(assignment, index.hidden) for assignment in assignments]
     return {
-        (point.layer, point.name): [Option(*o) for o in zip(assignments, bits, row, strict=True)]
-        for point, row in zip(summing.points, costs.tolist(), strict=True)
+        (point.layer, point.name): [
+            Option(*of_one) for of_one in zip(assignments, bits, plain, carried, strict=True)
+        ]
+        for point, plain, carried in zip(summing.points, *costs.tolist(), strict=True)
     }
 
 
+def _quantized_again(assignments: list[Assignment], noise: Tensor) -> Tensor:
+    """fp64 ``[points, assignments]``: by how much carries make errors larger.
+
+    What a quantization misses is quantized again at the next sync point, and what that misses once
+    more: with d the share that is missed, errors settle at d / (1 - d) instead of d. A sync point
+    that is skipped misses all, once.
+    """
+    share = torch.where(noise[1] > 0, noise[0] / noise[1], 0).clamp(0, _MOST_NOISE)
+    share[:, assignments.index(SKIP)] = 0
+    return 1 / (1 - share)
+
+
 def _gradients(
-    model: nn.Module, summing: Summing, sequences: dict[int, Tensor], vocab_size, track
+    model: nn.Module,
+    summing: Summing,
+    sequences: dict[int, Tensor],
+    vocab_size: int,
+    track,
 ) -> Tensor:
-    """fp64 ``[points, hidden]``: squared gradients of the log-likelihood, summed over tokens."""
+    """fp64 ``[2, points, hidden]``: squared gradients of the log-likelihood, summed over tokens.
+
+    Without feedback, and with it: then an error acts until the next sync point repairs it, and what
+    counts is the difference of the gradients behind the two.
+    """
     hidden = summing.points[0].hidden
-    moments = torch.zeros(len(summing.points), hidden, dtype=torch.float64)
+    moments = torch.zeros(2, len(summing.points), hidden, dtype=torch.float64)
+    following = following_of(summing.points)
+    behind: dict[int, Tensor] = {}  # sync point -> its gradient, until the one before has taken it
 
     def watch(number: int, partial: Tensor, total: Tensor) -> None:
         def add(gradient: Tensor) -> None:
-            moments[number] += gradient.double().flatten(0, -2).square().sum(dim=0).cpu()
+            own = gradient.double().flatten(0, -2)
+            moments[0, number] += own.square().sum(dim=0).cpu()
+            behind[number] = own
+            if number in following:  # hooks run from the last sync point to the first
+                own = own - behind.pop(following[number])
+            moments[1, number] += own.square().sum(dim=0).cpu()
 
         if not total.requires_grad:  # the first one: all that comes after hangs on it
             total.requires_grad_()
@@ -101,6 +138,18 @@ def _gradients(
             generator = torch.Generator().manual_seed(_SEED + number)
             _backward(model, summing, sequences[number], vocab_size, generator)
     return moments
+
+
+def following_of(points: Sequence[Point]) -> dict[int, int]:
+    """Number of a sync point -> of the one that takes its error."""
+    last: dict[int, int] = {}  # by chunk
+    following = {}
+    for number, point in enumerate(points):
+        if not point.apart:
+            if point.chunk in last:
+                following[last[point.chunk]] = number
+            last[point.chunk] = number
+    return following
 
 
 def _backward(model, summing: Summing, sequence: Tensor, vocab_size, generator) -> None:
@@ -127,29 +176,37 @@ def _errors(
     sequences: Tensor,
     sensitivity: Tensor,
     track,
-) -> Tensor:
-    """fp64 ``[points, assignments]``: predicted divergence, summed over tokens."""
-    costs = torch.zeros(len(summing.points), len(assignments), dtype=torch.float64)
-    reducers = [
-        [
-            summing.reducer(p, c.make(), index.tables_at(p, c, summing.ranks), "one-shot")
-            for c in assignments
-        ]
-        for p in summing.points
+) -> tuple[Tensor, Tensor]:
+    """Predicted divergence, by both sensitivities, and squares, of the errors and of the sums.
+
+    Both fp64 ``[2, points, assignments]``, summed over tokens.
+    """
+    costs = torch.zeros(2, len(summing.points), len(assignments), dtype=torch.float64)
+    noise = torch.zeros_like(costs)
+    tables = [[index.tables_at(p, a, summing.ranks) for p in summing.points] for a in assignments]
+    by_assignment = [
+        summing.reducers([assignment.make()] * len(of_points), of_points, "one-shot")
+        for assignment, of_points in zip(assignments, tables, strict=True)
     ]
 
     def watch(number: int, partial: Tensor, total: Tensor) -> None:
         exact = summing.exact(summing.points[number], partial)
-        weights = sensitivity[number].to(exact.device)
-        for column, reducer in enumerate(reducers[number]):
-            error = reducer(partial.clone(), False).float() - exact  # reducers may sum in place
+        weights = sensitivity[:, number].to(exact.device)
+        noise[1, number] += exact.double().square().sum().item()
+        for column, reducers in enumerate(by_assignment):
+            if assignments[column] == SKIP:  # the calibrated mean is the sum
+                mean = tables[column][number].center_sum
+                error = -exact if mean is None else mean - exact
+            else:  # reducers may sum in place
+                error = reducers[number](partial.clone(), False).float() - exact
             squares = error.flatten(0, -2).double().square().sum(dim=0)
-            costs[number, column] += 0.5 * (squares @ weights).item()
+            costs[:, number, column] += 0.5 * (weights @ squares).cpu()
+            noise[0, number, column] += squares.sum().item()
 
     with summing.watching(watch):
         for number in track(range(len(sequences))):
             logits(model, sequences[number][None])
-    return costs
+    return costs, noise
 
 
 def _mean_over(total: Tensor, tokens: int, dp_group: dist.ProcessGroup | None) -> Tensor:

@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.codecs.tables import Statistics, Tables, check_index
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.peer_memory import PeerMemory
@@ -43,6 +44,9 @@ class Codec(abc.ABC):
         needs_statistics: Whether `tables` needs statistics of this very TP degree.
         takes_index: Whether features apart from the body mean anything to it.
         takes_symmetric_memory: Whether there are kernels for `all_reduce_in`.
+        carries: Whether sync points carry errors by default (`codecs.carry`); they can with any.
+        can_skip: Whether it has a version of 0 bits, which sends nothing: the calibrated mean
+            stands for the sum, and error feedback (`codecs.carry`) brings the rest later.
     """
 
     name: str
@@ -50,12 +54,14 @@ class Codec(abc.ABC):
     needs_statistics = False
     takes_index = True
     takes_symmetric_memory = False
+    carries = False
+    can_skip = False
 
     def __init__(self, bits: int | None = None, *, sum_bits: int | None = None):
         self.bits = self.supported_bits[0] if bits is None else bits
         self.sum_bits = self.bits if sum_bits is None else sum_bits
         for asked in (self.bits, self.sum_bits):
-            if asked not in self.supported_bits:
+            if asked not in self.supported_bits and not (asked == 0 and self.can_skip):
                 supported = ", ".join(map(str, sorted(self.supported_bits, reverse=True)))
                 raise LowbitError(
                     f"codec {self.name} has no {asked}-bit version: choose from {supported}"
@@ -107,6 +113,29 @@ class Codec(abc.ABC):
         Returns:
             ``uint8 [tokens, row_bytes]``, contiguous.
         """
+
+    def encode_with_carry(
+        self, partial: Tensor, tables: Tables, carry: Carry, *, rank: int = 0
+    ) -> Tensor:
+        """`encode` with error feedback: `codecs.carry` says what is added, kept and rounded.
+
+        Args:
+            partial: As for `encode`.
+            tables: As for `encode`.
+            carry: What is taken and where the new error goes. Rows as those of `partial`.
+            rank: As for `encode`.
+
+        Returns:
+            The payload, as `encode`.
+        """
+        if carry.taken is None and carry.given is None:
+            return self.encode(partial, tables, rank=rank)
+        wanted = carry.added_to(partial)
+        payload = self.encode(wanted, tables, rank=rank)
+        if carry.given is not None:
+            sent = self.decode_sum(payload[None], tables.of_ranks(rank, rank + 1))
+            carry.keep(wanted, sent, bound=self.bits > 0)
+        return payload
 
     @abc.abstractmethod
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
@@ -181,6 +210,24 @@ class Codec(abc.ABC):
         """
         total = self.decode_sum(payloads, tables)
         return self.for_sum().encode(total, self.sum_tables(tables))
+
+    def reduce_encode_with_carry(self, payloads: Tensor, tables: Tables, carry: Carry) -> Tensor:
+        """`reduce_encode` with error feedback of the sum.
+
+        The sum is turned back to features in fp32, since the next sync point has other tables.
+
+        Args:
+            payloads: As for `reduce_encode`.
+            tables: As for `reduce_encode`.
+            carry: Of the sum; rows as those of `payloads`.
+
+        Returns:
+            The payload of the sum, as `reduce_encode`.
+        """
+        if carry.taken is None and carry.given is None:
+            return self.reduce_encode(payloads, tables)
+        total = self.decode_sum(payloads, tables)
+        return self.for_sum().encode_with_carry(total, self.sum_tables(tables), carry)
 
     def __repr__(self) -> str:
         second = "" if self.sum_bits == self.bits else f"+{self.sum_bits}"

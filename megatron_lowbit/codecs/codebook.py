@@ -1,9 +1,10 @@
-"""Gaussian-optimal scalar codebooks (Lloyd-Max) with 4 to 64 levels.
+"""Gaussian-optimal scalar codebooks (Lloyd-Max) with 2 to 64 levels.
 
 Levels for a unit Gaussian, symmetric around zero; a threshold lies halfway between two levels.
 Source: J. Max, "Quantizing for Minimum Distortion", IRE Trans. IT-6, 1960, table I; computed anew
 to ten digits by iterating the centroid condition, which a test checks. Signal to quantization
-noise: 9.30 dB at 2 bits, 14.62 dB at 3, 20.22 dB at 4, 26.01 dB at 5, 31.91 dB at 6.
+noise: 4.40 dB at 1 bit (the sign alone), 9.30 dB at 2 bits, 14.62 dB at 3, 20.22 dB at 4, 26.01 dB
+at 5, 31.91 dB at 6.
 """
 
 from functools import lru_cache
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 _POSITIVE_LEVELS = {
+    1: (0.7978845608,),  # sqrt(2 / pi): the mean of a half Gaussian
     2: (0.4527800346, 1.5104176085),
     3: (0.2450941789, 0.7560052812, 1.3439092785, 2.1519457045),
     4: (

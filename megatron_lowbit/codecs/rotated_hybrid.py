@@ -8,15 +8,18 @@ clips and no table depends on the TP degree. The transform is linear and the sam
 the sum is taken, and where a collective sends it quantized again, in the rotated domain, and turned
 back once.
 
-Special cases: an empty BF16 index quantizes every feature; `rotate=False` leaves signs and
-transform out. The squares are summed in fp32: a row whose RMS is above 2**64 / sqrt(block * hidden)
-(2**51 at hidden 8192) gives NaN, one below about 2**-75 may give zero.
+Special cases: 1 bit is the sign, 0 bits send nothing: the sum is then the calibrated mean, and the
+error feedback of `codecs.carry` sends the rest later. An empty BF16 index quantizes every feature;
+`rotate=False` leaves signs and transform out. The squares are summed in fp32: a row whose RMS is
+above 2**64 / sqrt(block * hidden) (2**51 at hidden 8192) gives NaN, one below about 2**-75 may give
+zero.
 
 The plain torch in the methods that begin with ``_reference`` is the specification. Kernels give the
 same bits: on CPUs `kernels.cpu.rotated`, about 50 times faster (512 x 4096 on one thread of an
 AMD EPYC), on GPUs `kernels.triton.rotated`, unless the user has these rotate on tensor cores.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -33,7 +36,8 @@ class RotatedHybrid(Codec):
     """`bits` bits a value, 16 more for each BF16 feature, and 16 for the scale of a token."""
 
     name = "rotated-hybrid"
-    supported_bits = (4, 3, 2, 5, 6)
+    supported_bits = (4, 3, 2, 5, 6, 1)
+    carries = can_skip = True
 
     def __init__(
         self, bits: int | None = None, *, sum_bits: int | None = None, rotate: bool = True
@@ -43,7 +47,7 @@ class RotatedHybrid(Codec):
 
     @property
     def takes_symmetric_memory(self) -> bool:
-        return self.rotate
+        return self.rotate and min(self.bits, self.sum_bits) > 1
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
@@ -61,11 +65,21 @@ class RotatedHybrid(Codec):
             decode_scale=(signs / block).to(device).index_fill(0, index, 0),
         )
 
+    def sum_tables(self, tables: Tables) -> Tables:
+        """Those of the partials, but that the mean of the sum is what is subtracted from it."""
+        if tables.center is None:
+            return tables
+        return replace(tables, center=tables.center_sum[None])
+
     def row_bytes(self, tables: Tables) -> int:
+        if self.bits == 0:
+            return 0
         body = self._body_bytes(tables.hidden)
         return wire.row_bytes(body, tables.bf16_index.numel() + 1)
 
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
+        if self.bits == 0:
+            return partial.new_empty((len(partial), 0), dtype=torch.uint8)
         module = self.kernels(partial, tables)
         if module is None:
             return self._reference_encode(partial, tables, rank)
@@ -73,7 +87,7 @@ class RotatedHybrid(Codec):
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         module = self.kernels(payloads, tables)
-        if module is None:
+        if module is None or self.bits == 0:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
         return module.decode_sum(payloads, out=out, **self._decoding(tables))
 
@@ -185,7 +199,7 @@ class RotatedHybrid(Codec):
     def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
     ) -> ModuleType | None:
-        if not self.rotate:
+        if not self.rotate or min(self.bits, self.sum_bits) < 2:  # no kernel knows fewer
             return None
         return select.kernels_for(family, values, tables.encode_scale)
 
@@ -203,6 +217,9 @@ class RotatedHybrid(Codec):
         return self._write(self._transform(body), kept)
 
     def _reference_decode_sum(self, payloads: Tensor, tables: Tables) -> Tensor:
+        if self.bits == 0:
+            zeros = tables.decode_scale.new_zeros(payloads.shape[1], tables.hidden)
+            return zeros if tables.center_sum is None else zeros + tables.center_sum
         total, kept = self._sum(payloads, tables)
         out = self._transform(total) * tables.decode_scale
         if tables.center_sum is not None:

@@ -44,6 +44,7 @@ class ScaledHybrid(Codec):
     name = "scaled-hybrid"
     supported_bits = (4, 3, 2, 5, 6)
     needs_statistics = True
+    carries = True
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 64

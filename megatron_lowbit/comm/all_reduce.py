@@ -11,12 +11,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
+from megatron_lowbit.codecs.carry import NO_CARRY
 from megatron_lowbit.comm.call import Call, records, run
+from megatron_lowbit.comm.feedback import Feedback, Step
 from megatron_lowbit.comm.hierarchical import hierarchical
 from megatron_lowbit.comm.one_shot import one_shot
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.two_shot import two_shot
+from megatron_lowbit.comm.with_feedback import (
+    SKIPPED,
+    native_input,
+    node_carries,
+    partial_carry,
+    skip,
+    sum_carry,
+)
+
+_NO_CARRY_THERE = "not over symmetric memory, whose kernels know no carry"
 
 
 def all_reduce(
@@ -28,6 +40,7 @@ def all_reduce(
     collective: str | Policy = "one-shot",
     traffic: Traffic | None = None,
     in_place: bool = False,
+    feedback: Feedback | None = None,
 ) -> Tensor:
     """Sum `x` over the ranks of `group` with low-bit payloads on the wire.
 
@@ -44,19 +57,21 @@ def all_reduce(
         in_place: Put the sum into `x`, as Megatron's own does (64 MB over 1 Gbit/s, 4 ranks: the
             page faults of a new tensor cost 4 % of the time). An `x` that is strided, or whose
             gradient autograd records, is left alone all the same.
+        feedback: An `ErrorFeedback` that all calls of a stream share: what the call before could
+            not send goes along. The same on every rank; for inference only.
 
     Returns:
         The sum, of `x`'s shape and dtype, bit-identical on all ranks.
 
     Raises:
-        LowbitError: Unsupported dtype, no feature dimension, unknown codec or collective, or tables
-            of another codec, hidden size or number of ranks.
+        LowbitError: Unsupported dtype, no feature dimension, unknown codec or collective, tables
+            of another codec, hidden size or number of ranks, or a codec of 0 bits without feedback.
     """
-    if in_place and isinstance(collective, Policy) and not records(x):
+    if in_place and feedback is None and isinstance(collective, Policy) and not records(x):
         decision = collective.all_reduce(x.numel())
         if decision.collective == "native" and x.is_contiguous():
             return _native(x, group, decision, traffic)
-    call = Call(x, group, codec, tables, collective, traffic)
+    call = Call(x, group, codec, tables, collective, traffic, feedback)
     whole = call.tables.folded_index is None and x.is_contiguous()
     call.in_place = in_place and whole and not records(x)
     return x if call.ranks == 1 else run(_AllReduce, x, call)
@@ -67,14 +82,21 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call):
-        decision = call.policy.all_reduce(x.numel())
-        if decision.collective == "native":
-            out = x if call.in_place else x.clone(memory_format=torch.contiguous_format)
-            return _native(out, call.group, decision, call.traffic)
+        decision, step = call.policy.all_reduce(x.numel()), call.step(x)
+        if decision.collective == "native" and call.codec.bits:
+            total = native_input(x, step)
+            if total is x and not call.in_place:
+                total = x.clone(memory_format=torch.contiguous_format)
+            return _native(total, call.group, decision, call.traffic)
         clock, partial = Clock(x.device), x.reshape(-1, x.shape[-1])
         # In place too: a chunk's sum is written after its partial was encoded.
         out = x if call.in_place else call.output(x)
-        decision, sent = _send(decision, partial, call, out.view(len(partial), call.tables.hidden))
+        if call.codec.bits == 0:
+            skip(call, step, x, out)
+            call.count(SKIPPED, x, 0, 0, clock)
+            return out
+        rows = out.view(len(partial), call.tables.hidden)
+        decision, sent = _send(decision, partial, call, step, rows)
         payload = call.payload_bytes(decision.collective, len(partial))
         call.count(decision, x, payload, sent, clock)
         return out
@@ -106,13 +128,25 @@ def _native(x: Tensor, group, decision: Decision, traffic: Traffic | None) -> Te
     return x
 
 
-def _send(decision: Decision, partial: Tensor, call: Call, out: Tensor) -> tuple[Decision, int]:
+def _send(
+    decision: Decision, partial: Tensor, call: Call, step: Step | None, out: Tensor
+) -> tuple[Decision, int]:
     """Sum `partial` into `out` in low bits: what was chosen in the end, and the bytes sent."""
-    codec, tables, policy = call.codec, call.tables, call.policy
+    codec, tables, policy, tokens = call.codec, call.tables, call.policy, len(partial)
     if decision.collective == "hierarchical":
-        return decision, hierarchical(partial, tables, codec=codec, nodes=policy.nodes, out=out)
+        carries = node_carries(call, step, tokens)
+        nodes = policy.nodes
+        sent = hierarchical(partial, tables, codec=codec, nodes=nodes, out=out, carries=carries)
+        return decision, sent
     if policy.symmetric_memory.takes(decision.collective, partial, codec, tables, call.group):
-        sent = policy.symmetric_memory.all_reduce(decision.collective, partial, codec, tables, out)
-        return replace(decision, why=f"{decision.why}, over symmetric memory"), sent
-    step = {"one-shot": one_shot, "two-shot": two_shot}[decision.collective]
-    return decision, step(partial, tables, codec=codec, group=call.group, out=out)
+        if step is None:
+            sent = policy.symmetric_memory.all_reduce(
+                decision.collective, partial, codec, tables, out
+            )
+            return replace(decision, why=f"{decision.why}, over symmetric memory"), sent
+        decision = replace(decision, why=f"{decision.why}, {_NO_CARRY_THERE}")
+    send = {"codec": codec, "group": call.group, "out": out}
+    if decision.collective == "one-shot":
+        return decision, one_shot(partial, tables, carry=partial_carry(call, step, tokens), **send)
+    carry, of_sum = step.carry if step else NO_CARRY, sum_carry(call, step, tokens)
+    return decision, two_shot(partial, tables, carry=carry, of_sum=of_sum, **send)

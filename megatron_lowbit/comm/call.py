@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.comm.feedback import Step
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision
 from megatron_lowbit.errors import LowbitError
@@ -23,7 +24,7 @@ _PLAIN = ("native", "one-shot", "two-shot")
 class Call:
     """One call's arguments, checked: every error comes before any rank sends, on all alike."""
 
-    def __init__(self, x, group, codec, tables, collective, traffic):
+    def __init__(self, x, group, codec, tables, collective, traffic, feedback=None):
         self.codec = get_codec(codec) if isinstance(codec, str) else codec
         self.group = group or dist.group.WORLD
         self.ranks = dist.get_world_size(self.group)
@@ -40,8 +41,13 @@ class Call:
                     f"{collective} needs comm.policy.policy.make_policy, once for a group"
                 )
             self.policy = Policy(collective)
+        self.feedback = feedback
         if tables.folded_index is not None:
             self._check_folded(x)
+        if feedback is not None and records(x):
+            raise LowbitError("error feedback serves inference only: its partial wants gradients")
+        if self.codec.bits == 0 and feedback is None:
+            raise LowbitError(f"{self.codec} sends nothing: it needs error feedback")
 
     def _check_folded(self, x: Tensor) -> None:
         if self.policy.mode not in ("one-shot", "two-shot"):
@@ -49,8 +55,16 @@ class Call:
                 f"a folded weight's partials are rotated, which {self.policy.mode} does not undo: "
                 "choose one-shot or two-shot"
             )
+        if self.feedback is not None:
+            raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
         if records(x):
             raise LowbitError("a folded weight serves inference only: its partial wants gradients")
+
+    def step(self, x: Tensor) -> Step | None:
+        """What this call takes of the one before it, and gives to the next."""
+        if self.feedback is None or self.ranks == 1:
+            return None
+        return self.feedback.step(x, self.tables.hidden)
 
     def output(self, x: Tensor) -> Tensor:
         """Where the sum goes: a partial whose weight has rotated it is wider than its sum."""

@@ -16,12 +16,14 @@ all ranks, so all end bit-identical.
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm.one_shot import one_shot_steps
 from megatron_lowbit.comm.transport import Channel, Steps, chunks, owned, padded, run, share
 from megatron_lowbit.comm.two_shot import two_shot_steps
@@ -55,6 +57,25 @@ class Nodes:
     def number(self) -> int:
         """Which of them this rank is in."""
         return dist.get_rank(self.between)
+
+
+class Carries(NamedTuple):
+    """Error feedback of each quantization; but the first, rows of the tokens that this rank owns.
+
+    Attributes:
+        partial: Of this rank's partial, ``[tokens, hidden]``.
+        node: Of its node's sum, ``[share, hidden]``, chunk by chunk.
+        across: Of the sums that it owns between nodes, where there are more than two.
+        total: Of the whole sum, inside the node. Every node makes the same error and carries it.
+    """
+
+    partial: Carry = NO_CARRY
+    node: Carry = NO_CARRY
+    across: Carry = NO_CARRY
+    total: Carry = NO_CARRY
+
+
+_NONE = Carries()
 
 
 def spans_nodes(group: dist.ProcessGroup) -> bool:
@@ -104,7 +125,13 @@ def make_nodes(group: dist.ProcessGroup, *, size: int, low_bit_inside: bool = Fa
 
 
 def hierarchical(
-    partial: Tensor, tables: Tables, *, codec: Codec, nodes: Nodes, out: Tensor
+    partial: Tensor,
+    tables: Tables,
+    *,
+    codec: Codec,
+    nodes: Nodes,
+    out: Tensor,
+    carries: Carries = _NONE,
 ) -> int:
     """Sum `partial` over the ranks of all nodes.
 
@@ -114,6 +141,7 @@ def hierarchical(
         codec: The same on every rank.
         nodes: From `make_nodes`.
         out: ``[tokens, hidden]`` of any float dtype: the sum, bit-identical on all ranks.
+        carries: Error feedback.
 
     Returns:
         The bytes that this rank sent, inside its node and to others.
@@ -122,13 +150,41 @@ def hierarchical(
         codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
     spans = chunks(*partial.shape, nodes.size)
     return run(
-        _steps(partial[a:b], tables, codec, nodes, i % _SLOTS, out[a:b])
+        _steps(
+            partial[a:b],
+            tables,
+            codec,
+            nodes,
+            i % _SLOTS,
+            out[a:b],
+            _of_chunk(carries, a, b, nodes),
+        )
         for i, (a, b) in enumerate(spans)
     )
 
 
+def shares(tokens: int, nodes: Nodes) -> dict[str, int]:
+    """Rows of each of `Carries` but the first, for a message of so many tokens."""
+    inside = share(tokens, nodes.size)
+    return {"node": inside, "across": tokens, "total": inside}
+
+
+def _of_chunk(carries: Carries, a: int, b: int, nodes: Nodes) -> Carries:
+    """Of tokens ``[a, b)``. What is owned between nodes lies as the tokens do, with gaps."""
+    first, rows = a // nodes.size, share(b - a, nodes.size)
+    of_node = [carry.rows(first, first + rows) for carry in (carries.node, carries.total)]
+    across = carries.across.rows(a, a + share(rows, nodes.count))
+    return Carries(carries.partial.rows(a, b), of_node[0], across, of_node[1])
+
+
 def _steps(
-    partial: Tensor, tables: Tables, codec: Codec, nodes: Nodes, slot: int, out: Tensor
+    partial: Tensor,
+    tables: Tables,
+    codec: Codec,
+    nodes: Nodes,
+    slot: int,
+    out: Tensor,
+    carries: Carries,
 ) -> Steps:
     """The steps of one chunk: at most four transfers."""
     inside, between = Channel(nodes.inside, slot), Channel(nodes.between, slot)
@@ -147,13 +203,16 @@ def _steps(
     node_sum = torch.empty_like(total)
     exchange = inside.exchange(tokens, in_codec.row_bytes(in_tables), device)
     gather = inside.gather(share(tokens, nodes.size), out_codec.row_bytes(out_tables), device)
-    between_steps = one_shot_steps if nodes.count <= 2 else two_shot_steps
-    across = between_steps(node_sum, tables.of_nodes(nodes.count), codec, between, total)
+    mine, of_nodes = stop - start, tables.of_nodes(nodes.count)
+    sums = (node_sum, of_nodes, codec, between, total, carries.node.rows(0, mine))
+    two_level = (carries.across,) if nodes.count > 2 else ()
+    across = (two_shot_steps if two_level else one_shot_steps)(*sums, *two_level)
     yield next(across)  # opens its transfers
 
-    yield exchange.send(in_codec.encode(partial, in_tables, rank=inside.rank))
+    payload = in_codec.encode_with_carry(partial, in_tables, carries.partial, rank=inside.rank)
+    yield exchange.send(payload)
     in_codec.decode_sum(exchange.received, in_tables, out=node_sum)
     yield from across
-    rows = out_codec.encode(total, out_tables)
+    rows = out_codec.encode_with_carry(total, out_tables, carries.total.rows(0, mine))
     yield gather.send(padded(rows, share(tokens, nodes.size)))
     out_codec.decode_sum(gather.received.flatten(0, 1)[None, :tokens], out_tables, out=out)

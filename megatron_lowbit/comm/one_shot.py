@@ -10,13 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm.transport import Channel, Steps, chunks, run
 
 _SLOTS = 3
 
 
 def one_shot(
-    partial: Tensor, tables: Tables, *, codec: Codec, group: dist.ProcessGroup, out: Tensor
+    partial: Tensor,
+    tables: Tables,
+    *,
+    codec: Codec,
+    group: dist.ProcessGroup,
+    out: Tensor,
+    carry: Carry = NO_CARRY,
 ) -> int:
     """Sum `partial` over the ranks of `group`.
 
@@ -26,6 +33,7 @@ def one_shot(
         codec: The same on every rank.
         group: Any backend that gathers uint8.
         out: ``[tokens, hidden]`` of any float dtype: the sum, bit-identical on all ranks.
+        carry: Error feedback of this rank's partial, ``[tokens, hidden]``.
 
     Returns:
         The bytes that this rank sent.
@@ -34,16 +42,23 @@ def one_shot(
     # 11.2.
     spans = chunks(*partial.shape, 1)
     return run(
-        one_shot_steps(partial[a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
+        one_shot_steps(
+            partial[a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b], carry.rows(a, b)
+        )
         for i, (a, b) in enumerate(spans)
     )
 
 
 def one_shot_steps(
-    partial: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
+    partial: Tensor,
+    tables: Tables,
+    codec: Codec,
+    channel: Channel,
+    out: Tensor,
+    carry: Carry = NO_CARRY,
 ) -> Steps:
     """The steps of one chunk; arguments as those of `one_shot`."""
     gather = channel.gather(len(partial), codec.row_bytes(tables), partial.device)
     yield
-    yield gather.send(codec.encode(partial, tables, rank=channel.rank))
+    yield gather.send(codec.encode_with_carry(partial, tables, carry, rank=channel.rank))
     codec.decode_sum(gather.received, tables, out=out)

@@ -5,6 +5,7 @@ One quantization. The gradients of all blocks, gathered, are every rank's gradie
 every collective is in `comm.call`.
 """
 
+import itertools
 import math
 
 import torch
@@ -12,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm import transport
 from megatron_lowbit.comm.call import Call, run
+from megatron_lowbit.comm.feedback import Feedback
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Clock, Traffic
 from megatron_lowbit.comm.transport import Channel, Steps, chunks
+from megatron_lowbit.comm.with_feedback import SKIPPED, native_input, partial_carry, skip
 from megatron_lowbit.errors import LowbitError
 
 _SLOTS = 3
@@ -31,6 +35,7 @@ def reduce_scatter(
     collective: str | Policy = "one-shot",
     traffic: Traffic | None = None,
     counts: list[int] | None = None,
+    feedback: Feedback | None = None,
 ) -> Tensor:
     """Sum `x` over the ranks of `group`; each rank gets its share of the first axis.
 
@@ -44,6 +49,7 @@ def reduce_scatter(
         traffic: Counters to add this call to.
         counts: How much of the first axis each rank gets, the same on every rank; equal shares if
             left out. Only in low bits.
+        feedback: As for `all_reduce`.
 
     Returns:
         ``[sequence / ranks, ..., hidden]`` (or ``[counts[rank], ...]``) of `x`'s dtype: this rank's
@@ -53,7 +59,7 @@ def reduce_scatter(
         LowbitError: As `all_reduce`, or the ranks do not divide `sequence`, or `counts` is not one
             count a rank that together make `sequence`.
     """
-    call = Call(x, group, codec, tables, collective, traffic)
+    call = Call(x, group, codec, tables, collective, traffic, feedback)
     if x.ndim < 2 or (counts is None and x.shape[0] % call.ranks):
         raise LowbitError(
             f"reduce_scatter needs [sequence, ..., hidden] with a sequence that {call.ranks} ranks "
@@ -75,10 +81,17 @@ class _ReduceScatter(torch.autograd.Function):
         if ctx is not None:
             ctx.group, ctx.counts = call.group, call.counts
         clock, decision = Clock(x.device), call.policy.reduce_scatter(x.numel())
-        out = call.output(x[: call.counts[dist.get_rank(call.group)]])
+        step, own = call.step(x), call.counts[dist.get_rank(call.group)]
+        out = call.output(x[:own])
+        if call.codec.bits == 0:
+            first = sum(call.counts[: dist.get_rank(call.group)]) * math.prod(x.shape[1:-1])
+            skip(call, step, x, out, first=first)
+            call.count(SKIPPED, x, 0, 0, clock)
+            return out
         if decision.collective == "native reduce-scatter":
             if len(set(call.counts)) > 1:
                 raise LowbitError(f"native reduce-scatter cannot split by {call.counts}")
+            x = native_input(x, step)
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()
             call.count(decision, x, size, size * (call.ranks - 1) // call.ranks, clock)
@@ -92,6 +105,7 @@ class _ReduceScatter(torch.autograd.Function):
             group=call.group,
             counts=[count * rows for count in call.counts],
             out=out.view(-1, out.shape[-1]),
+            carry=partial_carry(call, step, len(partial)),
         )
         call.count(decision, x, call.payload_bytes(decision.collective, len(partial)), sent, clock)
         return out
@@ -116,6 +130,7 @@ def exchange_and_sum(
     group: dist.ProcessGroup,
     counts: list[int],
     out: Tensor,
+    carry: Carry = NO_CARRY,
 ) -> int:
     """Sum `partial` over the ranks of `group`, each rank its own block of tokens.
 
@@ -126,17 +141,25 @@ def exchange_and_sum(
         group: Any backend that exchanges uint8.
         counts: Tokens of each rank's block, in order; the same on every rank.
         out: ``[counts[rank], hidden]`` of any float dtype: the sum of this rank's block.
+        carry: Error feedback of this rank's partial, ``[tokens, hidden]``.
 
     Returns:
         The bytes that this rank sent.
     """
-    blocks = partial.split(counts)
     spans = chunks(max(counts), partial.shape[1], 1)
+    starts = [0, *itertools.accumulate(counts)]
+
+    def pieces(a: int, b: int) -> list[tuple[Tensor, Carry]]:
+        """Tokens ``[a, b)`` of every rank's block; all of them where the chunk is the message."""
+        if len(spans) == 1:
+            return [(partial, carry)]
+        cuts = [(s + min(a, n), s + min(b, n)) for s, n in zip(starts, counts, strict=False)]
+        return [(partial[first:last], carry.rows(first, last)) for first, last in cuts]
+
     return transport.run(
         _reduce_steps(
-            # Where it is all in one chunk the blocks are together already.
-            partial if len(spans) == 1 else torch.cat([block[a:b] for block in blocks]),
-            [len(block[a:b]) for block in blocks],
+            pieces(a, b),
+            [max(min(count, b) - a, 0) for count in counts],
             tables,
             codec,
             Channel(group, i % _SLOTS),
@@ -147,9 +170,15 @@ def exchange_and_sum(
 
 
 def _reduce_steps(
-    rows: Tensor, counts: list[int], tables: Tables, codec: Codec, channel: Channel, out: Tensor
+    pieces: list[tuple[Tensor, Carry]],
+    counts: list[int],
+    tables: Tables,
+    codec: Codec,
+    channel: Channel,
+    out: Tensor,
 ) -> Steps:
-    exchange = channel.exchange_blocks(counts, codec.row_bytes(tables), rows.device)
+    exchange = channel.exchange_blocks(counts, codec.row_bytes(tables), out.device)
     yield
-    yield exchange.send(codec.encode(rows, tables, rank=channel.rank))
+    payloads = [codec.encode_with_carry(x, tables, c, rank=channel.rank) for x, c in pieces]
+    yield exchange.send(payloads[0] if len(payloads) == 1 else torch.cat(payloads))
     codec.decode_sum(exchange.received, tables, out=out)

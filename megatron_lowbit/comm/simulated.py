@@ -5,16 +5,27 @@ would: the same bits as the collective itself, since payload rows are self-conta
 rank order, and the same traffic as its first rank counts.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.codecs.carry import NO_CARRY
+from megatron_lowbit.comm.feedback import Step
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.transport import chunks, owned, share
+from megatron_lowbit.comm.with_feedback import SKIPPED, TWO_SHOT
 
 
 def simulated_all_reduce(
-    partials: Tensor, tables: Tables, *, codec: Codec, collective: str, traffic: Traffic
+    partials: Tensor,
+    tables: Tables,
+    *,
+    codec: Codec,
+    collective: str,
+    traffic: Traffic,
+    steps: Sequence[Step] = (),
 ) -> Tensor:
     """The sum of all ranks' partials.
 
@@ -24,6 +35,8 @@ def simulated_all_reduce(
         codec: Encodes and decodes.
         collective: ``one-shot`` or ``two-shot``.
         traffic: Counters to add the call to, as the first rank would.
+        steps: Error feedback: what each rank's partial takes and gives. The first one's has the
+            sums of all owners, too.
 
     Returns:
         ``[..., hidden]`` of `partials`' dtype: the bits that the collective gives on every rank.
@@ -31,15 +44,27 @@ def simulated_all_reduce(
     clock = Clock(partials.device)
     ranks, rows = len(partials), partials.flatten(1, -2)
     tokens, width = rows.shape[1:]
-    payloads = torch.stack([codec.encode(row, tables, rank=r) for r, row in enumerate(rows)])
+    carries = [step.carry for step in steps] or [NO_CARRY] * ranks
+    payloads = torch.stack(
+        [
+            codec.encode_with_carry(row, tables, carry, rank=r)
+            for r, (row, carry) in enumerate(zip(rows, carries, strict=True))
+        ]
+    )
     payload = tokens * codec.row_bytes(tables)
     out = rows.new_empty(tokens, tables.hidden)
+    if codec.bits == 0:
+        codec.decode_sum(payloads[:1], tables, out=out)
+        steps[0].pass_on({TWO_SHOT: tokens})
+        traffic.add(SKIPPED, Counters(1, tokens, out.numel()), clock.stop())
+        return out.view(*partials.shape[1:-1], tables.hidden)
     if collective == "one-shot":
         codec.decode_sum(payloads, tables, out=out)
         sent = (ranks - 1) * payload
     else:
         sum_codec, sum_tables = codec.for_sum(), codec.sum_tables(tables)
-        of_sum = codec.reduce_encode(payloads, tables)
+        carry = steps[0].sum(TWO_SHOT, tokens) if steps else NO_CARRY
+        of_sum = codec.reduce_encode_with_carry(payloads, tables, carry)
         sum_codec.decode_sum(of_sum[None], sum_tables, out=out)
         sum_row = sum_codec.row_bytes(sum_tables)
         sent = _sent_in_two_shot(tokens, width, ranks, codec.row_bytes(tables), sum_row)

@@ -3,10 +3,12 @@
     rotated-hybrid            a codec
     rotated-hybrid-3          with other bits
     rotated-hybrid-4+6        with bits of partials and bits of sums: two-shot
-    recipe                    the index's recipe: bits and BF16 features by sync point
+    recipe                    the index's recipe: bits and BF16 features by sync point; planned anew
+                              at its bits if it was planned for feedback and has none here
     recipe-3.2                the recipe planned anew, for a budget of 3.2 bits a value
     int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
                               BF16 features, chosen at random
+    NAME@feedback             any with errors carried to the next sync point (`codecs.carry`)
     NAME@two-shot             any of these in two-shot, the sum in the bits of the partials
     NAME@folded               any with a rotation, folded into the weights; not among the
                               errors by sync point, whose native partials it has not
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.calibration.plan import plan
+from megatron_lowbit.calibration.plan import average_bits, plan, with_feedback
 from megatron_lowbit.calibration.recipe import Recipe
 from megatron_lowbit.codecs import Codec, Tables, parse_codec
 from megatron_lowbit.errors import LowbitError
@@ -33,7 +35,7 @@ from megatron_lowbit.evaluation.evaluation_loop import Variant
 from megatron_lowbit.evaluation.measures.sync_error import Observer
 from megatron_lowbit.model.summing import CountingReducer, Folded, Point, Summing
 
-_TWO_SHOT, _FOLDED = "two-shot", "folded"
+_TWO_SHOT, _FOLDED, _FEEDBACK = "two-shot", "folded", "feedback"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Named:
         codec: The codec at every sync point; None for a recipe.
         budget: Bits a value of a recipe planned anew; None for another variant or the index's own.
         is_folded: Whether the weights take the rotation.
+        has_feedback: Whether errors are carried from sync point to sync point.
     """
 
     base: str
@@ -53,6 +56,7 @@ class Named:
     codec: Codec | None = None
     budget: float | None = None
     is_folded: bool = False
+    has_feedback: bool = False
 
     def codecs(self, index: CalibrationIndex) -> list[Codec]:
         """The codecs that it uses, for checks."""
@@ -72,7 +76,10 @@ class Named:
 
     def _recipe(self, index: CalibrationIndex) -> Recipe:
         options = index.options()  # raises where there is no recipe
-        return index.recipe if self.budget is None else plan(options, self.budget)
+        if self.budget is None and (self.has_feedback or not index.has_feedback):
+            return index.recipe
+        budget = self.budget or average_bits(options, index.recipe)
+        return plan(with_feedback(options) if self.has_feedback else options, budget)
 
 
 def parse_variant(name: str) -> Named:
@@ -83,15 +90,18 @@ def parse_variant(name: str) -> Named:
     """
     base, *ways = name.split("@")
     for way in ways:
-        if way not in (_TWO_SHOT, _FOLDED):
-            raise LowbitError(f"{name}: @{way} is neither @{_TWO_SHOT} nor @{_FOLDED}")
+        if way not in (_TWO_SHOT, _FOLDED, _FEEDBACK):
+            known = f"@{_TWO_SHOT}, @{_FEEDBACK} or @{_FOLDED}"
+            raise LowbitError(f"{name}: @{way} is not {known}")
+    if _FOLDED in ways and _FEEDBACK in ways:
+        raise LowbitError(f"{name}: a folded weight's error is rotated and cannot be carried on")
     collective = "two-shot" if _TWO_SHOT in ways or "+" in base else "one-shot"
     recipe = re.fullmatch(r"recipe(?:-(\d+(?:\.\d+)?))?", base)
     if recipe:
         codec, budget = None, float(recipe[1]) if recipe[1] else None
     else:
         budget, codec = None, parse_codec("static-hybrid" if base in _BASELINES else base)
-    return Named(base, collective, codec, budget, _FOLDED in ways)
+    return Named(base, collective, codec, budget, _FOLDED in ways, _FEEDBACK in ways)
 
 
 class Variants:
@@ -112,8 +122,9 @@ class Variants:
             if named.is_folded:
                 self._foldings[name] = summing.folded(tables)
                 tables = self._foldings[name].tables
-            each = zip(summing.points, codecs, tables, strict=True)
-            self.reducers[name] = [summing.reducer(*one, named.collective) for one in each]
+            self.reducers[name] = summing.reducers(
+                codecs, tables, named.collective, feedback=named.has_feedback
+            )
 
     def all(self) -> list[Variant]:
         """As the evaluation loop takes them."""

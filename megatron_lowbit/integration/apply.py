@@ -48,6 +48,7 @@ def apply(
     experts_bits: int | None = None,
     recipe: str | Path | None = None,
     fold: bool = False,
+    feedback: bool | None = None,
 ) -> Handle:
     """Switch the sync points of a Megatron-core model to low-bit payloads; call it on every rank.
 
@@ -68,7 +69,9 @@ def apply(
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
         fold: Fold the rotations into the weights (`integration.sums.folded_weights`): cheaper to
         encode, a
-            little more error; for a fixed low-bit collective.
+            little more error; for a fixed low-bit collective. Errors are then not carried.
+        feedback: Carry what a sync point could not send to the next one (`comm.feedback`). If left
+            out, every codec of ours does but the paper's `static-hybrid`.
 
     Returns:
         A handle with `status()`, `stats()` and `remove()`.
@@ -90,7 +93,10 @@ def apply(
     require_same_points(model, points)
     on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
-    wishes = {"codec": codec, "bits": bits, "rules": rules}
+    if fold and feedback:
+        raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
+    feedback = False if fold else feedback
+    wishes = {"codec": codec, "bits": bits, "rules": rules, "feedback": feedback}
     assigned = on_every_rank(lambda: assign(model, points, index_dir, **wishes))
     require_some(assigned.points, f"{recipe} leaves no sync point in low bits")
     gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))

@@ -93,6 +93,12 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "little more error, the original weights kept in host memory",
     )
     group.add_argument(
+        "--lowbit-no-feedback",
+        action="store_true",
+        default=None,
+        help="do not carry what a sync point could not send to the next one",
+    )
+    group.add_argument(
         "--lowbit-experts",
         metavar="BITS",
         help="also sum routed experts' outputs in so many bits, where the token dispatcher sums "
@@ -210,6 +216,7 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         experts_bits=_bits_of("--lowbit-experts", args.lowbit_experts),
         recipe=args.lowbit_recipe,
         fold=bool(args.lowbit_fold),
+        feedback=False if args.lowbit_no_feedback else None,
     )
     lines = dict(reversed(gather_values((handle.layers, str(handle)))))
     if dist.get_rank() == 0:

@@ -6,7 +6,7 @@ Everything that can fail is read and checked here, before anything is changed.
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,10 +16,13 @@ from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
-from megatron_lowbit.codecs import Codec, Tables, get_codec
-from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables, get_codec
+from megatron_lowbit.errors import IndexFileError, LowbitError
+from megatron_lowbit.integration.sums.chains import members
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
 
+# Of a chain's last sync point, where no plan says more: 0.03 bits on average over 60 of them.
+END_BITS = 6
 MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -33,6 +36,7 @@ class AssignedPoints:
         tables: Of each of them.
         native: Those that a rule leaves to Megatron, with the reason.
         origin: Where this comes from, for people.
+        has_feedback: Whether errors are carried from sync point to sync point.
     """
 
     points: list[SyncPoint]
@@ -40,6 +44,7 @@ class AssignedPoints:
     tables: list[Tables]
     native: dict[str, str]
     origin: str
+    has_feedback: bool = False
 
     def typical(self) -> tuple[Codec, Tables]:
         """Codec and tables of the first sync point with the most common codec."""
@@ -50,7 +55,8 @@ class AssignedPoints:
     def digest(self) -> str:
         """Of all that sender and receiver must agree on."""
         names = [str(point) for point in self.points]
-        digest = hashlib.sha256(repr((names, self.codecs, sorted(self.native))).encode())
+        agreed = (names, self.codecs, sorted(self.native), self.has_feedback)
+        digest = hashlib.sha256(repr(agreed).encode())
         for table in self.tables:
             of_sum = table.of_sum.scale if table.of_sum else None
             shared = (table.bf16_index, table.encode_scale, table.decode_scale)
@@ -68,6 +74,7 @@ def assign(
     codec: str | None,
     bits: int | tuple[int, int] | None,
     rules: Path | None,
+    feedback: bool | None = None,
 ) -> AssignedPoints:
     """Choose a codec and make its tables for every sync point.
 
@@ -78,12 +85,16 @@ def assign(
         codec: The same codec everywhere instead of the index's recipe or codec.
         bits: The same bits everywhere instead of the index's.
         rules: A recipe file (`calibration.recipe`), on top of all that.
+        feedback: Whether errors are carried; by what the codecs do by default if None.
 
     Raises:
         LowbitError: See `apply`.
     """
     index = index_dir if isinstance(index_dir, CalibrationIndex) else read_index(Path(index_dir))
     recipe, origin = _recipe(index, codec, bits)
+    own = index.recipe is recipe or (codec, bits) == (None, None)
+    if own and feedback is not False:
+        recipe = with_strong_ends(recipe, points)
     if rules is not None:
         recipe = override(recipe, read_rules(rules), origin=str(rules))
         origin += f" and {Path(rules).name}"
@@ -101,7 +112,58 @@ def assign(
         low.append(point)
         codecs.append(assignment.make())
         tables.append(index.tables_at(point, assignment, ranks))
-    return AssignedPoints(low, codecs, tables, native, origin)
+    carries = any(codec.carries for codec in codecs) if feedback is None else feedback
+    check_skips(low, codecs, carries)
+    if carries and index.recipe is not None and not index.has_feedback:
+        origin += ", planned without feedback (tools/calibrate.py --budget plans it anew)"
+    return AssignedPoints(low, codecs, tables, native, origin, carries)
+
+
+def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
+    """`recipe` with more bits at the ends of chains, whose errors nobody repairs.
+
+    They get the bits of the recipe's own last sync point, at least `END_BITS` if all are alike. A
+    pipeline stage's last sync point is such an end, too, which no plan knew of.
+    """
+    if not recipe or any(assignment.codec != CALIBRATED_CODEC for assignment in recipe.values()):
+        return recipe
+    last = recipe[max(recipe, key=lambda key: key[0])]
+    strong = last if len(set(recipe.values())) > 1 else replace(last, bits=END_BITS)
+    changed = dict(recipe)
+    for chain in members(points, [True] * len(points)):
+        end = points[chain[-1]]
+        key = (end.layer, end.name)
+        if key in changed and _first_bits(changed[key]) < _first_bits(strong):
+            changed[key] = replace(changed[key], bits=strong.bits)
+    return changed
+
+
+def _first_bits(assignment: Assignment) -> int:
+    """Of partials."""
+    return assignment.make().bits
+
+
+def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool) -> None:
+    """Raise `LowbitError` where a sync point of 0 bits would be lost."""
+    skipped = {number for number, codec in enumerate(codecs) if codec.bits == 0}
+    if skipped and not has_feedback:
+        raise LowbitError(
+            f"{points[min(skipped)]} has 0 bits, which only error feedback makes good: leave "
+            "--lowbit-no-feedback out, or plan a recipe without --skip"
+        )
+    for chain in members(points, [True] * len(points)):
+        for number, following in zip(chain, [*chain[1:], None], strict=True):
+            if number in skipped and (following is None or following in skipped):
+                raise LowbitError(
+                    f"{points[number]} has 0 bits, and no sync point of more follows that could "
+                    "send what it leaves: give it, or the next one, 1 bit or more"
+                )
+        skipped -= set(chain)
+    if skipped:
+        point = points[min(skipped)]
+        raise LowbitError(
+            f"{point} has 0 bits and carries no error: {point.apart or 'it is alone'}"
+        )
 
 
 def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:

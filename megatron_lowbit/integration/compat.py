@@ -111,6 +111,20 @@ ALL_GATHERS = (
     ),
 )
 
+CHAINS = (
+    Symbol(
+        "megatron.core.fusions.fused_bias_dropout",
+        "get_bias_dropout_add",
+        "tell whether a sum is added to the stream as it is",
+    ),
+    Symbol(
+        f"{_TRANSFORMER}.transformer_layer",
+        "TransformerLayer.__init__",
+        "tell what adds a sum to the stream",
+        attributes=("self_attn_bda", "mlp_bda"),
+    ),
+)
+
 OBSERVATION = (
     Symbol(
         _MAPPINGS,

@@ -12,12 +12,13 @@ from megatron_lowbit.comm.traffic import Counters
 from megatron_lowbit.integration.assignment import AssignedPoints
 from megatron_lowbit.integration.stage import Stage
 from megatron_lowbit.integration.stats import Counted, stats
+from megatron_lowbit.integration.sums.chains import bytes_a_token, links
 from megatron_lowbit.integration.sums.cuda_graphs import check_no_graphs
 from megatron_lowbit.integration.sums.experts import ExpertAttachment, ExpertSum
 from megatron_lowbit.integration.sums.folded_weights import Folding
 from megatron_lowbit.integration.sums.gathers import GatherAttachment, Gatherer
 from megatron_lowbit.integration.sums.reducer import CodecReducer
-from megatron_lowbit.integration.sums.sync_points import Attachment
+from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SyncPointStatus:
         bf16_features: How many features travel in BF16.
         symmetric_memory: Whether its short messages go over memory that GPUs share: ``on``, or
             ``off: `` and the reason.
+        feedback: ``carried`` if the next sync point sends its error along, or why not.
         traffic: What went through it so far; `stats()` has it by collective.
     """
 
@@ -39,6 +41,7 @@ class SyncPointStatus:
     codec: Codec
     bf16_features: int
     symmetric_memory: str
+    feedback: str
     traffic: Counters
 
 
@@ -96,9 +99,13 @@ class Handle:
         self._points, self._origin = assigned.points, assigned.origin
         self._extras, folding = extras, extras.folding
         tables = assigned.tables if folding is None else folding.tables
+        carrying = links(assigned.points, assigned.codecs)
+        self._links = carrying if assigned.has_feedback else [None] * len(carrying)
         self._reducers = [
-            CodecReducer(codec, table, point.group, policy)
-            for codec, table, point in zip(assigned.codecs, tables, assigned.points, strict=True)
+            CodecReducer(codec, table, point.group, policy, link)
+            for codec, table, point, link in zip(
+                assigned.codecs, tables, assigned.points, self._links, strict=True
+            )
         ]
         self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
         self._is_removed = False
@@ -112,10 +119,33 @@ class Handle:
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
                 reducer.policy.symmetric_memory.status(reducer.codec),
+                self._feedback_at(point, reducer),
                 reducer.traffic.total(),
             )
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
+
+    def _feedback_at(self, point: SyncPoint, reducer: CodecReducer) -> str:
+        if reducer.link is not None:
+            return "carried"
+        if not any(self._links):
+            return "off"
+        return f"off: {point.apart or 'it is alone'}"
+
+    def feedback(self) -> dict[str, int]:
+        """What error feedback did so far: sync points that carry, and counts of rows and passes.
+
+        Returns:
+            ``sync_points``; ``bytes`` of this rank's carries; ``dropped``: carries that were lost
+            as shapes changed; ``bounded``: rows whose carry was scaled down (`codecs.carry`).
+        """
+        chains = {id(link.chain): link.chain for link in self._links if link}.values()
+        return {
+            "sync_points": sum(link is not None for link in self._links),
+            "bytes": sum(chain.bytes() for chain in chains),
+            "dropped": sum(chain.dropped for chain in chains),
+            "bounded": sum(chain.bounded for chain in chains),
+        }
 
     def stats(self) -> dict:
         """What this rank sent since `apply`, as JSON can hold it; see `integration.stats`."""
@@ -138,6 +168,7 @@ class Handle:
         for attachment in self._attachments:
             attachment.remove()
         self._points, self._reducers, self._extras = [], [], Extras()
+        self._links = []
         self._is_removed = True
 
     def __str__(self) -> str:
@@ -158,7 +189,20 @@ class Handle:
         if self._reducers[0].tables.bf16_index.is_cuda:
             states = {status.symmetric_memory for status in self.status()}
             text += f", symmetric memory {', '.join(sorted(states))}"
-        return f"{text}{self._extras}; {native}"
+        return f"{text}{self._extras}; {self._carried()}; {native}"
+
+    def _carried(self) -> str:
+        """How many sync points carry their errors, at what cost, and which do not and why."""
+        carrying = sum(link is not None for link in self._links)
+        if not carrying:
+            return "errors are not carried"
+        first = self._reducers[0]
+        ranks = dist.get_world_size(first.group)
+        size = bytes_a_token(
+            self._points, ranks, sums=first.policy.mode not in ("one-shot", "native")
+        )
+        text = f"errors carried between {carrying} sync points, {size / 1024:.1f} KB a token"
+        return text + _listed({str(p): p.apart for p in self._points if p.apart})
 
 
 def _codecs(reducers: list[CodecReducer]) -> str:

@@ -40,6 +40,8 @@ class Point(Protocol):
     Attributes:
         layer: Megatron's layer number: from 1, over all pipeline stages.
         name: Its path under the layer.
+        chunk: Number of the model chunk that it is in.
+        apart: Why it is outside the chain that carries errors (`comm.feedback`); empty if it is in.
         hidden: Features of its sum.
         device: Where its partials are.
         group: The tensor-parallel group that it sums over.
@@ -47,6 +49,8 @@ class Point(Protocol):
 
     layer: int
     name: str
+    chunk: int
+    apart: str
 
     @property
     def hidden(self) -> int: ...
@@ -87,10 +91,22 @@ class Summing(Protocol):
     here: int
     is_simulated: bool
 
-    def reducer(
-        self, point: Point, codec: Codec, tables: Tables, collective: str
-    ) -> CountingReducer:
-        """A reducer of `point` through `codec`, by ``one-shot`` or ``two-shot``."""
+    def reducers(
+        self,
+        codecs: Sequence[Codec],
+        tables: Sequence[Tables],
+        collective: str,
+        *,
+        feedback: bool = False,
+    ) -> list[CountingReducer]:
+        """A reducer for each sync point, through its codec and tables.
+
+        Args:
+            codecs: Of each sync point.
+            tables: Of each sync point.
+            collective: ``one-shot`` or ``two-shot``.
+            feedback: Whether errors are carried from each sync point to the next one in its chain.
+        """
 
     def using(self, reducers: Sequence[Reducer]) -> AbstractContextManager[None]:
         """A context in which each sync point sums by its reducer, and not natively."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.codecs.tables import sum_in_rank_order
 from megatron_lowbit.integration.compat import OBSERVATION, require
+from megatron_lowbit.integration.sums.chains import links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.reducer import CodecReducer
 from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
@@ -31,10 +32,20 @@ class OverRanks:
         self.points = points
         self.ranks = dist.get_world_size(points[0].group)
 
-    def reducer(
-        self, point: SyncPoint, codec: Codec, tables: Tables, collective: str
-    ) -> CountingReducer:
-        return CodecReducer(codec, tables, point.group, collective)
+    def reducers(
+        self,
+        codecs: Sequence[Codec],
+        tables: Sequence[Tables],
+        collective: str,
+        *,
+        feedback: bool = False,
+    ) -> list[CountingReducer]:
+        carrying = links(self.points, codecs) if feedback else [None] * len(self.points)
+        each = zip(self.points, codecs, tables, carrying, strict=True)
+        return [
+            CodecReducer(codec, table, point.group, collective, link)
+            for point, codec, table, link in each
+        ]
 
     @contextmanager
     def using(self, reducers: Sequence[Reducer]) -> Iterator[None]:

@@ -7,15 +7,22 @@ from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm import all_reduce, reduce_scatter
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Traffic
+from megatron_lowbit.integration.sums.chains import Link
 
 
 class CodecReducer:
     """Sums one sync point's partial through a codec and counts what it sends."""
 
     def __init__(
-        self, codec: Codec, tables: Tables, group: dist.ProcessGroup, policy: str | Policy
+        self,
+        codec: Codec,
+        tables: Tables,
+        group: dist.ProcessGroup,
+        policy: str | Policy,
+        link: Link | None = None,
     ):
         self.codec, self.tables, self.group, self.policy = codec, tables, group, policy
+        self.link = link
         self.traffic = Traffic()
 
     def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
@@ -27,6 +34,7 @@ class CodecReducer:
             "tables": self.tables,
             "collective": self.policy,
             "traffic": self.traffic,
+            "feedback": self.link.serving(partial) if self.link else None,
         }
         if scatter:
             return reduce_scatter(partial, **call)

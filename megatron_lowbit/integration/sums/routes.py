@@ -55,6 +55,13 @@ class LocalRoute:
         return isinstance(module, RowParallelLinear)
 
     def obstacle(self, module: nn.Module) -> str | None:
+        from megatron.core.tensor_parallel.layers import RowParallelLinear
+
+        if type(module).forward is not RowParallelLinear.forward:
+            return (
+                f"has a forward pass of its own, that of {type(module).__name__}, which may change "
+                "its sum: what it would get is a partial"
+            )
         if not module.skip_bias_add:
             return "adds its bias itself (skip_bias_add=False), so its reduction cannot be muted"
         return None

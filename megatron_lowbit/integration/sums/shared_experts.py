@@ -20,8 +20,9 @@ _owners: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDiction
 
 def note_overlapped(layer: nn.Module) -> None:
     """Remember the overlapped shared experts of `layer`, so that `OverlapRoute` takes them."""
+    whole = called_whole(layer)
     for module in _shared_experts(layer):
-        if module.config.moe_shared_expert_overlap:
+        if module.config.moe_shared_expert_overlap and module.linear_fc2 not in whole:
             _owners[module.linear_fc2] = ref(module)
 
 
@@ -31,6 +32,20 @@ def fused_linears(layer: nn.Module) -> set[nn.Module]:
         module.linear_fc2
         for module in _shared_experts(layer)
         if getattr(module.config, "use_grouped_gemm_for_shared_expert", False)
+    }
+
+
+def called_whole(layer: nn.Module) -> set[nn.Module]:
+    """Each `linear_fc2` of overlapped shared experts that inference calls whole.
+
+    The dispatchers of inference-optimized layers (0.19) do not go through `post_forward_comm`.
+    """
+    return {
+        module.shared_experts.linear_fc2
+        for module in layer.modules()
+        if hasattr(module, "_inference_token_dispatcher")
+        and getattr(module, "shared_experts", None) is not None
+        and module.config.moe_shared_expert_overlap
     }
 
 

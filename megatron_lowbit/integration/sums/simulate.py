@@ -28,6 +28,7 @@ from megatron_lowbit.codecs.tables import sum_in_rank_order
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.sums.chains import SimulatedLink, simulated_links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
 from megatron_lowbit.integration.sums.routes import LocalRoute, route_of
@@ -70,12 +71,21 @@ class Simulated:
                 )
         self._forwards = [_Forward(point.module, ranks) for point in points]
 
-    def reducer(
-        self, point: SyncPoint, codec: Codec, tables: Tables, collective: str
-    ) -> CountingReducer:
+    def reducers(
+        self,
+        codecs: Sequence[Codec],
+        tables: Sequence[Tables],
+        collective: str,
+        *,
+        feedback: bool = False,
+    ) -> list[CountingReducer]:
         if collective == "two-shot":
-            codec.sum_tables(tables)  # raises where there is none, before anything runs
-        return SimulatedReducer(codec, tables, collective)
+            for codec, table in zip(codecs, tables, strict=True):
+                codec.sum_tables(table)  # raises where there is none, before anything runs
+        none = [None] * len(self.points)
+        links = simulated_links(self.points, codecs, self.ranks) if feedback else none
+        each = zip(codecs, tables, links, strict=True)
+        return [SimulatedReducer(codec, table, collective, link) for codec, table, link in each]
 
     @contextmanager
     def using(self, reducers: Sequence[Reducer]) -> Iterator[None]:
@@ -120,8 +130,11 @@ class _Forward:
 class SimulatedReducer:
     """Sums one sync point's partials through a codec and counts what ranks would send."""
 
-    def __init__(self, codec: Codec, tables: Tables, collective: str):
+    def __init__(
+        self, codec: Codec, tables: Tables, collective: str, link: SimulatedLink | None = None
+    ):
         self.codec, self.tables, self.collective = codec, tables, collective
+        self.link = link
         self.traffic = Traffic()
 
     def __call__(self, partials: Tensor, scatter: bool) -> Tensor:
@@ -131,6 +144,7 @@ class SimulatedReducer:
             codec=self.codec,
             collective=self.collective,
             traffic=self.traffic,
+            steps=self.link.steps(partials, self.tables.hidden) if self.link else (),
         )
 
 

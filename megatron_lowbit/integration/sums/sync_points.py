@@ -21,9 +21,14 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.compat import SYNC_POINTS, require
+from megatron_lowbit.integration.compat import CHAINS, SYNC_POINTS, require
+from megatron_lowbit.integration.sums.chains import why_apart
 from megatron_lowbit.integration.sums.routes import route_of
-from megatron_lowbit.integration.sums.shared_experts import fused_linears, note_overlapped
+from megatron_lowbit.integration.sums.shared_experts import (
+    called_whole,
+    fused_linears,
+    note_overlapped,
+)
 from megatron_lowbit.integration.sums.transformer_engine import bypassed_by
 from megatron_lowbit.model.summing import Reducer
 
@@ -43,11 +48,15 @@ class SyncPoint:
         layer: Megatron's layer number: from 1, over all pipeline stages.
         name: Its path under the layer, such as ``mlp.linear_fc2``.
         module: The row-parallel linear.
+        chunk: Number of the model chunk that it is in.
+        apart: Why it does not carry errors to the next one (`chains`); empty if it does.
     """
 
     layer: int
     name: str
     module: nn.Module
+    chunk: int = 0
+    apart: str = ""
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.name}"
@@ -88,6 +97,12 @@ def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.M
     return layers
 
 
+def chunk_numbers(model: nn.Module | Iterable[nn.Module]) -> dict[nn.Module, int]:
+    """Which chunk of a model each of its modules is in."""
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    return {module: n for n, chunk in enumerate(chunks) for module in chunk.modules()}
+
+
 def moe_layers(model: nn.Module | Iterable[nn.Module]) -> Iterator[tuple[int, str, nn.Module]]:
     """Layer number, path and module of each MoE of the decoder."""
     from megatron.core.transformer.moe.moe_layer import BaseMoELayer
@@ -124,25 +139,28 @@ def sync_points_here(
     model: nn.Module | Iterable[nn.Module],
 ) -> tuple[list[SyncPoint], dict[str, str]]:
     """As `find_sync_points`, of this pipeline stage: there may be none."""
-    require(SYNC_POINTS)
+    require((*SYNC_POINTS, *CHAINS))
     points: list[SyncPoint] = []
     native = {
         f"layer {number} {dispatcher_name(name)}": ROUTED_EXPERTS
         for number, name, _ in moe_layers(model)
     }
     seen: set[nn.Module] = set()
+    chunks = chunk_numbers(model)
     for number, layer in sorted(transformer_layers(model).items()):
         note_overlapped(layer)
-        fused = fused_linears(layer)
+        fused, whole = fused_linears(layer), called_whole(layer)
         for name, module in layer.named_modules():
             if not _is_row_parallel(name, module):
                 continue
             seen.add(module)
-            point = SyncPoint(number, name, module)
+            point = SyncPoint(number, name, module, chunks[layer], why_apart(layer, name, module))
             if _is_routed_expert(point):
                 continue  # its token dispatcher sums, and is listed
             if module in fused:
                 native[str(point)] = "fused shared experts, which sum inside themselves"
+            elif module in whole:
+                native[str(point)] = "shared experts that the inference dispatcher calls whole"
             elif _is_muted_by_megatron(module):
                 native[str(point)] = "already muted by Megatron, which sums it elsewhere"
             else:
