@@ -52,7 +52,9 @@ def draw(points: list[Point]) -> bytes:
             axes.errorbar(point.x, point.y, yerr=error, color=color, marker="o", markersize=5.5)
         axes.set_xlabel("bits a value on the wire, all included")
         axes.set_ylabel("KL from native BF16, nats a token")
-        axes.set_title("KL against bits: lower and further left is better (one-shot, prose, TP 3)")
+        axes.set_title(
+            "KL against bits: lower and further left is better (one-shot, prose, simulated TP 3)"
+        )
         axes.margins(x=0.06)
         families = [f for f in style.FAMILIES if f.name in map(style.family_of, names)]
         dots = [Line2D([], [], color=f.color, marker="o", linewidth=0) for f in families]
