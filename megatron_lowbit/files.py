@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# What holds the package: a checkout, with tools/ and examples/ beside it, or site-packages.
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import megatron_lowbit
+from megatron_lowbit import files
 
 PACKAGE = Path(megatron_lowbit.__file__).parent
+ROOT_BY_HAND = "Path(__file__).resolve().parents"
 LAYERS = "kernels codecs comm model calibration evaluation integration benchmark".split()
 
 
@@ -31,6 +33,15 @@ def test_using_codecs_and_collectives_touches_neither_cuda_triton_nor_megatron()
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] False"
+
+
+def test_no_module_below_counts_its_way_up_to_the_checkout():
+    """A module that moves would count wrongly: `files.ROOT` is for all."""
+    assert (files.ROOT / "megatron_lowbit" / "files.py").samefile(PACKAGE / "files.py")
+    counting = {
+        str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if ROOT_BY_HAND in p.read_text()
+    }
+    assert counting == {"files.py"}
 
 
 def test_public_names():

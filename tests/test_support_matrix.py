@@ -1,4 +1,4 @@
-"""tools/support_matrix.py: the README's table from a JUnit report."""
+"""tools/support_matrix.py: the table of integration/README.md from a JUnit report."""
 
 import subprocess
 import sys
@@ -84,6 +84,13 @@ def test_written_between_the_markers(tmp_path):
         support_matrix.write(readme, "new")
         text = f"a\n{support_matrix.BEGIN}\n\nnew\n\n{support_matrix.END}\nb\n"
         assert readme.read_text() == text
+
+
+def test_the_page_has_room_for_the_table(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_bytes(support_matrix.PAGE.read_bytes())
+    support_matrix.write(page, TABLE)
+    assert TABLE in page.read_text()
 
 
 def test_what_is_refused(tmp_path):

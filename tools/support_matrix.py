@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make README.md's support matrix from tests that ran.
+"""Make the support matrix of megatron_lowbit/integration/README.md from tests that ran.
 
 Runs the tests that are marked `support(capability, release)` (about 5 minutes), or reads the JUnit
 report of a run of them, and prints the table: a row for each capability, a column for each release
 of megatron-core; "main" is the checkout of Megatron-LM that MEGATRON_LM names. --write puts the
-table into README.md, between its two marker lines; a run with failures is not written.
+table into that page, between its two marker lines; a run with failures is not written.
 
 examples:
   MEGATRON_LM=~/Megatron-LM tools/support_matrix.py --write
@@ -28,6 +28,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "megatron_lowbit" / "integration" / "README.md"
 PROPERTY, SEPARATOR = "support", " @ "
 BEGIN = "<!-- support matrix: made by tools/support_matrix.py -->"
 END = "<!-- end of the support matrix -->"
@@ -117,14 +118,14 @@ def _text(cell: Cell, reasons: list[str]) -> str:
     return f"{cell.outcome} ({reasons.index(cell.reason) + 1})"
 
 
-def write(readme: Path, text: str) -> None:
-    """Put the table between the markers of `readme`."""
-    old = readme.read_text(encoding="utf-8")
+def write(page: Path, text: str) -> None:
+    """Put the table between the markers of `page`."""
+    old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1:
-        raise LowbitError(f"{readme.name} needs one line {BEGIN!r} and, below it, one {END!r}")
+        raise LowbitError(f"{page} needs one line {BEGIN!r} and, below it, one {END!r}")
     before, rest = old.split(BEGIN)
     after = rest.split(END)[1]
-    write_atomic(readme, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
+    write_atomic(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())
 
 
 def parse() -> argparse.Namespace:
@@ -135,7 +136,9 @@ def parse() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--results", type=Path, metavar="FILE", help="JUnit report of such a run")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument(
+        "--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}"
+    )
     return parser.parse_args()
 
 
@@ -153,7 +156,7 @@ def main() -> None:
     if failed:
         raise LowbitError(f"not written, since tests fail: {'; '.join(failed)}")
     if options.write:
-        write(ROOT / "README.md", text)
+        write(PAGE, text)
 
 
 if __name__ == "__main__":

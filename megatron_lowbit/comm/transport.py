@@ -10,7 +10,7 @@ is the same on every rank.
 Workspace: received bytes land in buffers that are kept per group, allocated once per slot and size
 class (powers of two) and used again by every later call. A chunk has at most `CHUNK_VALUES` values
 (or a token) for each rank that shares it, and a collective has few chunks under way, which bounds
-the buffers whatever the message size (README, "Memory").
+the buffers whatever the message size (comm/README.md, "Memory").
 """
 
 from collections.abc import Generator, Iterable, Iterator

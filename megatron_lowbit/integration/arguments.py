@@ -35,7 +35,7 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nargs="?",
         const=_BESIDE_CHECKPOINT,
         metavar="INDEX_DIR",
-        help="sum tensor-parallel partials in low bits, with the index in INDEX_DIR "
+        help="sum tensor-parallel partials in low bits, by the calibration index in INDEX_DIR "
         f"(default: {INDEX_NAME}/ in the checkpoint directory of --load)",
     )
     # No argparse choices: a bad value would print Megatron's thousand lines of usage.

@@ -152,7 +152,7 @@ def require(symbols: Iterable[Symbol]) -> None:
         listed = "; ".join(f"{text} (needed to {purpose})" for text, purpose in lacking)
         raise LowbitError(
             f"this megatron-core{_version()} is not supported: {listed}; use a release that "
-            "README.md lists"
+            "megatron_lowbit/integration/README.md lists"
         )
 
 

@@ -69,7 +69,7 @@ def test_all_that_is_missing_is_said_at_once():
     symbols = (Symbol("doctored", "A", "do a"), Symbol("doctored", "B", "do b"))
     message = (
         r"doctored\.A is missing \(needed to do a\); doctored\.B is missing \(needed to do b\); "
-        "use a release that README.md lists"
+        "use a release that megatron_lowbit/integration/README.md lists"
     )
     with pytest.raises(LowbitError, match=message):
         require(symbols)

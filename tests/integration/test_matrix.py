@@ -1,7 +1,7 @@
 """Each capability on each supported release of megatron-core: the rows of the support matrix.
 
 `matrix_worker.py` runs them, in one group of processes for each release; what is asserted here of a
-row is what its cell in the README's table means by "yes".
+row is what its cell in the table of integration/README.md means by "yes".
 """
 
 import os

@@ -119,7 +119,7 @@ def test_the_tree_of_squares():
 @needs_kernel
 @pytest.mark.parametrize("bits", BITS)
 def test_values_next_to_a_threshold(bits):
-    """And next to where the cells of kernels/search.h meet, which have to decide nothing."""
+    """And next to where the cells of kernels/cpu/search.h meet, which have to decide nothing."""
     edges = torch.cat([thresholds(bits, torch.device("cpu")), torch.arange(-320.0, 321) / 32])
     up, down = (edges.nextafter(torch.tensor(way)) for way in (torch.inf, -torch.inf))
     values = torch.cat([edges, up, down])

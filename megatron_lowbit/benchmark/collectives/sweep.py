@@ -35,8 +35,7 @@ from megatron_lowbit.benchmark.timing import Times, time_calls
 from megatron_lowbit.comm.policy.cost_model import BF16_BYTES
 from megatron_lowbit.comm.policy.tuning import this_machine
 from megatron_lowbit.errors import LowbitError
-
-_PACKAGE = Path(__file__).resolve().parents[2]
+from megatron_lowbit.files import ROOT
 
 
 @dataclass
@@ -73,7 +72,7 @@ def run(plan: Plan, *, quiet: bool = False) -> Measured:
     ranks = plain_ranks(plan.ranks)
     if plan.link is not None:
         ranks = emulated_links(plan.ranks, parse_rate(plan.link))
-    path = os.pathsep.join(filter(None, [str(_PACKAGE), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="lowbit-sweep-") as name, ranks as started:
         directory = Path(name)
         write_plan(plan, directory / "plan.json")

@@ -30,6 +30,7 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
 from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, FORMULAS, Message
 from megatron_lowbit.comm.policy.probe import probe
+from megatron_lowbit.files import ROOT
 
 TOLERANCE = 0.25
 SHORTEST = 0.010
@@ -86,8 +87,7 @@ def measure(rate: str, ranks: int, sizes: Sequence[int]) -> list[Result]:
     Raises:
         LowbitError: Links cannot be emulated here, or a rank failed.
     """
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as directory, emulated_links(ranks, parse_rate(rate)) as on:
         output = Path(directory) / "results.json"
         argv = [sys.executable, "-m", __name__, str(output), *map(str, sizes)]

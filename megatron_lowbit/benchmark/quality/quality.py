@@ -16,9 +16,8 @@ from megatron_lowbit.benchmark.quality.texts import write_texts
 from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import write_atomic
+from megatron_lowbit.files import ROOT, write_atomic
 
-_ROOT = Path(__file__).resolve().parents[2]
 BUDGET = "4.2"
 PAPER, OURS, OURS_TWO_SHOT = "static-hybrid", "recipe", "recipe@two-shot"
 _OWN = (
@@ -86,7 +85,7 @@ def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[s
     _check_settings(directory, {"load": str(checkpoint), "tokens": tokens, "limit": limit})
     texts = write_texts(directory / "texts")
     files = {
-        "prose": _ROOT / "examples/data/persuasion.txt",
+        "prose": ROOT / "examples/data/persuasion.txt",
         "code": texts["code_held_out"],
         "dialogue": texts["dialogue_held_out"],
     }
@@ -122,14 +121,14 @@ def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:
     index = directory / f"index-tp{ranks}"
     if not index.exists():
         cli.say(f"-- {index.name}")
-        data = ("--data", str(_ROOT / "examples/data/emma.txt"), "--seq-length", "128")
+        data = ("--data", str(ROOT / "examples/data/emma.txt"), "--seq-length", "128")
         where = ("--load", str(checkpoint), "--simulate-tp", str(ranks), "--budget", BUDGET)
         _tool("calibrate", (*where, *data, "--resume"), index)
     return index
 
 
 def _tool(name: str, arguments: tuple[str, ...], output: Path) -> None:
-    command = [sys.executable, _ROOT / "tools" / f"{name}.py", *arguments, "--output", output]
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *arguments, "--output", output]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise LowbitError(f"tools/{name}.py failed: what is finished stays in {output.parent}")

@@ -1,4 +1,4 @@
-"""The choice: by which collective a message goes, the same on every rank.
+"""The policy: by which collective a message goes, the same on every rank.
 
 A fixed mode takes one collective for every message, so that a token's result never depends on the
 batch that it is in. `auto` takes the fastest for the message's size: by the times of a tuning file

@@ -35,7 +35,7 @@ class Family:
 # two greys and a sand colour for what is only there to compare with. A codec is of the first family
 # whose name its own begins with; of none, it is a peer's.
 FAMILIES = (
-    Family("recipe", "the index's recipe (ours)", "#aa4f87", "#e08fc0"),
+    Family("recipe", "recipe (ours)", "#aa4f87", "#e08fc0"),
     Family("shaped-hybrid", "shaped-hybrid (ours)", "#0072b2", "#3f9fe0"),
     Family("rotated-hybrid", "rotated-hybrid (ours)", "#49a5dc", "#8fd0f7"),
     Family("scaled-hybrid", "scaled-hybrid (ours)", "#7a6fc4", "#a9a0ec"),

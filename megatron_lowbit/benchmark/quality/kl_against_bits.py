@@ -1,0 +1,77 @@
+"""The picture of the first page: KL against bits a value, from the tables in benchmark/README.md.
+
+It needs no measurement: the rows were measured by tools/bench_quality.py and stand on that page.
+
+example:
+  python -m megatron_lowbit.benchmark.quality.kl_against_bits
+"""
+
+import io
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.lines import Line2D
+
+from megatron_lowbit.evaluation.report import style
+from megatron_lowbit.evaluation.report.labels import Point, label_points
+from megatron_lowbit.files import write_atomic
+
+PICTURE = Path(__file__).with_suffix(".svg")
+PAGE = PICTURE.parents[1] / "README.md"
+SECTIONS = ("### Codecs and recipes", "### Peers' formats")
+_HEIGHT = 5.2  # inches
+
+
+def read_rows(page: str) -> list[Point]:
+    """The one-shot rows of the first table of each section, but for bf16, which loses nothing."""
+    points = []
+    for section in SECTIONS:
+        lines = page.split(section, 1)[1].splitlines()
+        start = next(n for n, line in enumerate(lines) if line.startswith("| variant |"))
+        for line in lines[start + 2 :]:
+            if not line.startswith("|"):
+                break
+            name, collective, bits, _, kl, *_ = (
+                cell.strip() for cell in line.strip("|").split("|")
+            )
+            mean, error = map(float, kl.split(" ± "))
+            if collective == "one-shot" and mean > 0:
+                points.append(Point(float(bits), mean, mean - error, mean + error, name))
+    return points
+
+
+def draw(points: list[Point]) -> bytes:
+    """The picture as SVG. A line joins the recipes, which differ in their budget of bits only."""
+    names = {point.text for point in points}
+    recipes = sorted((p.x, p.y) for p in points if style.family_of(p.text) == "recipe")
+    with style.figure(_HEIGHT) as made:
+        axes = made.subplots()
+        axes.plot(*zip(*recipes, strict=True), color=style.color_of("recipe"), alpha=0.45)
+        for point in points:
+            color, error = style.color_of(point.text), point.y - point.low
+            axes.errorbar(point.x, point.y, yerr=error, color=color, marker="o", markersize=5.5)
+        axes.set_xlabel("bits a value on the wire, all included")
+        axes.set_ylabel("KL from native BF16, nats a token")
+        axes.set_title(
+            "KL against bits: lower and further left is better (one-shot, prose, simulated TP 3)"
+        )
+        axes.margins(x=0.06)
+        families = [f for f in style.FAMILIES if f.name in map(style.family_of, names)]
+        dots = [Line2D([], [], color=f.color, marker="o", linewidth=0) for f in families]
+        axes.legend(dots, [f.title for f in families], loc="upper right")
+        style.log_axis(axes)
+        style.freeze(made)
+        label_points(axes, points, [recipes], size=8)
+        buffer = io.BytesIO()
+        with rc_context({"svg.fonttype": "path", "svg.hashsalt": PICTURE.stem}):
+            made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return b"\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + b"\n"
+
+
+def main() -> None:
+    """Draw the page's rows into the picture beside this file."""
+    write_atomic(PICTURE, draw(read_rows(PAGE.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
