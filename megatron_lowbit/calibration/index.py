@@ -138,16 +138,13 @@ class CalibrationIndex:
             (Assignment(**entry["choice"]), entry["bits_per_value"])
             for entry in self.manifest["recipe"]["options"]
         ]
-        return {
-            (layer, name): [
-                Option(*assignment, divergence)
-                for assignment, divergence in zip(
-                    assignments, record.divergence.tolist(), strict=True
-                )
-            ]
-            for layer, records in self.layers.items()
-            for name, record in records.items()
-        }
+        found: dict[Key, list[Option]] = {}
+        for layer, records in self.layers.items():
+            for name, record in records.items():
+                assert record.divergence is not None, "it comes with a recipe"
+                costs = zip(assignments, record.divergence.tolist(), strict=True)
+                found[layer, name] = [Option(*assignment, cost) for assignment, cost in costs]
+        return found
 
     def bf16_index(
         self, layer: int, name: str, codec: Codec, bf16_features: int | None = None

@@ -225,7 +225,7 @@ def _to_records(
     for name in sorted({key.rpartition("/")[0] for key in tensors}):
         keys = ["bf16_index", *STATISTICS, *SUM_STATISTICS]
         keys += ["divergence"] if "recipe" in manifest else []
-        fields = {key: tensors.get(f"{name}/{key}") for key in keys}
+        fields: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in keys}
         for key, value in fields.items():
             problem = _problem(key, value, ranks, hidden, options)
             if problem:

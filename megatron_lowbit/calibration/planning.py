@@ -148,6 +148,7 @@ def with_recipe(
     if budget is not None:
         recipe, goal = planner.for_budget(budget), {"budget": budget}
     else:
+        assert target is not None, "one of both is asked for"
         recipe, nats = planner.for_target(target)
         goal = {"target_loss": target, "measured_divergence": nats}
     return _add(index, recipe, options, goal)

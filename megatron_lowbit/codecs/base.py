@@ -23,6 +23,7 @@ token's sum, on every rank, and leaves other tokens untouched.
 import abc
 import copy
 from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,14 +43,12 @@ class Codec(abc.ABC):
         sum_bits: Bits of one body value of the sum, in collectives that send it.
         needs_statistics: Whether `tables` needs statistics of this very TP degree.
         takes_index: Whether features apart from the body mean anything to it.
-        takes_symmetric_memory: Whether there are kernels for `all_reduce_in`.
     """
 
     name: str
     supported_bits: tuple[int, ...]
     needs_statistics = False
     takes_index = True
-    takes_symmetric_memory = False
 
     def __init__(self, bits: int | None = None, *, sum_bits: int | None = None):
         self.bits = self.supported_bits[0] if bits is None else bits
@@ -60,6 +59,11 @@ class Codec(abc.ABC):
                 raise LowbitError(
                     f"codec {self.name} has no {asked}-bit version: choose from {supported}"
                 )
+
+    @property
+    def takes_symmetric_memory(self) -> bool:
+        """Whether there are kernels for `all_reduce_in`."""
+        return False
 
     def default_bf16_features(self, hidden: int) -> int:
         """How many features travel in BF16 when the user does not say: 0 without an index."""
@@ -149,7 +153,7 @@ class Codec(abc.ABC):
         """
         raise NotImplementedError(f"{self.name} has no kernels for symmetric memory")
 
-    def for_sum(self) -> "Codec":
+    def for_sum(self) -> Self:
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""
         codec = copy.copy(self)
         codec.bits = self.sum_bits

@@ -33,7 +33,7 @@ class RotatedHybrid(Codec):
     """`bits` bits a value, 16 more for each BF16 feature, and 16 for the scale of a token."""
 
     name = "rotated-hybrid"
-    supported_bits = (4, 3, 2, 5, 6)
+    supported_bits: tuple[int, ...] = (4, 3, 2, 5, 6)
 
     def __init__(
         self, bits: int | None = None, *, sum_bits: int | None = None, rotate: bool = True
@@ -229,6 +229,7 @@ class RotatedHybrid(Codec):
             values = self._unpack(codes, tables.hidden)
             values *= scale[rank]
             total = values if total is None else total.add_(values)
+        assert total is not None, "a group has ranks"
         return total, sum_in_rank_order(kept)
 
     def _body_bytes(self, hidden: int) -> int:

@@ -150,6 +150,6 @@ def _reduce_steps(
     rows: Tensor, counts: list[int], tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
     exchange = channel.exchange_blocks(counts, codec.row_bytes(tables), rows.device)
-    yield
+    yield None
     yield exchange.send(codec.encode(rows, tables, rank=channel.rank))
     codec.decode_sum(exchange.received, tables, out=out)

@@ -28,7 +28,7 @@ def two_shot(
         LowbitError: The codec needs calibrated ranges of the sum, and `tables` has none.
     """
     codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
-    spans = chunks(*partial.shape, dist.get_world_size(group))
+    spans = chunks(len(partial), partial.shape[1], dist.get_world_size(group))
     return run(
         two_shot_steps(partial[a:b], tables, codec, Channel(group, i % _SLOTS), out[a:b])
         for i, (a, b) in enumerate(spans)
@@ -43,7 +43,7 @@ def two_shot_steps(
     sum_codec, sum_tables = codec.for_sum(), codec.sum_tables(tables)
     exchange = channel.exchange(tokens, codec.row_bytes(tables), device)
     gather = channel.gather(share(tokens, channel.ranks), sum_codec.row_bytes(sum_tables), device)
-    yield
+    yield None
     yield exchange.send(codec.encode(partial, tables, rank=channel.rank))
     of_sum = codec.reduce_encode(exchange.received, tables)
     yield gather.send(padded(of_sum, share(tokens, channel.ranks)))

@@ -12,6 +12,7 @@ against the model's weights. The model's parameters, buffers and state_dict are 
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -90,7 +91,7 @@ def apply(
     require_same_points(model, points)
     on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
-    wishes = {"codec": codec, "bits": bits, "rules": rules}
+    wishes: dict[str, Any] = {"codec": codec, "bits": bits, "rules": rules}
     assigned = on_every_rank(lambda: assign(model, points, index_dir, **wishes))
     require_some(assigned.points, f"{recipe} leaves no sync point in low bits")
     gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from torch import nn
@@ -97,7 +98,7 @@ class Handle:
         self._extras, folding = extras, extras.folding
         tables = assigned.tables if folding is None else folding.tables
         self._reducers = [
-            CodecReducer(codec, table, point.group, policy)
+            CodecReducer(codec, table, point.group, cast(Policy, policy))  # none without points
             for codec, table, point in zip(assigned.codecs, tables, assigned.points, strict=True)
         ]
         self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
