@@ -2,7 +2,7 @@
 # Run the checks of the project: lint, formatting, types, tests.
 #
 #   tests/run.sh                         everything, on every release of Megatron-core: 12 minutes
-#   tests/run.sh unit                    what needs neither Megatron nor Triton: about a minute
+#   tests/run.sh unit                    what needs neither Megatron nor Triton, and is not slow
 #   tests/run.sh [unit] PYTEST ARGUMENTS
 #                                        e.g. tests/run.sh unit -k wire
 #                                             tests/run.sh tests/codecs/test_wire.py -x
