@@ -37,7 +37,7 @@ BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib", "pydantic"]
 # megatron-core's text-generation server imports them without declaring them.
 SERVE = ["flask", "flask-restful"]
-DEV = ["hypothesis", "pytest", "pytest-xdist", "ruff", *PATCH]
+DEV = ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *PATCH]
 
 setup(
     name="megatron_lowbit",

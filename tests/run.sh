@@ -1,19 +1,50 @@
 #!/usr/bin/env bash
-# Run every check of the project: lint, formatting, tests.
+# Run the checks of the project: lint, formatting, types, tests.
 #
-#   tests/run.sh [PYTEST ARGUMENTS]     e.g. tests/run.sh -k codec
-#                                            tests/run.sh tests/test_codecs.py -x
-#                                            tests/run.sh -n 0 -s tests/test_codecs.py
+#   tests/run.sh                         everything, on every release of Megatron-core: 12 minutes
+#   tests/run.sh unit                    what needs neither Megatron nor Triton, and is not slow
+#   tests/run.sh [unit] PYTEST ARGUMENTS
+#                                        e.g. tests/run.sh unit -k wire
+#                                             tests/run.sh tests/codecs/test_wire.py -x
+#                                             tests/run.sh -n 0 -s tests/codecs/test_wire.py
+#
+# unit is tests/codecs, comm, calibration, evaluation, benchmark and tests/test_*.py, without what
+# has the mark "slow". It does not install the older releases of Megatron-core; a later full run
+# does.
 #
 # Two workers of pytest-xdist share the files of tests; -n 0 runs all in one process.
 # Makes or reuses the environment .venv (see tools/setup_env.sh). Paths among the arguments are
-# relative to the root of the checkout. All three checks run even when one fails; the exit status
-# is 0 only if all of them passed.
+# relative to the root of the checkout. All checks run even when one fails; the exit status is 0
+# only if all of them passed.
 
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$ROOT"
+
+for argument in "$@"; do
+    if [[ "$argument" == -h || "$argument" == --help ]]; then
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$ROOT/tests/run.sh"
+        exit
+    fi
+done
+
+TESTS=()
+case "${1:-}" in
+unit)
+    shift
+    TESTS=(-m "not slow" tests/{codecs,comm,calibration,evaluation,benchmark} tests/test_*.py)
+    export LOWBIT_OLDER_MEGATRONS=no
+    ;;
+-* | "") ;;
+*)
+    if [[ ! -e "${1%%::*}" ]]; then
+        echo "tests/run.sh: $1 is neither unit nor a path: see tests/run.sh --help" >&2
+        exit 2
+    fi
+    ;;
+esac
+
 # shellcheck source=tools/setup_env.sh
 source "$ROOT/tools/setup_env.sh"
 
@@ -46,10 +77,12 @@ check() {
 
 check "ruff check" "$ENV_PYTHON" -m ruff check "${SOURCES[@]}"
 check "ruff format" "$ENV_PYTHON" -m ruff format --check "${SOURCES[@]}"
+check "mypy" "$ENV_PYTHON" -m mypy --config-file .mypy.ini
 # By file, since the tests of one share what is slow to make, and in the order of tests/conftest.py,
 # not of the number of tests in a file, which says nothing about its time.
 WORKERS=(-n 2 --dist loadfile --no-loadscope-reorder)
-check "pytest" "$ENV_PYTHON" -m pytest -c tests/pytest.ini --rootdir=. "${WORKERS[@]}" "$@"
+check "pytest" "$ENV_PYTHON" -m pytest -c tests/pytest.ini --rootdir=. "${WORKERS[@]}" \
+    "${TESTS[@]}" "$@"
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"

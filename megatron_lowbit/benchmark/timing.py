@@ -57,15 +57,15 @@ def time_calls(
             may be the same. Calls of one turn are in or out of step together, so the medians of
             seven turns differ by 10 % where the calls do not (8 KB to 64 MB, 2 ranks on 2 cores).
     """
-    once = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
-    once = _over_ranks(once, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
+    first = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
+    once = _over_ranks(first, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
     most = max(int(48 / math.log2(dist.get_world_size())) - _MOST_LEADS, 1)
     turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), most) for t in once]
     leads, rounds = [min(int(_SHORT / t), _MOST_LEADS) for t in once], _ROUNDS
     if call_by_call:
         rounds = min(max(int(seconds / max(once)), _ROUNDS), _MOST_TURNS)
         turns, leads = [1] * len(calls), [0] * len(calls)
-    times = [[] for _ in calls]
+    times: list[list[torch.Tensor]] = [[] for _ in calls]
     cases = list(zip(calls, leads, turns, times, strict=True))
     for _ in range(rounds):
         for call, lead, count, mine in cases:
@@ -87,7 +87,7 @@ def time_alone(calls: list[Call], *, seconds: float, device: torch.device) -> li
     """
     once = [_seconds([call] * 2, device)[1].item() for call in calls]
     turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _MOST_CALLS) for t in once]
-    times = [[] for _ in calls]
+    times: list[list[torch.Tensor]] = [[] for _ in calls]
     for _ in range(_ROUNDS):
         for call, count, mine in zip(calls, turns, times, strict=True):
             mine.append(_seconds([call] * (1 + count), device)[1:])
@@ -112,4 +112,5 @@ def _over_ranks(values: torch.Tensor, op, device: torch.device) -> torch.Tensor:
 
 def _summary(milliseconds: torch.Tensor) -> Times:
     at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    return Times(*torch.quantile(milliseconds, at).tolist(), len(milliseconds))
+    median, p10, p90 = torch.quantile(milliseconds, at).tolist()
+    return Times(median, p10, p90, len(milliseconds))

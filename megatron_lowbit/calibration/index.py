@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit._moved import renamed
-from megatron_lowbit.calibration.plan import Option
+from megatron_lowbit.calibration.plan import Option, Options
 from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
 from megatron_lowbit.codecs import Codec, Statistics, Tables
 from megatron_lowbit.errors import IndexFileError, LowbitError
@@ -141,14 +141,12 @@ class CalibrationIndex:
             (Assignment(**entry["choice"]), entry["bits_per_value"])
             for entry in self.manifest["recipe"]["options"]
         ]
-        return {
-            (layer, name): [
-                Option(*assignment, *costs)
-                for assignment, costs in zip(assignments, _costs(record), strict=True)
-            ]
-            for layer, records in self.layers.items()
-            for name, record in records.items()
-        }
+        found: Options = {}
+        for layer, records in self.layers.items():
+            for name, record in records.items():
+                costs = zip(assignments, _costs(record), strict=True)
+                found[layer, name] = [Option(*assignment, *cost) for assignment, cost in costs]
+        return found
 
     @property
     def has_feedback(self) -> bool:
@@ -219,11 +217,10 @@ class CalibrationIndex:
 
 def _costs(record: SyncPointRecord) -> list[tuple[float, float | None]]:
     """Divergence of each option without and with feedback; None where that is not known."""
-    carried = record.divergence_carried
-    plain = record.divergence.tolist()
-    return list(
-        zip(plain, [None] * len(plain) if carried is None else carried.tolist(), strict=True)
-    )
+    assert record.divergence is not None, "it comes with a recipe"
+    plain, carried = record.divergence.tolist(), record.divergence_carried
+    unknown = [None] * len(plain)
+    return list(zip(plain, unknown if carried is None else carried.tolist(), strict=True))
 
 
 def _ranges(minimum: Tensor, maximum: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def _to_records(
         keys = ["bf16_index", *STATISTICS, *SUM_STATISTICS]
         keys += ["divergence"] if "recipe" in manifest else []
         keys += ["divergence_carried"] if "feedback" in manifest.get("recipe", {}) else []
-        fields = {key: tensors.get(f"{name}/{key}") for key in keys}
+        fields: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in keys}
         for key, value in fields.items():
             problem = _problem(key, value, ranks, hidden, options)
             if problem:

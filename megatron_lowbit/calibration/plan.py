@@ -44,15 +44,16 @@ def with_feedback(options: Options) -> Options:
     Raises:
         LowbitError: They were measured before there was feedback.
     """
-    if any(option.carried is None for of_point in options.values() for option in of_point):
+    return {key: [_carried(option) for option in of_point] for key, of_point in options.items()}
+
+
+def _carried(option: Option) -> Option:
+    if option.carried is None:
         raise LowbitError(
             "this recipe was planned without error feedback: plan it anew with tools/calibrate.py "
             "--budget BITS"
         )
-    return {
-        key: [replace(option, divergence=option.carried) for option in of_point]
-        for key, of_point in options.items()
-    }
+    return replace(option, divergence=option.carried)
 
 
 # Nothing is sent: the calibrated mean is the sum, and the next sync point sends the rest.

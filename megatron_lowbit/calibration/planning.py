@@ -171,6 +171,7 @@ def with_recipe(
     if budget is not None:
         recipe, goal = planner.for_budget(budget), {"budget": budget}
     else:
+        assert target is not None, "one of both is asked for"
         recipe, nats = planner.for_target(target)
         goal = {"target_loss": target, "measured_divergence": nats}
     return _add(index, recipe, options, goal, feedback)
@@ -187,7 +188,8 @@ def _add(
     for (layer, name), assignment in recipe.items():
         points.setdefault(str(layer), {})[name] = assignment.to_json()
     first = next(iter(options.values()))
-    predicted = predicted_divergence(with_feedback(options) if feedback else options, recipe)
+    carried = with_feedback(options)
+    predicted = predicted_divergence(carried if feedback else options, recipe)
     entry = {
         **goal,
         "feedback": feedback,
@@ -203,7 +205,7 @@ def _add(
             name: replace(
                 record,
                 divergence=_fp64([o.divergence for o in options[layer, name]]),
-                divergence_carried=_fp64([o.carried for o in options[layer, name]]),
+                divergence_carried=_fp64([o.divergence for o in carried[layer, name]]),
             )
             for name, record in records.items()
         }

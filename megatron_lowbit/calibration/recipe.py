@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from megatron_lowbit._moved import renamed
 from megatron_lowbit.codecs import CODECS, Codec, get_codec
@@ -104,7 +105,7 @@ def override(recipe: Recipe, rules: Iterable[dict], *, origin: str) -> Recipe:
     return result
 
 
-_KEYS = {"match": str, "codec": str, "bits": (int, list), "bf16_features": int}
+_KEYS: dict[str, Any] = {"match": str, "codec": str, "bits": (int, list), "bf16_features": int}
 
 
 def _check_rule(rule: object, where: str) -> None:

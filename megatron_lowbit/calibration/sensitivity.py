@@ -77,7 +77,7 @@ def measure_options(
     # All ranks go by the first one's figures: plans must be the same to the last bit.
     dist.broadcast(costs, src=0)
     if not costs.isfinite().all():
-        number = (~costs.isfinite()).any(dim=2).any(dim=0).nonzero()[0].item()
+        number = int((~costs.isfinite()).any(dim=2).any(dim=0).nonzero()[0])
         raise LowbitError(
             f"planning met values that are not finite at {summing.points[number]}: calibrate on "
             "texts that the model can run"

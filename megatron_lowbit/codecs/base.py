@@ -23,6 +23,7 @@ token's sum, on every rank, and leaves other tokens untouched.
 import abc
 import copy
 from types import ModuleType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,7 +44,6 @@ class Codec(abc.ABC):
         sum_bits: Bits of one body value of the sum, in collectives that send it.
         needs_statistics: Whether `tables` needs statistics of this very TP degree.
         takes_index: Whether features apart from the body mean anything to it.
-        takes_symmetric_memory: Whether there are kernels for `all_reduce_in`.
         carries: Whether sync points carry errors by default (`codecs.carry`); they can with any.
         can_skip: Whether it has a version of 0 bits, which sends nothing: the calibrated mean
             stands for the sum, and error feedback (`codecs.carry`) brings the rest later.
@@ -53,7 +53,6 @@ class Codec(abc.ABC):
     supported_bits: tuple[int, ...]
     needs_statistics = False
     takes_index = True
-    takes_symmetric_memory = False
     carries = False
     can_skip = False
 
@@ -66,6 +65,11 @@ class Codec(abc.ABC):
                 raise LowbitError(
                     f"codec {self.name} has no {asked}-bit version: choose from {supported}"
                 )
+
+    @property
+    def takes_symmetric_memory(self) -> bool:
+        """Whether there are kernels for `all_reduce_in`."""
+        return False
 
     def default_bf16_features(self, hidden: int) -> int:
         """How many features travel in BF16 when the user does not say: 0 without an index."""
@@ -178,7 +182,7 @@ class Codec(abc.ABC):
         """
         raise NotImplementedError(f"{self.name} has no kernels for symmetric memory")
 
-    def for_sum(self) -> "Codec":
+    def for_sum(self) -> Self:
         """This codec with the bits of the sum: what decodes the payloads of `reduce_encode`."""
         codec = copy.copy(self)
         codec.bits = self.sum_bits

@@ -36,7 +36,7 @@ class RotatedHybrid(Codec):
     """`bits` bits a value, 16 more for each BF16 feature, and 16 for the scale of a token."""
 
     name = "rotated-hybrid"
-    supported_bits = (4, 3, 2, 5, 6, 1)
+    supported_bits: tuple[int, ...] = (4, 3, 2, 5, 6, 1)
     carries = can_skip = True
 
     def __init__(
@@ -67,7 +67,7 @@ class RotatedHybrid(Codec):
 
     def sum_tables(self, tables: Tables) -> Tables:
         """Those of the partials, but that the mean of the sum is what is subtracted from it."""
-        if tables.center is None:
+        if tables.center is None or tables.center_sum is None:
             return tables
         return replace(tables, center=tables.center_sum[None])
 
@@ -246,6 +246,7 @@ class RotatedHybrid(Codec):
             values = self._unpack(codes, tables.hidden)
             values *= scale[rank]
             total = values if total is None else total.add_(values)
+        assert total is not None, "a group has ranks"
         return total, sum_in_rank_order(kept)
 
     def _body_bytes(self, hidden: int) -> int:

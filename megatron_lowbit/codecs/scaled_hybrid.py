@@ -67,11 +67,11 @@ class ScaledHybrid(Codec):
             tables = replace(tables, center=center, center_sum=center_sum)
         if statistics.sum_variance is None:
             return tables
-        of_sum = Statistics(
+        sums = Statistics(
             variance=statistics.sum_variance.view(1, -1),
-            mean=None if center is None else center_sum.view(1, -1),
+            mean=None if center_sum is None else center_sum.view(1, -1),
         )
-        of_sum = self.for_sum().tables(hidden, bf16_index=index, statistics=of_sum, device=device)
+        of_sum = self.for_sum().tables(hidden, bf16_index=index, statistics=sums, device=device)
         return replace(tables, of_sum=of_sum)
 
     def row_bytes(self, tables: Tables) -> int:
@@ -137,6 +137,7 @@ class ScaledHybrid(Codec):
             values *= scale[rank]
             values *= tables.scale[rank, body]
             total = values if total is None else total.add_(values)
+        assert total is not None, "a group has ranks"
         if tables.center_sum is not None:
             total += tables.center_sum[body]
         return put_in_place(total, sum_in_rank_order(kept), tables)

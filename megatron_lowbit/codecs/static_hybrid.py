@@ -127,6 +127,7 @@ class StaticHybrid(Codec):
             levels = values[wire.unpack(codes, self.bits, body.numel())]
             levels *= tables.scale[rank, body]
             total = levels if total is None else total.add_(levels)
+        assert total is not None, "a group has ranks"
         return put_in_place(total, sum_in_rank_order(kept), tables)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,11 @@ class Tables:
     codec: str
     hidden: int
     bf16_index: Tensor
-    body_index: Tensor | None = None
-    scale: Tensor | None = None
-    encode_scale: Tensor | None = None
-    decode_scale: Tensor | None = None
+    # Only codecs that make these four read them: to those they are tensors.
+    body_index: Tensor = None  # type: ignore[assignment]
+    scale: Tensor = None  # type: ignore[assignment]
+    encode_scale: Tensor = None  # type: ignore[assignment]
+    decode_scale: Tensor = None  # type: ignore[assignment]
     center: Tensor | None = None
     center_sum: Tensor | None = None
     of_sum: "Tables | None" = None
@@ -85,7 +87,9 @@ class Tables:
     def to(self, device: torch.device | str) -> "Tables":
         """The same tables on `device`."""
         kinds = (Tensor, Tables)
-        moved = {k: v.to(device) if isinstance(v, kinds) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, kinds) else v for k, v in vars(self).items()
+        }
         return Tables(**moved)
 
     def of_ranks(self, start: int, stop: int) -> "Tables":

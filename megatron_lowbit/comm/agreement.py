@@ -21,7 +21,7 @@ def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
         LowbitError: `step` raised a `ValueError` or `OSError` on some rank; the message is the
             first such rank's.
     """
-    failure, result = None, None
+    failure: str | None = None
     try:
         result = step()
     except (ValueError, OSError) as error:

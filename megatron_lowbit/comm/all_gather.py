@@ -97,7 +97,7 @@ def _gather_steps(
     shard: Tensor, tables: Tables, codec: Codec, channel: Channel, out: Tensor
 ) -> Steps:
     gather = channel.gather(len(shard), codec.row_bytes(tables), shard.device)
-    yield
+    yield None
     yield gather.send(codec.encode(shard, tables, rank=channel.rank))
     for rank, rows in enumerate(gather.received):
         codec.decode_sum(rows[None], tables.of_ranks(rank, rank + 1), out=out[rank])

@@ -22,7 +22,13 @@ _PLAIN = ("native", "one-shot", "two-shot")
 
 
 class Call:
-    """One call's arguments, checked: every error comes before any rank sends, on all alike."""
+    """One call's arguments, checked: every error comes before any rank sends, on all alike.
+
+    Attributes:
+        counts: Tokens that each rank gets of a reduce-scatter, which sets it.
+    """
+
+    counts: list[int]
 
     def __init__(self, x, group, codec, tables, collective, traffic, feedback=None):
         self.codec = get_codec(codec) if isinstance(codec, str) else codec

@@ -148,7 +148,7 @@ def hierarchical(
     """
     if nodes.count > 2 or nodes.codec_inside is None:
         codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
-    spans = chunks(*partial.shape, nodes.size)
+    spans = chunks(len(partial), partial.shape[1], nodes.size)
     return run(
         _steps(
             partial[a:b],

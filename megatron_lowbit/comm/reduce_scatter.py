@@ -178,7 +178,7 @@ def _reduce_steps(
     out: Tensor,
 ) -> Steps:
     exchange = channel.exchange_blocks(counts, codec.row_bytes(tables), out.device)
-    yield
+    yield None
     payloads = [codec.encode_with_carry(x, tables, c, rank=channel.rank) for x, c in pieces]
     yield exchange.send(payloads[0] if len(payloads) == 1 else torch.cat(payloads))
     codec.decode_sum(exchange.received, tables, out=out)

@@ -93,6 +93,7 @@ class SymmetricMemory:
             The bytes that this rank sent.
         """
         memory, is_two_shot = self.memory, collective == "two-shot"
+        assert memory is not None, "`takes` has agreed"
         codec.all_reduce_in(memory, partial, tables, two_shot=is_two_shot, out=out)
         tokens, others, row = len(partial), memory.ranks - 1, codec.row_bytes(tables)
         if not is_two_shot:
@@ -133,6 +134,7 @@ def _open(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory:
         if failure := _first(_attempt(step), group):
             return SymmetricMemory(None, f"torch has no symmetric memory here ({failure})")
     opened = steps.opened
+    assert opened is not None, "both steps have been made"
     if failure := _try_out(opened, group, device):
         warnings.warn(
             f"megatron_lowbit: no all-reduce over symmetric memory ({failure}): short messages go "
@@ -181,6 +183,7 @@ class _Opening:
         from torch.distributed import _symmetric_memory
 
         group, device = self._group, self._device
+        assert self._block is not None, "`allocate` comes first"
         handle = _symmetric_memory.rendezvous(self._block, group)
         rank = dist.get_rank(group)
         # The handle's addresses are those of allocations, in which a block may lie anywhere; it
@@ -203,6 +206,7 @@ def _try_out(opened: SymmetricMemory, group: dist.ProcessGroup, device: torch.de
     codec = get_codec(DEFAULT_CODEC)
     index = torch.arange(_TRIAL_KEPT)
     tables = codec.tables(_TRIAL_HIDDEN, bf16_index=index, device=device)
+    assert opened.memory is not None
     memory = replace(opened.memory, seconds=_TRIAL_SECONDS)
     generator = torch.Generator().manual_seed(dist.get_rank(group))
     sizes = (1, 2 * memory.calls.numel() + 1, 3)

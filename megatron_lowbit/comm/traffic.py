@@ -126,6 +126,7 @@ class Clock:
 
     def passed(self) -> bool:
         """Whether `seconds` would not wait for the events."""
+        assert self._events is not None, "see has_events"
         return self._events[1].query()
 
     def seconds(self) -> float:

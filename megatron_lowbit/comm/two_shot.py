@@ -40,7 +40,7 @@ def two_shot(
     """
     codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
     ranks = dist.get_world_size(group)
-    spans = chunks(*partial.shape, ranks)
+    spans = chunks(len(partial), partial.shape[1], ranks)
     return run(
         two_shot_steps(
             partial[a:b],
@@ -69,7 +69,7 @@ def two_shot_steps(
     sum_codec, sum_tables = codec.for_sum(), codec.sum_tables(tables)
     exchange = channel.exchange(tokens, codec.row_bytes(tables), device)
     gather = channel.gather(share(tokens, channel.ranks), sum_codec.row_bytes(sum_tables), device)
-    yield
+    yield None
     yield exchange.send(codec.encode_with_carry(partial, tables, carry, rank=channel.rank))
     mine = of_sum.rows(0, exchange.received.shape[1])
     summed = codec.reduce_encode_with_carry(exchange.received, tables, mine)

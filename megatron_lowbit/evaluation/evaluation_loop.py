@@ -6,7 +6,7 @@ Data-parallel ranks share the units; the results are the same for any number of 
 evaluation that was interrupted and went on (`evaluation.journal`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def evaluate(
-    measures: list[Measure],
+    measures: Sequence[Measure],
     model: LanguageModel,
     variants: list[Variant],
     *,
@@ -120,7 +120,7 @@ def _counted(traffic: list[Traffic]) -> dict[str, int]:
 
 
 def _of_all_ranks(mine: _Done, dp_group: dist.ProcessGroup | None) -> _Done:
-    parts = [None] * dist.get_world_size(dp_group)
+    parts: list[_Done] = [{}] * dist.get_world_size(dp_group)
     dist.all_gather_object(parts, mine, group=dp_group)
     return {key: entry for part in parts for key, entry in part.items()}
 

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -63,7 +64,7 @@ class Journal:
     ):
         self.directory = directory
         self._identity = json.loads(json.dumps(identity))
-        self._file = None
+        self._file: TextIO | None = None
         self._part = directory / f"part{dist.get_rank(dp_group)}.jsonl"
         self._writes = dist.get_rank(tp_group) == 0
 

@@ -40,7 +40,7 @@ that is not finite is null, such as the SQNR of sums without error.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class Setting:
 
 
 def summary(
-    setting: Setting, measures: dict[str, Sequence[Measure]], evaluation: Evaluation
+    setting: Setting, measures: Mapping[str, Sequence[Measure]], evaluation: Evaluation
 ) -> dict:
     """The content of the output.
 

@@ -18,7 +18,7 @@ All but those with ``+`` or ``@two-shot`` are one-shot.
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial as bind
@@ -64,7 +64,7 @@ class Named:
             return [self.codec]
         return [assignment.make() for assignment in set(self._recipe(index).values())]
 
-    def prepare(self, index: CalibrationIndex, points: list[Point], ranks: int) -> list[tuple]:
+    def prepare(self, index: CalibrationIndex, points: Sequence[Point], ranks: int) -> list[tuple]:
         """The codec of each sync point and its tables for a group of `ranks`."""
         if self.codec is None:
             at = bind(_by_recipe, self._recipe(index))
@@ -75,10 +75,11 @@ class Named:
         return [at(index, point, ranks) for point in points]
 
     def _recipe(self, index: CalibrationIndex) -> Recipe:
-        options = index.options()  # raises where there is no recipe
+        options, own = index.options(), index.recipe  # raises where there is no recipe
+        assert own is not None
         if self.budget is None and (self.has_feedback or not index.has_feedback):
-            return index.recipe
-        budget = self.budget or average_bits(options, index.recipe)
+            return own
+        budget = self.budget or average_bits(options, own)
         return plan(with_feedback(options) if self.has_feedback else options, budget)
 
 
@@ -118,7 +119,8 @@ class Variants:
         self._foldings: dict[str, Folded] = {}
         for name, named in chosen.items():
             prepared = named.prepare(index, summing.points, summing.ranks)
-            codecs, tables = zip(*prepared, strict=True)
+            codecs = [codec for codec, _ in prepared]
+            tables = [table for _, table in prepared]
             if named.is_folded:
                 self._foldings[name] = summing.folded(tables)
                 tables = self._foldings[name].tables

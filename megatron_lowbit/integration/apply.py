@@ -12,6 +12,7 @@ against the model's weights. The model's parameters, buffers and state_dict are 
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -96,7 +97,7 @@ def apply(
     if fold and feedback:
         raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
     feedback = False if fold else feedback
-    wishes = {"codec": codec, "bits": bits, "rules": rules, "feedback": feedback}
+    wishes: dict[str, Any] = {"codec": codec, "bits": bits, "rules": rules, "feedback": feedback}
     assigned = on_every_rank(lambda: assign(model, points, index_dir, **wishes))
     require_some(assigned.points, f"{recipe} leaves no sync point in low bits")
     gatherers = on_every_rank(lambda: find_gathers(model, all_gather_bits))

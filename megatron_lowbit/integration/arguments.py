@@ -133,7 +133,7 @@ def parse_bits(text: str | None) -> int | tuple[int, int] | None:
     """Bits of ``--lowbit-bits``: one number, or two with a comma; None stays None."""
     if text is None:
         return None
-    numbers = [_number("--lowbit-bits", part) for part in text.split(",")]
+    numbers = [_positive("--lowbit-bits", part) for part in text.split(",")]
     if len(numbers) > 2:
         raise LowbitError(f"--lowbit-bits {text}: give one number, or two with a comma, as in 4,6")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
@@ -236,8 +236,10 @@ def _bits_of(flag: str, text: str | None) -> int | None:
 
 
 def _number(flag: str, text: str | None) -> int | None:
-    if text is None:
-        return None
+    return None if text is None else _positive(flag, text)
+
+
+def _positive(flag: str, text: str) -> int:
     if not text.strip().isdigit() or int(text) == 0:
         raise LowbitError(f"{flag} {text}: not a positive whole number")
     return int(text)

@@ -107,6 +107,7 @@ def assign(
     for point in points:
         assignment = index.assigned(recipe, point)
         if assignment.is_native:
+            assert rules is not None, "nothing else leaves a point native"
             native[str(point)] = f"left native by {Path(rules).name}"
             continue
         low.append(point)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from types import CodeType
+from typing import Any
 
 from megatron_lowbit.errors import LowbitError
 
@@ -40,7 +41,8 @@ class Symbol:
     def missing(self) -> str | None:
         """What this release lacks of it, in words; None if all is there."""
         try:
-            found = reduce(getattr, self.name.split("."), importlib.import_module(self.module))
+            module: Any = importlib.import_module(self.module)
+            found = reduce(getattr, self.name.split("."), module)
         except (ImportError, AttributeError):
             return f"{self.module}.{self.name} is missing"
         for what, wanted, present in (

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from torch import nn
@@ -102,7 +103,9 @@ class Handle:
         carrying = links(assigned.points, assigned.codecs)
         self._links = carrying if assigned.has_feedback else [None] * len(carrying)
         self._reducers = [
-            CodecReducer(codec, table, point.group, policy, link)
+            CodecReducer(
+                codec, table, point.group, cast(Policy, policy), link
+            )  # none without points
             for codec, table, point, link in zip(
                 assigned.codecs, tables, assigned.points, self._links, strict=True
             )

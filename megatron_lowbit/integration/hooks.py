@@ -104,6 +104,7 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
         )
         return None
     handle = apply_from_args(chunks, args)
+    assert handle is not None, "--lowbit-tp-comm is among the arguments"
     _on.append(_On(handle, args.lowbit_stats))
     _layers.update(layers)
     return handle

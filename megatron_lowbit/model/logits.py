@@ -109,8 +109,6 @@ def _rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def _all_reduce(
-    values: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp = dist.ReduceOp.SUM
-) -> None:
+def _all_reduce(values: Tensor, group: dist.ProcessGroup | None, op=dist.ReduceOp.SUM) -> None:
     if dist.is_initialized():
         dist.all_reduce(values, op=op, group=group)

@@ -24,7 +24,7 @@ Watch = Callable[[int, Tensor, Tensor], None]
 class Reducer(Protocol):
     """Sums what a sync point has here."""
 
-    def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
+    def __call__(self, partial: Tensor, scatter: bool, /) -> Tensor:
         """The sum, or with `scatter` this rank's part of it."""
 
 
@@ -47,10 +47,17 @@ class Point(Protocol):
         group: The tensor-parallel group that it sums over.
     """
 
-    layer: int
-    name: str
-    chunk: int
-    apart: str
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def apart(self) -> str: ...
 
     @property
     def hidden(self) -> int: ...
@@ -86,10 +93,12 @@ class Summing(Protocol):
         is_simulated: Whether no bytes travel.
     """
 
-    points: Sequence[Point]
     ranks: int
     here: int
     is_simulated: bool
+
+    @property
+    def points(self) -> Sequence[Point]: ...
 
     def reducers(
         self,

@@ -126,6 +126,7 @@ def test_shapes():
             parse_shapes(bad)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     output = tmp_path / "codecs.json"
     small = ["--shapes", "2x64", "--codecs", "rotated-hybrid-3", "--seconds", "0.001"]

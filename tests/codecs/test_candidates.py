@@ -25,6 +25,7 @@ FLOORS = {
     "try-trellis": (21.9, 16.3, 10.6),
 }
 CASES = [(name, bits) for name in CANDIDATES for bits in (4, 3, 2)]
+pytestmark = pytest.mark.slow  # nobody serves with them
 each_case = pytest.mark.parametrize(("name", "bits"), CASES)
 each_name = pytest.mark.parametrize("name", CANDIDATES)
 

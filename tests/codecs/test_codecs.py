@@ -70,7 +70,10 @@ SUM_FLOORS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True, params=["kernel", "plain-torch"])
+PATHS = [pytest.param("kernel", marks=pytest.mark.slow), "plain-torch"]
+
+
+@pytest.fixture(scope="module", autouse=True, params=PATHS)
 def path(request):
     """All of this for the C kernels and for the plain torch that specifies them."""
     if request.param == "kernel":

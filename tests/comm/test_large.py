@@ -1,5 +1,6 @@
 """Messages of more than 2**31 values: offsets are int64 everywhere."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
@@ -19,6 +20,7 @@ def _reduce(rank: int) -> dict:
     return {"shape": tuple(many.shape), "same": same}
 
 
+@pytest.mark.slow
 def test_more_than_2_31_values(tmp_path):
     """4.3 GB of BF16 a rank, all rows alike, so that one row is all that must be known."""
     for result in run_ranks(2, _reduce, tmp_path):

@@ -23,6 +23,7 @@ from megatron_lowbit.evaluation.report.index_reader import PointRanges, most_ext
 from megatron_lowbit.evaluation.report.results import read_results  # noqa: E402
 from megatron_lowbit.evaluation.report.sections import all_sections  # noqa: E402
 
+pytestmark = pytest.mark.slow  # whole pages, with all drawings
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "report.py"
 SECTIONS = "headline quality tasks ranges sqnr long-context generation recipe numbers origin"

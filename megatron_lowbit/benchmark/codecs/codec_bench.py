@@ -238,12 +238,12 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
         LowbitError: It is written otherwise, or a number is not above zero.
     """
     try:
-        shapes = [tuple(int(part) for part in shape.split("x")) for shape in text.split(",")]
+        shapes = [[int(part) for part in shape.split("x")] for shape in text.split(",")]
     except ValueError:
-        shapes = [()]
+        shapes = [[]]
     if any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
         raise LowbitError(f"{text!r} is no list of shapes: write it like 512x4096,1x8192")
-    return shapes
+    return [(tokens, hidden) for tokens, hidden in shapes]
 
 
 def machine(device: torch.device) -> dict[str, str]:

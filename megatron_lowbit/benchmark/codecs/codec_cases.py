@@ -129,6 +129,7 @@ def make_partials(shape: tuple[int, int], ranks: int, device: torch.device) -> l
 def make_tables(codec: Codec, partials: list[Tensor]) -> Tables:
     """Tables as a calibration on the first tokens of these partials makes them."""
     statistics = Statistics.of(torch.stack([x[:_PERIOD].cpu() for x in partials]))
+    assert statistics.ranges is not None, "`of` has made all"
     hidden = partials[0].shape[1]
     count = codec.default_bf16_features(hidden)
     index = statistics.ranges.sum(dim=0).argsort(descending=True)[:count]

@@ -61,6 +61,7 @@ class Choosers:
         node_size = plan.node_size if mode in ("auto", "hierarchical") else None
         codec = parse_codec(variant.codec)
         partials = Partials(dist.get_world_size(), 1, plan.hidden, self._device)
+        assert dist.group.WORLD is not None, "the ranks have started it"
         return make_policy(
             Settings(mode, tuning=tuning, node_size=node_size),
             group=dist.group.WORLD,

@@ -48,6 +48,7 @@ class Partials:
     def tables(self, codec: Codec) -> Tables:
         """Tables as a calibration on these very partials makes them."""
         statistics = Statistics.of(torch.stack(self.base))
+        assert statistics.ranges is not None, "`of` has made all"
         count = codec.default_bf16_features(self.hidden)
         return codec.tables(
             self.hidden,
@@ -65,7 +66,7 @@ def simulate(
         return _one_shot(base, tables, codec, out)
     if collective == "two-shot":
         return _two_shot(base, tables, codec, out)
-    assert collective == "hierarchical", collective
+    assert collective == "hierarchical" and node_size is not None, collective
     inside = get_codec("bf16")
     plain = inside.tables(tables.hidden, device=out.device)
     sums = [

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.benchmark.collectives.sweep_report import by_variant, size_text
@@ -46,7 +47,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(1.2 + 4.2 * len(ranks), 1.5 + 3.6 * len(links)), dpi=150)
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(links), len(ranks), sharex=True, sharey=True, squeeze=False)
-    handles = {}
+    handles: dict[str, Any] = {}
     for line, link in zip(grid, links, strict=True):
         for axes, count in zip(line, ranks, strict=True):
             mine = [r for r in rows if r["ranks"] == count and r["link"] == link]

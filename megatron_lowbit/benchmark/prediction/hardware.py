@@ -177,6 +177,7 @@ def _one_level(link: Link, ranks: int, message: Message) -> Costs:
 
 def _two_levels(net: Link, ranks: int, message: Message) -> Setup:
     """Nodes of 8 behind shared NICs."""
+    assert net.inside is not None, "a network joins nodes"
     node, size, nodes = LINKS[net.inside], NODE_SIZE, ranks // NODE_SIZE
     share = net.bandwidth * net.nics / size
     # NCCL's rings cross each node's border once, on every NIC: the narrower of both counts. Between

@@ -102,7 +102,7 @@ def predict(
 
 def best_of(seconds: dict[str, float]) -> str:
     """The fastest collective; native where no other saves `MARGIN` of its time."""
-    fastest = min(seconds, key=seconds.get)
+    fastest = min(seconds, key=seconds.__getitem__)
     return fastest if seconds[fastest] <= (1 - MARGIN) * seconds["native"] else "native"
 
 
@@ -117,7 +117,7 @@ def times(message: Message, costs: Setup) -> dict[str, float]:
         name: cost_model.FORMULAS[name](message, costs.flat)
         for name in ("native", "one-shot", "two-shot")
     }
-    if costs.inside is not None:
+    if costs.inside is not None and costs.between is not None:
         for name, low in (("hierarchical", False), ("hierarchical-low", True)):
             seconds[name] = cost_model.hierarchical(
                 message,

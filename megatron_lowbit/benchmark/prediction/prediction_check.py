@@ -117,6 +117,7 @@ def _rows(sizes: Sequence[int]) -> list[dict]:
     kept = torch.arange(codec.default_bf16_features(_HIDDEN))
     tables = codec.tables(_HIDDEN, bf16_index=kept)
     group, row = dist.group.WORLD, codec.row_bytes(tables) / _HIDDEN
+    assert group is not None, "the ranks have started it"
     costs = probe(codec, tables, group, agree=group, device=torch.device("cpu"))
     rows = []
     for size in sizes:

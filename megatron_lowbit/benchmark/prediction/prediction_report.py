@@ -56,8 +56,8 @@ def summary(rows: Iterable[Row]) -> str:
 def details(rows: Iterable[Row]) -> str:
     """Times of every collective: a table a link, a line a model, TP size and pass."""
     parts = []
-    for link, of_link in groupby(rows, key=lambda row: row.link):
-        of_link = list(of_link)
+    for link, group in groupby(rows, key=lambda row: row.link):
+        of_link = list(group)
         names = [name for name in COLLECTIVES if any(name in row.seconds for row in of_link)]
         head = "model  TP  pass            message  " + "".join(f"{_short(n):>10}" for n in names)
         lines = [heading(link), f"{'':36}one all-reduce, us"]

@@ -128,7 +128,8 @@ def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:
 
 
 def _tool(name: str, arguments: tuple[str, ...], output: Path) -> None:
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *arguments, "--output", output]
+    tool = str(ROOT / "tools" / f"{name}.py")
+    command = [sys.executable, tool, *arguments, "--output", str(output)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise LowbitError(f"tools/{name}.py failed: what is finished stays in {output.parent}")

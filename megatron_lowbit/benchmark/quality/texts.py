@@ -13,6 +13,7 @@ is in two files. Prose and the Bible are in examples/data.
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.task_data import read_requests
@@ -58,7 +59,8 @@ def _code(modules: list[str]) -> str:
 
 def _source(module: str) -> str:
     found = importlib.util.find_spec(module)
-    source = found.loader.get_source(module) if found else None
+    loader: Any = found.loader if found else None
+    source = loader.get_source(module) if loader else None
     if source is None:
         raise LowbitError(
             f"this Python has no source of its module {module}: use one with its whole library"

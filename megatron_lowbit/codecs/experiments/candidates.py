@@ -80,7 +80,9 @@ class TryUnrotated(ShapedHybrid):
 class _OtherCodes(ShapedHybrid):
     """`shaped-hybrid` with other codes, which the kernels do not know."""
 
-    takes_symmetric_memory = False
+    @property
+    def takes_symmetric_memory(self) -> bool:
+        return False
 
     def kernels(self, values: Tensor, tables: Tables, **_) -> None:
         return None

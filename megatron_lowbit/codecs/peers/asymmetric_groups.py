@@ -27,7 +27,7 @@ class Int4Group32Asymmetric(Grouped):
 
     name = "int4-g32-asym"
     format = "affine"
-    supported_bits = (4, 8, 6, 5, 3, 2)
+    supported_bits: tuple[int, ...] = (4, 8, 6, 5, 3, 2)
     group = 32
 
     def _numbers(self, groups: int) -> tuple[tuple[torch.dtype, int], ...]:

@@ -120,6 +120,7 @@ class Grouped(Codec):
             )
             values = self._dequantize(wire.unpack(packed, self.bits, hidden), numbers)
             total = values if total is None else total.add_(values)
+        assert total is not None, "a group has ranks"
         return total
 
     def _groups(self, hidden: int) -> tuple[int, int]:

@@ -113,9 +113,10 @@ class Policy:
     def _fastest(self, native: str, candidates: tuple[str, ...], values: int) -> Decision:
         key = (native, values)
         if key not in self._known:
+            assert self._seconds is not None, "auto is made with times"
             times = {name: self._seconds(name, values) for name in (native, *candidates)}
             measured = {name: time for name, time in times.items() if time is not None}
-            best = min(measured, key=measured.get, default=native)
+            best = min(measured, key=measured.__getitem__, default=native)
             if native in measured and measured[best] > (1 - _MARGIN) * measured[native]:
                 best = native
             self._known[key] = Decision(best, f"fastest by {self._source}")
@@ -161,12 +162,12 @@ def make_policy(
     candidates = ["one-shot"]
     if not codec.needs_statistics or tables.of_sum is not None:
         candidates += ["two-shot"] if nodes is None else ["two-shot", "hierarchical"]
-    if settings.tuning is None:
+    if (file := settings.tuning) is None:
         seconds, source = _by_cost_model(codec, tables, group, nodes, device), "the cost model"
     else:
-        tuning = on_every_rank(lambda: _read(settings.tuning, codec, group), group=group)
+        tuning = on_every_rank(lambda: _read(file, codec, group), group=group)
         require_equal("tuning file", sorted(tuning.times.items()), group=group)
-        seconds, source = _by_tuning(tuning, codec, nodes), settings.tuning.name
+        seconds, source = _by_tuning(tuning, codec, nodes), file.name
     return Policy(
         "auto",
         nodes=nodes,
@@ -207,8 +208,10 @@ def _read(path: Path, codec: Codec, group: dist.ProcessGroup) -> Tuning:
 
 def _by_tuning(tuning: Tuning, codec: Codec, nodes: Nodes | None) -> Seconds:
     def seconds(collective: str, values: int) -> float | None:
-        if collective == "hierarchical" and tuning.node_size != nodes.size:
-            return None
+        if collective == "hierarchical":
+            assert nodes is not None, "no candidate without nodes"
+            if tuning.node_size != nodes.size:
+                return None
         name = "" if collective.startswith("native") else repr(codec)
         return tuning.seconds(name, collective, BF16_BYTES * values)
 
@@ -233,6 +236,7 @@ def _by_cost_model(
     def seconds(collective: str, values: int) -> float:
         message = Message(values, dist.get_world_size(group), partial_bytes, sum_bytes)
         if collective == "hierarchical":
+            assert nodes is not None, "no candidate without nodes"
             return cost_model.hierarchical(
                 message,
                 between,

@@ -13,6 +13,7 @@ The codec's time is the mean: a collective is interrupted as often.
 
 import time
 from collections.abc import Callable
+from functools import partial as bind
 
 import torch
 import torch.distributed as dist
@@ -103,8 +104,8 @@ def _link_seconds(group: dist.ProcessGroup, device: torch.device) -> list[float]
 
 def _exchange(channel: Channel, payload: Tensor) -> Steps:
     """The steps of one chunk of a stream: `payload` is ``uint8 [ranks, bytes]``."""
-    transfer = channel.exchange(*payload.shape, payload.device)
-    yield
+    transfer = channel.exchange(len(payload), payload.shape[1], payload.device)
+    yield None
     yield transfer.send(payload)
 
 
@@ -114,7 +115,7 @@ def _stream_chunks(
     """How many chunks make a stream of `_STREAM` seconds, at most `_MOST_CHUNKS`."""
     chunks = _FEWEST_CHUNKS
     while chunks < _MOST_CHUNKS:
-        seconds = _seconds(lambda chunks=chunks: stream(chunks), group, device, 1)
+        seconds = _seconds(bind(stream, chunks), group, device, 1)
         if _mean([seconds], group, device)[0] >= _STREAM:
             break
         chunks *= 2

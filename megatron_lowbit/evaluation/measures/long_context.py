@@ -102,7 +102,7 @@ class LongText:
 
 def _means(**scores: list[list[float]]) -> dict:
     """Means over sequences of ``[bucket][sequence]``, and their standard errors."""
-    means = {}
+    means: dict[str, list] = {}
     for name, values in scores.items():
         means |= {name: [mean(bucket) for bucket in values]}
         means |= {f"{name}_stderr": [stderr(bucket) for bucket in values]}

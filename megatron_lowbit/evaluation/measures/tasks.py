@@ -87,7 +87,7 @@ class Task:
         return [int(one == item.gold) for one, item in zip(chosen, self._data.items, strict=True)]
 
     def _accuracies(self, chosen: dict[str, list[int]]) -> dict:
-        row = {}
+        row: dict[str, float | None] = {}
         for name in _METRICS:
             correct = self._correct(chosen[name])
             row |= {name: mean(correct), f"{name}_stderr": stderr(correct)}
@@ -209,8 +209,8 @@ def _metric_of(summary: dict, row: dict) -> tuple[float, float | None]:
 
 def _average_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:
     """The mean of independent values given with their standard errors, and its own."""
-    errors = [error for _, error in values]
-    error = None if None in errors else math.hypot(*errors) / len(errors)
+    errors = [error for _, error in values if error is not None]
+    error = math.hypot(*errors) / len(errors) if len(errors) == len(values) else None
     return mean([value for value, _ in values]), error
 
 

@@ -35,7 +35,11 @@ class Text:
         self.name = f"text {label}"
         self._label, self._sequences = label, sequences
         tokens, seq_length = sequences[:, 1:].numel(), sequences.shape[1] - 1
-        self.identity = {"sha256": sha256, "tokens": tokens, "seq_length": seq_length}
+        self.identity: dict[str, Any] = {
+            "sha256": sha256,
+            "tokens": tokens,
+            "seq_length": seq_length,
+        }
 
     def __len__(self) -> int:
         return len(self._sequences)

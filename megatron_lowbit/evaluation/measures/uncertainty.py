@@ -47,7 +47,9 @@ def ratio_stderr(
         reference_error: Standard error of `reference`.
         difference_error: Standard error of the mean of the per-item differences.
     """
-    if None in (value_error, reference_error, difference_error) or reference == 0:
+    if value_error is None or reference_error is None or difference_error is None:
+        return None
+    if reference == 0:
         return None
     ratio = value / reference
     twice_covariance = value_error**2 + reference_error**2 - difference_error**2

@@ -4,6 +4,7 @@ Only comparisons of numbers that were measured; where one is missing the finding
 """
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
@@ -92,11 +93,16 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
                 if _within(evaluation.variant(result.codec), collective) and result.kl is not None
             ]
             if within:
-                variant, best = min(within, key=lambda pair: pair[1].kl)
-                paper = [result for one, result in within if family_of(one.codec) == PAPER]
-                paper = min(paper, key=lambda result: result.kl, default=None)
+                variant, best = min(within, key=lambda pair: _kl(pair[1]))
+                papers = [result for one, result in within if family_of(one.codec) == PAPER]
+                paper = min(papers, key=_kl, default=None)
                 found.append(Comparison(text, variant, best, paper))
     return found
+
+
+def _kl(result: TextResult) -> float:
+    assert result.kl is not None, "asked for before"
+    return result.kl
 
 
 def _within(variant: Variant, collective: str) -> bool:
@@ -131,21 +137,26 @@ def codec_errors(measured: SyncPoints) -> list[CodecError]:
     """A `CodecError` for each codec that has a finite SQNR anywhere."""
     errors = []
     for codec in dict.fromkeys(codec for point in measured.points for codec in point.sqnr):
-        points = [point for point in measured.points if point.sqnr.get(codec) is not None]
+        points = _known((point.sqnr.get(codec), point) for point in measured.points)
         if not points:
             continue
-        points.sort(key=lambda point: point.sqnr[codec])
-        median = statistics.median(point.sqnr[codec] for point in points)
+        tokens = _known((point.worst_token_sqnr.get(codec), point) for point in measured.points)
+        median = statistics.median(sqnr for sqnr, _ in points)
         floor = max(median - BELOW_MEDIAN_DB, LOW_DB)
-        tokens = [p for p in measured.points if p.worst_token_sqnr.get(codec) is not None]
         errors.append(
             CodecError(
                 codec=codec,
                 median=median,
-                worst=points[0],
-                worst_token=min(tokens, key=lambda p: p.worst_token_sqnr[codec], default=None),
-                extreme=[point for point in points if point.sqnr[codec] < floor],
+                worst=points[0][1],
+                worst_token=tokens[0][1] if tokens else None,
+                extreme=[point for sqnr, point in points if sqnr < floor],
                 missing=len(measured.points) - len(points),
             )
         )
     return errors
+
+
+def _known(found: Iterable[tuple[Number, PointError]]) -> list[tuple[float, PointError]]:
+    """What has a value, the least first."""
+    known = [(value, point) for value, point in found if value is not None]
+    return sorted(known, key=lambda pair: pair[0])

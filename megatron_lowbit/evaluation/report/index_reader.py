@@ -6,7 +6,7 @@ and number of BF16 features.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -15,7 +15,18 @@ from torch import Tensor
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.report.results import first_problem
 
-Point = TypeVar("Point")  # whatever has a `layer` and a `name`
+
+class _Placed(Protocol):
+    """Whatever has a layer and a name."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+Point = TypeVar("Point", bound=_Placed)
 LEVELS = (0.5, 0.9, 0.99, 1.0)
 LEVEL_NAMES = ("median", "90 %", "99 %", "max")
 

@@ -124,7 +124,7 @@ def _places(spot, width: float, height: float, unit: float):
 def _cost(place, spot, panel: Bbox, own: Bbox, markers: list[Bbox], taken: list[Bbox]) -> float:
     """What a place hides, before all; then whose it seems, what its line crosses, how far it is."""
     box, end, distance = place
-    outside = not (panel.x0 <= box.x0 and box.x1 <= panel.x1)
+    outside = int(not (panel.x0 <= box.x0 and box.x1 <= panel.x1))
     outside += not (panel.y0 <= box.y0 and box.y1 <= panel.y1)
     hidden = sum(box.overlaps(other) for other in (own, *markers, *taken))
     nearer = sum(_gap(box, other) < 1.5 * _gap(box, own) + 1 for other in markers)

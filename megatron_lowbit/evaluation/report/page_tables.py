@@ -120,6 +120,7 @@ def errors(file: ResultFile) -> Table:
     """SQNR by codec: the median, the worst, and every sync point that stands out."""
     head = ["codec", "median, dB", "worst sync point", "worst token", "standing out: layer (dB)"]
     rows = []
+    assert file.data.sync_points is not None, "the page asks only where they were measured"
     for error in codec_errors(file.data.sync_points):
         worst = f"{error.worst.sqnr[error.codec]:.1f} dB: {_point(error.worst)}"
         token = NONE
@@ -153,9 +154,10 @@ def _point(point: PointError) -> str:
 
 def needles(file: ResultFile, measured: LongContext) -> Table:
     """How many needles were found."""
-    found = [("native BF16", measured.native)]
-    found += [(result.codec, result) for result in measured.results]
-    rows = [[codec, share(one.retrieved, one.retrieved_stderr)] for codec, one in found]
+    native = measured.native
+    rows = [["native BF16", share(native.retrieved, native.retrieved_stderr)]]
+    for one in measured.results:
+        rows.append([one.codec, share(one.retrieved, one.retrieved_stderr)])
     caption = (
         f"{file.label}: passwords that were planted in {measured.name} ({measured.needles} in all) "
         "and are found when asked for at its end, ± standard error over texts."

@@ -62,9 +62,9 @@ def _floor(points: list[PointRanges]) -> float:
 
 def _bands(axes: Axes, points: list[PointRanges]) -> None:
     layers = [point.layer for point in points]
-    levels = list(zip(*(point.quantiles for point in points), strict=True))
     floor = _floor(points)
-    levels = [[max(value, floor) for value in level] for level in levels]
+    each = zip(*(point.quantiles for point in points), strict=True)
+    levels = [[max(value, floor) for value in level] for level in each]
     for low, high, alpha in zip(levels, levels[1:], _ALPHAS, strict=False):
         axes.fill_between(layers, low, high, color=_BAND, alpha=alpha, linewidth=0)
     for level, width in zip(levels, (1.6, 0.6, 0.6, 1.0), strict=True):
@@ -80,6 +80,7 @@ def _bands(axes: Axes, points: list[PointRanges]) -> None:
 def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
     """SQNR over layers: a column a kind of sync point, all tokens above, the worst below."""
     measured = file.data.sync_points
+    assert measured is not None, "the page asks only where they were measured"
     errors = [error for error in codec_errors(measured) if error.codec != _REFERENCE]
     if not errors:
         return None

@@ -205,8 +205,8 @@ def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
             " The dotted line is what codec bf16, with nothing quantized, scores, plus its error: "
             "differences below it mean nothing."
         )
-    hidden = [_hidden(file.data, text) for file, text in panels]
-    hidden = list(dict.fromkeys(one for some in hidden for one in some))
+    each = [_hidden(file.data, text) for file, text in panels]
+    hidden = list(dict.fromkeys(one for some in each for one in some))
     return caption + (f" Not on a log axis: {', '.join(hidden)}." if hidden else "")
 
 

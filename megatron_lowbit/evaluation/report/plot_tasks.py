@@ -35,7 +35,8 @@ def draw_tasks(name: str, files: list[ResultFile]) -> style.Plot | None:
 
 
 def _known(file: ResultFile) -> list[AverageResult]:
-    return [result for result in file.data.task_average.results if result.kept is not None]
+    average = file.data.task_average
+    return [result for result in average.results if result.kept is not None] if average else []
 
 
 def _order(files: list[ResultFile]) -> list[str]:
@@ -43,6 +44,7 @@ def _order(files: list[ResultFile]) -> list[str]:
     kept: dict[str, float] = {}
     for file in files:
         for result in _known(file):
+            assert result.kept is not None, "see `_known`"
             kept.setdefault(result.codec, result.kept)
     return sorted(kept, key=lambda codec: kept[codec])
 
@@ -53,6 +55,7 @@ def _task_panel(axes: Axes, file: ResultFile, codecs: list[str]) -> None:
         if result.kept_low is not None and result.kept_high is not None:
             ends = [100 * result.kept_low, 100 * result.kept_high]
             axes.plot(ends, [at, at], color=color, linewidth=2)
+        assert result.kept is not None, "see `_known`"
         axes.plot(100 * result.kept, at, color=color, marker="o", markersize=6)
     axes.axvline(100, color=style.MUTED, linewidth=1.1, linestyle=(0, (2, 2)), zorder=1)
     axes.set_yticks(range(len(codecs)), codecs)

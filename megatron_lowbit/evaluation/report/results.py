@@ -174,7 +174,7 @@ class SyncPoints(_Part):
 class Evaluation(_Part):
     """All of one file."""
 
-    format: Literal[FORMAT]
+    format: Literal[FORMAT]  # type: ignore[valid-type]  # a constant, though not a literal
     model: str
     tp_size: int
     simulated: bool

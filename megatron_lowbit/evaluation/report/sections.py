@@ -43,8 +43,8 @@ def all_sections(
 
 
 def _section(name: str, title: str, blocks: list[Block | None]) -> Section:
-    blocks = [block for block in blocks if block is not None]
-    return Section(name, title, blocks or [Paragraph(NOT_MEASURED)])
+    there = [block for block in blocks if block is not None]
+    return Section(name, title, there or [Paragraph(NOT_MEASURED)])
 
 
 def _headline(files: list[ResultFile], manifest: dict[str, Any]) -> Section:
@@ -103,23 +103,23 @@ def _sentences(file: ResultFile, found: list[Comparison]) -> list[str]:
 
 
 def _sentence(group: list[Comparison]) -> str:
-    variant = group[0].variant
+    variant, paper = group[0].variant, group[0].paper
     where = group[0].text.name if len(group) == 1 else f"{len(group)} texts"
     start = f"{variant.codec} ({variant.bits_per_value:.2f} bits, {variant.collective})"
     if all(one.is_paper for one in group):
         return f"On {where} {start}, the paper's method, is the best."
-    if any(one.paper is None for one in group):
+    if paper is None or any(one.paper is None for one in group):
         return f"On {where} {start} is the best; {PAPER} was not measured by this collective."
     kl, loss = (_times([getattr(one, key) for one in group]) for key in ("kl_ratio", "loss_ratio"))
-    return f"On {where} {start} has {kl} the KL and {loss} the loss of {group[0].paper.codec}."
+    return f"On {where} {start} has {kl} the KL and {loss} the loss of {paper.codec}."
 
 
 def _times(ratios: list[Ratio | None]) -> str:
     """``0.25x``, or ``0.25x to 0.27x`` over texts."""
-    if None in ratios:
+    values = [one.value for one in ratios if one is not None]
+    if len(values) < len(ratios):
         return "(no ratio: a value is not above zero)"
-    least, most = min(one.value for one in ratios), max(one.value for one in ratios)
-    ends = dict.fromkeys(f"{value:.2f}x" for value in (least, most))
+    ends = dict.fromkeys(f"{value:.2f}x" for value in (min(values), max(values)))
     return " to ".join(ends)
 
 

@@ -222,7 +222,7 @@ def _rope(config: Any) -> tuple[int, float | None]:
 
 def _windows(config: Any) -> tuple[int | None, tuple[bool, ...]]:
     """The sliding window and the layers that have it; see `Architecture`."""
-    window = getattr(config, "sliding_window", None)
+    window: Any = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
     foreign = set(kinds) - {"sliding_attention", "full_attention"}

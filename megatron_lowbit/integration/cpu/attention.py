@@ -9,6 +9,7 @@ Megatron has torch versions of its own. `enable_cpu_engines` puts them in place.
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ def enable_cpu_engines() -> bool:
     """
     if not enable_cpu():
         return False
-    attention = importlib.import_module("megatron.core.transformer.attention")
+    attention: Any = importlib.import_module("megatron.core.transformer.attention")
     attention.flash_attn_varlen_func = flash_attn_varlen_func
     attention.flash_attn_with_kvcache = flash_attn_with_kvcache
     attention.is_fa_min_version = lambda version, check_equality=True: True
+    context: Any = importlib.import_module(_CONTEXT)
     # Without the kernel (from 0.15 on) the context writes to its pages by torch.
-    importlib.import_module(_CONTEXT).triton_append_key_value_cache = None
+    context.triton_append_key_value_cache = None
     _use_torch_verification(importlib.import_module(_CONTROLLER))
     return True
 

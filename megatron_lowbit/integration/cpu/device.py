@@ -229,7 +229,7 @@ def _enter_in_threads() -> None:
         thread.run = run_in_mode
         start(thread)
 
-    threading.Thread.start = start_in_mode
+    threading.Thread.start = start_in_mode  # type: ignore[assignment]  # its self is `thread`
 
 
 class _Zeros(dict):

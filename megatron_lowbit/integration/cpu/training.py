@@ -15,6 +15,7 @@ import importlib
 import os
 from datetime import timedelta
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -92,4 +93,5 @@ def _allow_cpu_broadcasts() -> None:
     """Let the text-generation servers broadcast their requests, which they want to be on CUDA."""
     for name in _BROADCASTS:
         with contextlib.suppress(ModuleNotFoundError):  # not in every release
-            importlib.import_module(name)._is_cuda = lambda tensor: None
+            module: Any = importlib.import_module(name)
+            module._is_cuda = lambda tensor: None

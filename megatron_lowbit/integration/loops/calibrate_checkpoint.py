@@ -8,6 +8,7 @@ import argparse
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
         simulate_tp=options.simulate_tp,
     )
     if options.budget is not None or options.target_loss is not None:
-        skipped = {int(re.match(r"sequence (\d+)", text)[1]) for text in progress.skipped}
+        skipped = {int(re.findall(r"^sequence (\d+)", text)[0]) for text in progress.skipped}
         finite = [n for n in range(len(sequences)) if n not in skipped]
         index = _plan(args, options, model, index, sequences[finite])
     on_every_rank(lambda: write_index(index, output) if dist.get_rank() == 0 else None)
@@ -141,7 +142,7 @@ def calibrate_model(
     summing, native = on_every_rank(lambda: find_summing(model, simulate_tp))
     for name, reason in native.items():
         cli.say(f"not observed: {name} ({reason})")
-    identity = {
+    identity: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model": model_identity(model),
         "tp_size": summing.ranks,

@@ -124,7 +124,7 @@ def _journal(
     identity = {
         "index": manifest_digest(index.manifest),
         "model": model_identity(model),
-        "dtype": str(summing.points[0].module.weight.dtype),
+        "dtype": str(summing.points[0].module.weight.dtype),  # type: ignore[attr-defined]
         "codecs": ",".join(variants.reducers),
         "tensor parallel size": summing.ranks,
         "simulated": summing.is_simulated,
@@ -201,4 +201,5 @@ def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
     if output is None or cli.RANK != 0:
         return
     write_summary(content, output)
+    assert journal is not None, "there is one beside an output"
     journal.clear()

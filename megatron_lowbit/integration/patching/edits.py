@@ -9,6 +9,7 @@ nothing of it is kept here but the anchors.
 import ast
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.patching.diffs import lines_of
@@ -77,7 +78,7 @@ class Edit:
 def _span(text: str, scope: str, path: str) -> tuple[int, int]:
     """First and last line of a function or class, by its dotted name."""
     try:
-        node: ast.AST = ast.parse(text)
+        node: Any = ast.parse(text)
     except SyntaxError as error:
         raise LowbitError(f"{path} does not compile (line {error.lineno}: {error.msg})") from None
     for name in scope.split("."):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from megatron_lowbit.errors import LowbitError
 
@@ -63,7 +64,7 @@ def _version(path: Path) -> str:
         body = ast.parse(path.read_bytes()).body
     except SyntaxError as error:
         raise LowbitError(f"{path} does not compile ({error.msg})") from None
-    values = {
+    values: dict[str, Any] = {
         node.targets[0].id: node.value.value
         for node in body
         if isinstance(node, ast.Assign)

@@ -17,6 +17,7 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -90,7 +91,7 @@ class Launch:
         """`os._exit`, by which Megatron's scripts end after CUDA graphs, is an end, too."""
         leave, process = os._exit, os.getpid()
 
-        def exit_seen(status: int) -> None:
+        def exit_seen(status: int) -> NoReturn:
             if status == 0 and os.getpid() == process:
                 hooks.write_stats_now()
                 self.ended()

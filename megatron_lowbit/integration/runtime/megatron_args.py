@@ -106,7 +106,7 @@ def require_megatron_training(
         # megatron.training 0.19 imports it from typing, where it lives from Python 3.12 on.
         from typing_extensions import override
 
-        typing.override = override
+        typing.override = override  # type: ignore[attr-defined]  # see above
     try:
         with quiet():
             import megatron.training.arguments
@@ -165,7 +165,9 @@ def one_line_errors(parser: argparse.ArgumentParser) -> None:
 
 def escape_help(parser: argparse.ArgumentParser) -> None:
     """Repairs help texts with a bare percent sign, on which `--help` would raise."""
-    for action in [action for action in parser._actions if action.help]:
+    for action in parser._actions:
+        if not action.help:
+            continue
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):

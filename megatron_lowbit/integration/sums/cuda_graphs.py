@@ -25,8 +25,10 @@ def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) 
         gathers: Whether inputs of column-parallel linears are to be gathered in low bits.
     """
     check_no_graphs(model, "apply()")
-    layer = next(iter(transformer_layers(model).values()), None)  # a stage may have none
-    impl = None if layer is None else _implementation(layer)
+    layer = next(iter(transformer_layers(model).values()), None)
+    if layer is None:  # a stage may have none
+        return
+    impl = _implementation(layer)
     if impl not in ("local", "full_iteration"):  # Transformer Engine's always warms up
         return
     if getattr(layer.config, "cuda_graph_warmup_steps", None) == 0:

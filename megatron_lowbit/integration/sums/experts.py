@@ -9,7 +9,7 @@ watch: `rotated-hybrid` without a BF16 index does the sum. Whatever else a dispa
 router's counts and auxiliary losses, which go nowhere near it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class ExpertAttachment:
         LowbitError: A release of Megatron whose dispatchers sum elsewhere.
     """
 
-    def __init__(self, sums: list[ExpertSum]):
+    def __init__(self, sums: Sequence[ExpertSum]):
         self._undo: list[Callable[[], None]] = []
         for one in sums:
             self._undo.append(_attach(one))

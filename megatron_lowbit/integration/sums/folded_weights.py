@@ -70,6 +70,7 @@ class _Weight:
         module.weight.data = self._folded
 
         def save(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
+            assert self._original is not None, "attached"
             state_dict[prefix + "weight"] = self._original.to(self._folded.device)
 
         self._hooks = [

@@ -9,7 +9,7 @@ A `ColumnParallelLinear` with `explicit_expert_comm` set takes its input as alre
 forward pre-hook gathers it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class Gatherer:
 class GatherAttachment:
     """Gatherers bound to their linears; `remove` gives the modules back as they were."""
 
-    def __init__(self, gatherers: list[Gatherer]):
+    def __init__(self, gatherers: Sequence[Gatherer]):
         self.gatherers = gatherers
         self._hooks = []
         for gatherer in gatherers:

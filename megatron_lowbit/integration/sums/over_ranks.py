@@ -18,7 +18,7 @@ from megatron_lowbit.integration.sums.chains import links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.reducer import CodecReducer
 from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
-from megatron_lowbit.model.summing import CountingReducer, Reducer, Watch
+from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Watch
 
 
 class OverRanks:
@@ -64,7 +64,7 @@ class OverRanks:
     def partials(self, partial: Tensor) -> list[Tensor]:
         return [partial]
 
-    def exact(self, point: SyncPoint, partial: Tensor) -> Tensor:
+    def exact(self, point: Point, partial: Tensor) -> Tensor:
         parts = [torch.empty_like(partial, dtype=torch.float32) for _ in range(self.ranks)]
         dist.all_gather(parts, partial.float().contiguous(), group=point.group)
         return sum_in_rank_order(torch.stack(parts))

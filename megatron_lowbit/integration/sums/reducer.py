@@ -1,5 +1,7 @@
 """The reducer of one sync point in low bits (`model.summing.Reducer`), over real ranks."""
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,14 +23,14 @@ class CodecReducer:
         policy: str | Policy,
         link: Link | None = None,
     ):
-        self.codec, self.tables, self.group, self.policy = codec, tables, group, policy
-        self.link = link
+        self.codec, self.tables, self.group, self.link = codec, tables, group, link
+        self.policy = Policy(policy) if isinstance(policy, str) else policy
         self.traffic = Traffic()
 
     def __call__(self, partial: Tensor, scatter: bool) -> Tensor:
         if self.tables.bf16_index.device != partial.device:  # the model moved since `apply`
             self.tables = self.tables.to(partial.device)
-        call = {
+        call: dict[str, Any] = {
             "group": self.group,
             "codec": self.codec,
             "tables": self.tables,

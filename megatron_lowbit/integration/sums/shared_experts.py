@@ -68,7 +68,9 @@ class OverlapRoute:
         return False  # its owner sums
 
     def group(self, module: nn.Module) -> dist.ProcessGroup:
-        return _owners[module]().tp_group
+        owner = _owners[module]()
+        assert owner is not None, "it has its linear"
+        return owner.tp_group
 
     def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
         from megatron.core.transformer.moe import shared_experts

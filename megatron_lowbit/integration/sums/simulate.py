@@ -33,7 +33,7 @@ from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
 from megatron_lowbit.integration.sums.routes import LocalRoute, route_of
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, find_sync_points
-from megatron_lowbit.model.summing import CountingReducer, Reducer, Summing, Watch
+from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Summing, Watch
 
 
 def find_summing(model: nn.Module, simulate_tp: int | None) -> tuple[Summing, dict[str, str]]:
@@ -106,7 +106,7 @@ class Simulated:
     def partials(self, partial: Tensor) -> list[Tensor]:
         return list(partial)
 
-    def exact(self, point: SyncPoint, partial: Tensor) -> Tensor:
+    def exact(self, point: Point, partial: Tensor) -> Tensor:
         return sum_in_rank_order(partial)
 
 
@@ -115,7 +115,7 @@ class _Forward:
 
     def __init__(self, module: nn.Module, ranks: int):
         self._module, self._ranks = module, ranks
-        self.reducer = _native
+        self.reducer: Reducer = _native
         module.forward = self  # an attribute of the instance, before the class's method
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

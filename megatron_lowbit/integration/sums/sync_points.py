@@ -12,7 +12,7 @@ embeddings, token counts, losses, gradients.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -23,7 +23,7 @@ from torch import nn
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.compat import CHAINS, SYNC_POINTS, require
 from megatron_lowbit.integration.sums.chains import why_apart
-from megatron_lowbit.integration.sums.routes import route_of
+from megatron_lowbit.integration.sums.routes import Route, route_of
 from megatron_lowbit.integration.sums.shared_experts import (
     called_whole,
     fused_linears,
@@ -64,7 +64,7 @@ class SyncPoint:
     @property
     def group(self) -> dist.ProcessGroup:
         """The tensor-parallel group that it sums over."""
-        return route_of(self.module).group(self.module)
+        return _route(self.module).group(self.module)
 
     @property
     def hidden(self) -> int:
@@ -85,7 +85,7 @@ def transformer_layers(model: nn.Module | Iterable[nn.Module]) -> dict[int, nn.M
     from megatron.core.ssm.mamba_layer import MambaLayer  # not a transformer layer in Megatron
     from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-    layers = {}
+    layers: dict[int, nn.Module] = {}
     for path, module in modules_of(model):
         if not isinstance(module, (BaseTransformerLayer, MambaLayer)) or _in_prediction_head(path):
             continue
@@ -202,11 +202,11 @@ def fingerprint(layer: nn.Module) -> str:
 class Attachment:
     """Reducers bound to sync points; `remove` gives the modules back as they were."""
 
-    def __init__(self, points: list[SyncPoint], reducers: list[Reducer]):
+    def __init__(self, points: Sequence[SyncPoint], reducers: Sequence[Reducer]):
         self._modules = [point.module for point in points]
         self._undo = []
         for module, reducer in zip(self._modules, reducers, strict=True):
-            self._undo.append(route_of(module).attach(module, reducer))
+            self._undo.append(_route(module).attach(module, reducer))
             _attached.add(module)
 
     def remove(self) -> None:
@@ -215,6 +215,13 @@ class Attachment:
             undo()
             _attached.discard(module)
         self._modules, self._undo = [], []
+
+
+def _route(module: nn.Module) -> Route:
+    """Of a sync point's module, which has one."""
+    route = route_of(module)
+    assert route is not None, type(module).__name__
+    return route
 
 
 def _is_row_parallel(name: str, module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ _REMEDY = "use a release of Transformer Engine that is known to work, or --trans
 class TransformerEngineRoute:
     """`TERowParallelLinear`, of the Transformer Engine spec."""
 
-    muted = MUTED_TE
+    muted: dict[str, Any] = MUTED_TE
 
     def takes(self, module: nn.Module) -> bool:
         from megatron.core.extensions import transformer_engine as extension
@@ -65,7 +66,7 @@ class TransformerEngineRoute:
 
     def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
         before = {name: getattr(module, name) for name in self.muted}
-        hook = module.register_forward_hook(self._summed_by(reduce, before.get("apply_bias")))
+        hook = module.register_forward_hook(self._summed_by(reduce, bool(before.get("apply_bias"))))
         _set(module, self.muted)
 
         def undo() -> None:
@@ -93,7 +94,8 @@ class TransformerEngineRoute:
         if module.tp_group is None:
             return "has no tensor-parallel group (its tp_group is None): set it before"
         readers = self._readers()
-        if type(module).forward is not next(iter(readers)).forward:
+        own: Any = next(iter(readers))
+        if type(module).forward is not own.forward:
             return f"has a forward pass of its own, that of {type(module).__name__}: {_REMEDY}"
         for kind, names in readers.items():
             unread = sorted(names - reads_in_forward(kind))
@@ -183,10 +185,9 @@ def reads_in_forward(kind: type) -> frozenset[str]:
 
 def attributes_read(source: str, method: str = "forward") -> frozenset[str]:
     """The attributes of `self` that a method of the one class in `source` reads."""
+    kind: Any = ast.parse(source).body[0]
     methods = [
-        node
-        for node in ast.parse(source).body[0].body
-        if isinstance(node, ast.FunctionDef) and node.name == method
+        node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == method
     ]
     return frozenset(
         node.attr

@@ -82,12 +82,13 @@ def encode(
     source, stride = partial.data_ptr(), partial.stride(0) * partial.element_size()
     target, row = payload.data_ptr(), payload.shape[1]
     settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
-    settings += (thresholds.data_ptr(), bits, body_bytes)
+    more = (thresholds.data_ptr(), bits, body_bytes)
     dtype = _DTYPES[partial.dtype]
 
     def part(first: int, last: int) -> int:
         begin = source + first * stride
-        return function(begin, dtype, stride, last - first, *settings, target + first * row)
+        end = target + first * row
+        return function(begin, dtype, stride, last - first, *settings, *more, end)
 
     _run(part, tokens, hidden)
     return payload
@@ -128,19 +129,21 @@ def decode_sum(
     hidden, kept = scale.numel(), bf16_index.numel()
     payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
-    total = out
-    if out is None or not _writable(out, tokens, hidden):
+    if out is not None and _writable(out, tokens, hidden):
+        total = out
+    else:
         total = torch.empty((tokens, hidden), dtype=torch.float32)
     function = _function("decode_sum")
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, stride = total.data_ptr(), total.stride(0) * total.element_size()
     settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
-    settings += (levels.data_ptr(), bits, body_bytes)
+    more = (levels.data_ptr(), bits, body_bytes)
     dtype = _DTYPES[total.dtype]
 
     def part(first: int, last: int) -> int:
         begin, end = source + first * row, target + first * stride
-        return function(begin, rank_stride, ranks, last - first, *settings, end, dtype, stride)
+        count = last - first
+        return function(begin, rank_stride, ranks, count, *settings, *more, end, dtype, stride)
 
     _run(part, tokens, hidden * ranks)
     return total if out is None or out is total else out.copy_(total)
@@ -184,11 +187,11 @@ def reduce_encode(
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, sum_row = payload.data_ptr(), payload.shape[1]
     settings = (hidden, kept, levels.data_ptr(), bits, body_bytes)
-    settings += (thresholds.data_ptr(), sum_bits, sum_body_bytes)
+    more = (thresholds.data_ptr(), sum_bits, sum_body_bytes)
 
     def part(first: int, last: int) -> int:
         begin, end = source + first * row, target + first * sum_row
-        return function(begin, rank_stride, ranks, last - first, *settings, end)
+        return function(begin, rank_stride, ranks, last - first, *settings, *more, end)
 
     _run(part, tokens, hidden * ranks)
     return payload

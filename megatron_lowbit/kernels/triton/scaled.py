@@ -222,7 +222,8 @@ def decode_sum_into(
     gathered.launch_decode_sum(
         _decode_sum,
         *(out, payloads, row_bytes(body_bytes, bf16_index.numel() + 1)),
-        *(scale, body_index, bf16_index, center, levels),
+        *(scale, body_index, bf16_index),
+        *(center, levels),
         BODY_BYTES=body_bytes,
         BITS=bits,
     )
