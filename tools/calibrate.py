@@ -65,6 +65,13 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "measured KL divergence from native communication",
     )
     parser.add_argument(
+        "--skip",
+        type=cli.positive,
+        metavar="N",
+        help="let N sync points of the recipe send nothing: the next one sends what they leave "
+        "(fewer all-reduces, where latency is the cost)",
+    )
+    parser.add_argument(
         "--sequences", type=cli.positive, default=256, metavar="N", help="default: 256"
     )
     parser.add_argument(
@@ -79,6 +86,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     planned = options.budget is not None or options.target_loss is not None
     if planned and (options.codec or options.bf16_features):
         raise LowbitError("a recipe chooses codec and BF16 features: leave out what sets them")
+    if options.skip and not planned:
+        raise LowbitError(f"--skip {options.skip} is for a recipe: add --budget or --target-loss")
     options.codec = options.codec or CALIBRATED_CODEC
     return options, megatron_argv
 

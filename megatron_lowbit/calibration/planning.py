@@ -55,7 +55,7 @@ class Planner:
     sequences: Tensor
     options: Options
     dp_group: dist.ProcessGroup | None
-    feedback: bool
+    feedback: bool = False
     skipped: frozenset[Key] = frozenset()
 
     def for_budget(self, budget: float) -> Recipe:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
+from megatron_lowbit.codecs.carry import LARGEST, Carry
 from megatron_lowbit.codecs.tables import Tables, check_index, sum_in_rank_order
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
@@ -84,6 +85,24 @@ class RotatedHybrid(Codec):
         if module is None:
             return self._reference_encode(partial, tables, rank)
         return module.encode(partial, **self._encoding(tables, rank))
+
+    def encode_with_carry(
+        self, partial: Tensor, tables: Tables, carry: Carry, *, rank: int = 0
+    ) -> Tensor:
+        module = self.kernels(partial, tables)
+        given = carry.given
+        if self.bits == 0 or given is None or not hasattr(module, "encode_with_carry"):
+            return super().encode_with_carry(partial, tables, carry, rank=rank)
+        return module.encode_with_carry(
+            partial,
+            taken=carry.taken,
+            given=given,
+            bounded=carry.bounded,
+            largest=LARGEST,
+            decode_scale=tables.decode_scale,
+            levels=codebook.levels(self.bits, given.device),
+            **self._encoding(tables, rank),
+        )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         module = self.kernels(payloads, tables)
@@ -145,7 +164,7 @@ class RotatedHybrid(Codec):
         module = self.kernels(payloads, tables, family=select.NORM)
         if module is None:
             total = self._reference_decode_sum(payloads, tables)
-            return _norm(total, tables.bf16_index, weight, epsilon, residual, bias)
+            return rotation.sum_norm(total, tables.bf16_index, weight, epsilon, residual, bias)
         return module.decode_sum_norm(
             payloads,
             weight,
@@ -199,8 +218,8 @@ class RotatedHybrid(Codec):
     def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
     ) -> ModuleType | None:
-        if not self.rotate or min(self.bits, self.sum_bits) < 2:  # no kernel knows fewer
-            return None
+        if not self.rotate or min(self.bits, self.sum_bits) < (2 if values.is_cuda else 1):
+            return None  # no Triton kernel knows 1 bit
         return select.kernels_for(family, values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
@@ -233,7 +252,7 @@ class RotatedHybrid(Codec):
 
     def _write(self, body: Tensor, kept: Tensor) -> Tensor:
         """Rows of a rotated body, fp32 ``[tokens, hidden]``, and BF16 features ``[tokens, k]``."""
-        scale = token_scale(body, kept)
+        scale = rotation.token_scale(body, kept)
         inverse = torch.where(scale == 0, 0, 1 / scale.float())
         return wire.join_row(self._pack(body * inverse), torch.cat([kept, scale], dim=1))
 
@@ -265,33 +284,3 @@ class RotatedHybrid(Codec):
 
     def _transform(self, body: Tensor) -> Tensor:
         return rotation.hadamard(body) if self.rotate else body
-
-
-def _norm(
-    total: Tensor,
-    apart: Tensor,
-    weight: Tensor,
-    epsilon: float,
-    residual: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `RotatedHybrid.decode_sum_norm`; `apart` are the features of the BF16 index."""
-    for other in (bias, residual):
-        if other is not None:
-            total = total + other.float()
-    squares = rotation.sum_of_squares(total.index_fill(1, apart, 0))
-    squares = squares + rotation.sum_of_squares(total[:, apart])
-    inverse = 1 / rotation.root_mean(squares, total.shape[1], plus=epsilon)
-    return (total * inverse * weight.float()).to(weight.dtype), total.to(weight.dtype)
-
-
-def token_scale(body: Tensor, kept: Tensor) -> Tensor:
-    """BF16 ``[tokens, 1]``: the body's root mean square, or NaN for a row that is not all finite.
-
-    Args:
-        body: fp32 ``[tokens, n]``.
-        kept: BF16 features of the same tokens, ``[tokens, k]``.
-    """
-    scale = rotation.root_mean(rotation.sum_of_squares(body), max(body.shape[1], 1))
-    finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
-    return torch.where(finite, scale, torch.nan).to(torch.bfloat16)

@@ -78,6 +78,36 @@ def root_mean(total: Tensor, count: int, *, plus: float = 0.0) -> Tensor:
     return (mean + plus).double().sqrt().float()
 
 
+def sum_norm(
+    total: Tensor,
+    apart: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    residual: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The end of `RotatedHybrid.decode_sum_norm`; `apart` are the features of the BF16 index."""
+    for other in (bias, residual):
+        if other is not None:
+            total = total + other.float()
+    squares = sum_of_squares(total.index_fill(1, apart, 0))
+    squares = squares + sum_of_squares(total[:, apart])
+    inverse = 1 / root_mean(squares, total.shape[1], plus=epsilon)
+    return (total * inverse * weight.float()).to(weight.dtype), total.to(weight.dtype)
+
+
+def token_scale(body: Tensor, kept: Tensor) -> Tensor:
+    """BF16 ``[tokens, 1]``: the body's root mean square, or NaN for a row that is not all finite.
+
+    Args:
+        body: fp32 ``[tokens, n]``.
+        kept: BF16 features of the same tokens, ``[tokens, k]``.
+    """
+    scale = root_mean(sum_of_squares(body), max(body.shape[1], 1))
+    finite = scale.isfinite() & kept.isfinite().all(dim=1, keepdim=True)
+    return torch.where(finite, scale, torch.nan).to(torch.bfloat16)
+
+
 def _splitmix64(state: int) -> int:
     z = (state + 1) * _GOLDEN & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, variance, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
-from megatron_lowbit.codecs.rotated_hybrid import token_scale
+from megatron_lowbit.codecs.rotation import token_scale
 from megatron_lowbit.codecs.tables import (
     Statistics,
     Tables,

@@ -104,6 +104,7 @@ def _plan(
         sequences,
         budget=options.budget,
         target=options.target_loss,
+        skip=options.skip or 0,
         dp_group=parallel_state.get_data_parallel_group(),
     )
 
@@ -242,6 +243,7 @@ def _report(progress: Progress, index: CalibrationIndex, output: Path) -> None:
     recipe = index.manifest.get("recipe")
     if recipe:
         cli.say(
-            f"recipe: {recipe['bits_per_value']:.2f} bits a value on average, predicted to cost "
-            f"{recipe['predicted_divergence']:.4f} nats of KL divergence (one-shot)"
+            f"recipe: {recipe['bits_per_value']:.2f} bits a value on average, errors carried, "
+            f"predicted to cost {recipe['predicted_divergence']:.4f} nats of KL divergence "
+            "(one-shot)"
         )

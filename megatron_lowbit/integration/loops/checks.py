@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_lowbit.calibration.plan import bits_per_value, candidates
+from megatron_lowbit.calibration.plan import SKIP, bits_per_value, candidates
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError
 
@@ -58,7 +58,9 @@ def check_recipe(options: argparse.Namespace, args: argparse.Namespace) -> None:
             "tensor parallel size 1 communicates nothing: a recipe needs ranks, or --simulate-tp N"
         )
     least = min(
-        bits_per_value(assignment, args.hidden_size) for assignment in candidates(args.hidden_size)
+        bits_per_value(assignment, args.hidden_size)
+        for assignment in candidates(args.hidden_size)
+        if options.skip or assignment != SKIP
     )
     if options.budget is not None and options.budget < least:
         raise LowbitError(

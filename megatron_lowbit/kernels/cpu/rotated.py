@@ -11,31 +11,13 @@ brackets): encode 0.52 (26), decode and sum 4 payloads 0.55 (33), sum and encode
 A call costs about 10 us before the first value.
 """
 
-import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels.cpu.build import library
+from megatron_lowbit.kernels.cpu.calls import DTYPES, function, pointer, readable, run_rows
+from megatron_lowbit.kernels.cpu.carrying import encode_with_carry as encode_with_carry
 from megatron_lowbit.kernels.layout import row_bytes
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as `enum dtype` in numbers.h
-_VALUES_A_THREAD = 1 << 17  # about 0.1 ms of work, several times what handing it over costs
-
-_INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_ROWS = [_POINTER, _INT64, _INT64, _INT64, _INT64]  # payloads, stride, ranks, tokens, hidden
-_FEATURES = [_POINTER, _POINTER, _POINTER, _INT64]  # center, scale, BF16 index, its length
-_CODES = [_POINTER, _INT, _INT64]  # levels or thresholds, bits, bytes of the codes of a row
-_ARGUMENTS = {
-    "encode": [_POINTER, _INT, *[_INT64] * 4, *_FEATURES, *_CODES, _POINTER],
-    "decode_sum": [*_ROWS, _INT64, *_FEATURES, *_CODES, _POINTER, _INT, _INT64],
-    "reduce_encode": [*_ROWS, _INT64, *_CODES, *_CODES, _POINTER],
-}
 
 
 def encode(
@@ -60,7 +42,7 @@ def encode(
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
         block: Values that the rotation mixes, a power of two that divides hidden.
         thresholds: fp32 ``[2**bits - 1]``, ascending.
-        bits: 2 to 6.
+        bits: 1 to 6.
         body_bytes: Bytes of the packed codes of a row.
 
     Returns:
@@ -70,27 +52,22 @@ def encode(
         LowbitError: `partial` is not ``[tokens, width]``.
     """
     hidden, kept = scale.numel(), bf16_index.numel()
-    if partial.ndim != 2 or partial.shape[1] != width:
-        raise LowbitError(f"a partial is [tokens, {width}], got {list(partial.shape)}")
-    if partial.dtype not in _DTYPES:
-        partial = partial.float()
-    if partial.stride(1) != 1:
-        partial = partial.contiguous()
+    partial = readable(partial, width)
     tokens = len(partial)
     payload = torch.empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)
-    function = _function("encode")
+    call = function("encode")
     source, stride = partial.data_ptr(), partial.stride(0) * partial.element_size()
     target, row = payload.data_ptr(), payload.shape[1]
-    settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
+    settings = (hidden, block, pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
     more = (thresholds.data_ptr(), bits, body_bytes)
-    dtype = _DTYPES[partial.dtype]
+    dtype = DTYPES[partial.dtype]
 
     def part(first: int, last: int) -> int:
         begin = source + first * stride
         end = target + first * row
-        return function(begin, dtype, stride, last - first, *settings, *more, end)
+        return call(begin, dtype, stride, last - first, *settings, *more, end)
 
-    _run(part, tokens, hidden)
+    run_rows(part, tokens, hidden)
     return payload
 
 
@@ -115,7 +92,7 @@ def decode_sum(
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
         block: Values that the rotation mixes.
         levels: fp32 ``[2**bits]``, ascending.
-        bits: 2 to 6.
+        bits: 1 to 6.
         body_bytes: Bytes of the packed codes of a row.
         out: Floating point ``[tokens, hidden]`` that the sum is rounded into; a new fp32 tensor if
             left out.
@@ -133,19 +110,19 @@ def decode_sum(
         total = out
     else:
         total = torch.empty((tokens, hidden), dtype=torch.float32)
-    function = _function("decode_sum")
+    call = function("decode_sum")
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, stride = total.data_ptr(), total.stride(0) * total.element_size()
-    settings = (hidden, block, _pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
+    settings = (hidden, block, pointer(center), scale.data_ptr(), bf16_index.data_ptr(), kept)
     more = (levels.data_ptr(), bits, body_bytes)
-    dtype = _DTYPES[total.dtype]
+    dtype = DTYPES[total.dtype]
 
     def part(first: int, last: int) -> int:
         begin, end = source + first * row, target + first * stride
         count = last - first
-        return function(begin, rank_stride, ranks, count, *settings, *more, end, dtype, stride)
+        return call(begin, rank_stride, ranks, count, *settings, *more, end, dtype, stride)
 
-    _run(part, tokens, hidden * ranks)
+    run_rows(part, tokens, hidden * ranks)
     return total if out is None or out is total else out.copy_(total)
 
 
@@ -183,7 +160,7 @@ def reduce_encode(
     payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     payload = torch.empty((tokens, row_bytes(sum_body_bytes, kept + 1)), dtype=torch.uint8)
-    function = _function("reduce_encode")
+    call = function("reduce_encode")
     source, rank_stride = payloads.data_ptr(), payloads.stride(0)
     target, sum_row = payload.data_ptr(), payload.shape[1]
     settings = (hidden, kept, levels.data_ptr(), bits, body_bytes)
@@ -191,14 +168,10 @@ def reduce_encode(
 
     def part(first: int, last: int) -> int:
         begin, end = source + first * row, target + first * sum_row
-        return function(begin, rank_stride, ranks, last - first, *settings, *more, end)
+        return call(begin, rank_stride, ranks, last - first, *settings, *more, end)
 
-    _run(part, tokens, hidden * ranks)
+    run_rows(part, tokens, hidden * ranks)
     return payload
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
@@ -213,36 +186,5 @@ def _check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
 
 def _writable(out: Tensor, tokens: int, hidden: int) -> bool:
     """Whether C can write the sum where it belongs."""
-    placed = out.is_cpu and out.shape == (tokens, hidden) and out.dtype in _DTYPES
+    placed = out.is_cpu and out.shape == (tokens, hidden) and out.dtype in DTYPES
     return placed and out.stride(1) == 1 and (out.stride(0) >= hidden or tokens < 2)
-
-
-def _function(name: str) -> Callable[..., int]:
-    """A function of the library; ctypes keeps it as an attribute of the library."""
-    function = getattr(library(), name)
-    if function.argtypes is None:
-        function.argtypes = _ARGUMENTS[name]
-    return function
-
-
-def _run(part: Callable[[int, int], int], tokens: int, values_per_token: int) -> None:
-    """Call `part(first, last)` for all tokens, in several threads where that pays."""
-    threads = min(torch.get_num_threads(), tokens, tokens * values_per_token // _VALUES_A_THREAD)
-    if threads < 2:
-        failed = part(0, tokens)
-    else:
-        edges = [tokens * i // threads for i in range(threads + 1)]
-        others = [_pool(threads - 1).submit(part, *edges[i : i + 2]) for i in range(1, threads)]
-        failed = part(*edges[:2])
-        failed = sum((other.result() for other in others), failed)
-    if failed:
-        raise MemoryError("no memory for a row of scratch")
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="megatron_lowbit")
-
-
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)

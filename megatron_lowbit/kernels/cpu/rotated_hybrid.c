@@ -20,6 +20,7 @@
 
 #define WITH_BITS(bits, CALL) \
     switch (bits) { \
+    case 1: CALL(1); break; \
     case 2: CALL(2); break; \
     case 3: CALL(3); break; \
     case 4: CALL(4); break; \
@@ -140,6 +141,83 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
     }
     free(row);
     return 0;
+}
+
+/* What is carried from one sync point to the next (codecs/carry.py): rows may be strided, NULL is
+ * nothing. `taken` is of `taken_dtype`, `given` is BF16. */
+struct carry {
+    const uint8_t *taken;
+    int64_t taken_stride;
+    uint8_t *given;
+    int64_t given_stride;
+    int64_t *bounded; /* rows whose error was scaled down, added up by all threads */
+    int taken_dtype;
+    float largest; /* of a row: its error is kept within */
+};
+
+/* wanted - sent, within its bound, as BF16. Both rows are of `new_row`. */
+static void keep(float *wanted, float *sent, int64_t hidden, const struct carry *carry,
+                 uint16_t *restrict given) {
+    int64_t size = tree_size(hidden);
+    for (int64_t i = 0; i < hidden; i++) sent[i] = wanted[i] - sent[i];
+    float most = carry->largest * sqrtf(sum_of_squares(wanted, size, wanted + size));
+    float large = sqrtf(sum_of_squares(sent, size, sent + size));
+    if (large > most) {
+        float part = most / large;
+        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(sent[i] * part);
+        if (carry->bounded) __atomic_fetch_add(carry->bounded, 1, __ATOMIC_RELAXED);
+    } else {
+        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(sent[i]);
+    }
+}
+
+/* `encode` of the partial and what is taken, and the error that is given: one row at a time, all of
+ * it in the cache. The payload's row is read back as its receivers read it. */
+int encode_with_carry(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens,
+                      int64_t hidden, int64_t block, const float *center, const float *scale,
+                      const float *decode_scale, const int64_t *index, int64_t kept,
+                      const float *thresholds, const float *levels, int bits, int64_t body,
+                      uint8_t *payload, const struct carry *carry) {
+    int64_t padded;
+    float *wanted = new_row(hidden, &padded), *row = new_row(hidden, &padded);
+    float *sent = new_row(hidden, &padded);
+    table *scaled = aligned_alloc(64, sizeof(table));
+    int failed = !wanted || !row || !sent || !scaled;
+    struct layout to = layout_of(body, kept, bits);
+    struct search search = plan_search(thresholds, bits);
+    const uint8_t *taken = carry->taken;
+    uint8_t *given = carry->given;
+    for (int64_t t = 0; t < tokens && !failed; t++, partial += stride, payload += to.bytes) {
+#define CALL(dtype) for (int64_t i = 0; i < hidden; i++) wanted[i] = load(partial, i, dtype)
+        WITH_DTYPE(dtype, CALL)
+#undef CALL
+        if (taken) {
+#define CALL(dtype) for (int64_t i = 0; i < hidden; i++) wanted[i] += load(taken, i, dtype)
+            WITH_DTYPE(carry->taken_dtype, CALL)
+#undef CALL
+            taken += carry->taken_stride;
+        }
+        load_row(wanted, center, scale, hidden, FP32, row);
+        for (int64_t j = 0; j < kept; j++) {
+            put16(payload + to.floats + 2 * j, to_wire(wanted[index[j]]));
+            row[index[j]] = 0;
+        }
+        rotate(row, padded, block);
+        struct soon next = {partial + stride, GROUP * size_of(dtype)};
+        write_row(row, hidden, &search, to, payload, next);
+        struct soon target = {given, GROUP * 2};
+        sum_rows(payload, 0, 1, levels, scaled, to, hidden, padded, row, target);
+        rotate(row, padded, block);
+        store_row(row, center, decode_scale, hidden, FP32, sent);
+        for (int64_t j = 0; j < kept; j++) sent[index[j]] = sum_kept(payload, 0, 1, to, j);
+        keep(wanted, sent, hidden, carry, (uint16_t *)given);
+        given += carry->given_stride;
+    }
+    free(wanted);
+    free(row);
+    free(sent);
+    free(scaled);
+    return failed;
 }
 
 /* payloads [ranks, tokens, row bytes], ranks `rank_stride` apart -> out [tokens, hidden] of
