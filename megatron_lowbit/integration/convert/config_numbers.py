@@ -103,16 +103,25 @@ def check_gguf(get: Callable[[str], Any]) -> None:
         LowbitError: A number is out of range, or the rotary embedding is scaled.
     """
     for name, known in _GGUF.items():
-        value = get(name)
-        if value is not None or name not in _GGUF_OPTIONAL:
+        if (value := get(name)) is not None:
             whole(value, name, *_WHOLE[known])
-    epsilon(get("attention.layer_norm_rms_epsilon"))
     kind = get("rope.scaling.type")
     if kind not in (None, "none"):
         raise LowbitError(
             f"rope scaling {kind!r} is not read from GGUF files: convert from the Hugging Face "
             "directory"
         )
+
+
+def check_gguf_complete(get: Callable[[str], Any]) -> None:
+    """Checks that a Llama's GGUF file says all that transformers would make up.
+
+    Raises:
+        LowbitError: It does not.
+    """
+    for name in _GGUF.keys() - _GGUF_OPTIONAL:
+        whole(get(name), name, *_WHOLE[_GGUF[name]])
+    epsilon(get("attention.layer_norm_rms_epsilon"))
 
 
 def token_ids(value: Any, vocab: int) -> tuple[int, ...]:

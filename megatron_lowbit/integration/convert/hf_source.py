@@ -74,8 +74,9 @@ def _read_directory(path: Path) -> Architecture:
 def _read_gguf(path: Path) -> Architecture:
     if path.suffix != ".gguf":
         raise LowbitError(f"{path}: neither a Hugging Face model directory nor a .gguf file")
+    get = _gguf_field(path)
     with _naming(path):
-        config_numbers.check_gguf(_gguf_field(path))
+        config_numbers.check_gguf(get)
         config = _config(path)
         arch = Architecture.of(config, stops=getattr(config, "eos_token_id", None))
     if not arch.family.gguf:
@@ -83,6 +84,8 @@ def _read_gguf(path: Path) -> Architecture:
             f"{path}: GGUF files of {arch.family.model_class} are not supported: convert from the "
             "Hugging Face directory"
         )
+    with _naming(path):
+        config_numbers.check_gguf_complete(get)
     return arch
 
 
