@@ -65,7 +65,7 @@ def main() -> None:
     index_dir_from_args(options)  # what is wrong with it should not wait for the checkpoint
     args = parse_megatron_args(["--load", options.load, *megatron_argv])
     session.initialize(args)
-    model, tokenizer = session.load_model(args), session.build_tokenizer(args)
+    tokenizer, model = session.build_tokenizer(args), session.load_model(args)
     if apply_from_args(model, options) is None:
         cli.say("> native communication")
     results = generate(

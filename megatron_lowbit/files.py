@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lowbit.errors import LowbitError
+
 # What holds the package: a checkout, with tools/ and examples/ beside it, or site-packages.
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,9 +18,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory that takes `target`'s place when the block ends without error.
 
     On any error, Ctrl-C included, the temporary directory is removed and `target` stays as it was.
-    Files and directory are flushed to disk before the rename.
+    Files and directory are flushed to disk before the rename. A link stays a link: what it leads to
+    is replaced.
+
+    Raises:
+        LowbitError: `target` leads nowhere, to something else than a directory, or is where a disk
+            is mounted, which cannot be renamed.
     """
-    target = Path(target).absolute()
+    target = _followed(Path(target).absolute())
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     try:
@@ -34,7 +41,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def write_atomic(target: Path, data: bytes) -> None:
-    """Write one file in `target`'s place, all of it or none."""
+    """Write one file in `target`'s place, or in that of what it links to; all of it or none."""
+    target = Path(os.path.realpath(target))
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         write(staging, data)
@@ -99,6 +107,18 @@ def flush(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
+
+
+def _followed(target: Path) -> Path:
+    """The directory that `target` is, or links to; see `atomic_directory`."""
+    if target.is_symlink() and not target.exists():
+        raise LowbitError(f"{target}: a link to {os.readlink(target)}, which is not there")
+    if target.exists() and not target.is_dir():
+        raise LowbitError(f"{target}: exists and is not a directory")
+    real = Path(os.path.realpath(target))
+    if os.path.ismount(real):
+        raise LowbitError(f"{target}: a disk is mounted there: name a directory in it")
+    return real
 
 
 def _swap(staging: Path, target: Path) -> None:

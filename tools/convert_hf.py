@@ -13,7 +13,9 @@ from megatron_lowbit import cli
 
 EPILOG = """\
 Supported: Llama (GGUF files too), Mistral, Qwen2, Qwen3 and Gemma (the first), with sliding windows
-and Llama-3 rope scaling. A setting that is not understood is refused by name.
+and Llama-3 rope scaling. A setting that is not understood is refused by name, and so is a model
+whose files are damaged, whose weights are not what its config says, or that asks for code of its
+own: no code of a model is ever run.
 The checkpoint can be loaded at any tensor-parallel size that divides the heads and KV heads.
 Runs in one process on the CPU and needs memory for the weights once (a GGUF file: once more in
 fp32). What is already at --save is replaced only when the new checkpoint is complete.
@@ -65,6 +67,12 @@ def main() -> None:
     )
     print(f"wrote {options.save}; to load it:")
     print("  " + translate.load_flags(args, options.save))
+    if len(args.eos_token_ids or ()) > 1:
+        stops = ", ".join(map(str, args.eos_token_ids))
+        print(
+            f"  (examples/generate.py stops at each of the tokens {stops}; Megatron's own engines"
+        )
+        print("  at the tokenizer's end of text only)")
     if translate.unsayable(args):
         print(
             f"  (only through megatron_lowbit: Megatron's command line cannot say "

@@ -91,7 +91,8 @@ class RotatedHybrid(Codec):
     ) -> Tensor:
         module = self.kernels(partial, tables)
         given = carry.given
-        if self.bits == 0 or given is None or not hasattr(module, "encode_with_carry"):
+        has_carry = module is not None and hasattr(module, "encode_with_carry")
+        if module is None or not has_carry or self.bits == 0 or given is None:
             return super().encode_with_carry(partial, tables, carry, rank=rank)
         return module.encode_with_carry(
             partial,

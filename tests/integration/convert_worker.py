@@ -27,6 +27,7 @@ CHECKPOINTS = {
     "tied-tp1": ("tied", 1),
     "tied-tp3": ("tied", 3),
     "untied-tp3": ("untied", 3),
+    "stopping-ckpt": ("stopping", 1),
     **{f"{name}-ckpt": (name, 1) for name in FAMILIES},
 }
 # These replace what another conversion wrote: a stale file would give other logits.
@@ -39,6 +40,7 @@ LOADS = (
     ("untied-tp3", 1),
     ("untied-tp3", 3),
     (REPLACED, 1),
+    ("stopping-ckpt", 3),
     *((f"{name}-ckpt", size) for name in FAMILIES for size in (1, 3)),
 )
 # What tokenizers treat differently: runs of spaces, lines, other scripts, special tokens in a text.

@@ -8,11 +8,13 @@ quickstart's checkpoint, too.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from forks import ask
 from releases import ROOT, environment, torchrun
 
@@ -51,6 +53,12 @@ def _case(argv: list, *, ranks: int | None = None, interrupt="", **env: str) -> 
 def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
     """Command lines by name: what `forks.ask` takes."""
 
+    moved, broken, coded = _moved(Path(flags[1]), directory)
+    one = ["--tensor-model-parallel-size", "1"]
+
+    def run(load: Path, *more) -> dict:
+        return _case([SCRIPT, "--load", load, *COMMON, *one, *more])
+
     def act(name: str, *more: str, **settings) -> dict:
         return _case([SCRIPT, *flags, "--act", name, *more], **settings)
 
@@ -60,6 +68,10 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
     generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
     return {
         "generate": {**_case([], ranks=3), "argv": [GENERATE, *generate, "--prompts", *PROMPTS]},
+        "moved": run(moved),
+        "moved, another tokenizer": run(moved, "--tokenizer-model", broken),
+        "moved, no tokenizer": run(moved, "--tokenizer-model", nowhere + "/tokenizer"),
+        "code of a tokenizer": run(moved, "--tokenizer-model", coded),
         "help": _case([SCRIPT, "--help"]),
         "native": act("nothing"),
         "no load": act("no load", *FIXED),
@@ -83,6 +95,22 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "needs CUDA": act("nothing", *FIXED, "--transformer-impl", "transformer_engine"),
         "no sequence": act("nothing", *FIXED, "--lowbit-all-gather", "6"),
     }
+
+
+def _moved(checkpoint: Path, directory: Path) -> tuple[Path, Path, Path]:
+    """The checkpoint after a move; a tokenizer that leaves its marks of spaces; one with code."""
+    moved, marks, coded = (directory / name for name in ("moved", "marks", "coded"))
+    shutil.copytree(checkpoint, moved)
+    common = torch.load(moved / "release" / "common.pt", weights_only=False)
+    common["args"].tokenizer_model = str(directory / "where" / "it" / "was")
+    torch.save(common, moved / "release" / "common.pt")
+    for target in (marks, coded):
+        shutil.copytree(checkpoint / "tokenizer", target)
+    content = json.loads((marks / "tokenizer.json").read_text())
+    (marks / "tokenizer.json").write_text(json.dumps({**content, "decoder": None}))
+    settings = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
+    (coded / "tokenizer_config.json").write_text(json.dumps(settings))
+    return moved, marks, coded
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +147,19 @@ def test_a_script_gives_what_generate_py_gives(flags, ran, tmp_path):
     assert total["calls"] >= 4 * 5, "a pass for the prompts and one for each token"
 
 
+def test_a_moved_checkpoint_has_its_tokenizer_beside_it(ran):
+    for name, marked in (("moved", False), ("moved, another tokenizer", True)):
+        assert ran[name]["status"] == [0], ran[name]
+        (texts,) = re.findall(r"^texts (.*)$", ran[name]["out"][0], re.MULTILINE)
+        assert all(text for text in json.loads(texts))
+        assert ("\u0120" in json.loads(texts)[0]) == marked, texts
+
+
+def test_a_tokenizer_that_is_named_is_not_replaced(ran):
+    assert ran["moved, no tokenizer"]["status"] == [1]
+    assert "nowhere/tokenizer" in ran["moved, no tokenizer"]["err"][0]
+
+
 @pytest.mark.parametrize("how", ["help", "module"])
 def test_help_has_the_group_once_and_percent_signs_do_no_harm(ran, how):
     assert ran[how]["status"] == [0], ran[how]
@@ -144,6 +185,7 @@ def test_a_patched_tree_or_a_second_load_is_not_applied_twice(ran):
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
+        ("code of a tokenizer", 1, "coded/tokenizer_config.json: auto_map=.* is ever run"),
         ("no load", 1, "megatron_script.py ended without loading a checkpoint: low bits were"),
         ("exit without load", 1, "megatron_script.py ended without loading a checkpoint: low bits"),
         ("muted", 1, "no sync point that could use low bits.*already muted by Megatron"),

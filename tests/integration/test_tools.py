@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,66 @@ def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arg
     assert all(re.search(message, error) for error in errors), errors
     assert "megatron_lowbit/" not in done.stderr, "a traceback of ours"
     assert sorted(p.name for p in checkpoint.iterdir() if "lowbit" in p.name) == []
+
+
+@pytest.fixture
+def tokenizer(checkpoint, tmp_path) -> Callable[..., Path]:
+    """Makes another tokenizer of the checkpoint's, with new tokens up to a number of them."""
+
+    def make(tokens: int, *special: str) -> Path:
+        target = tmp_path / "tokenizer"
+        shutil.copytree(checkpoint / "tokenizer", target)
+        content = json.loads((target / "tokenizer.json").read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary.update({f"new{n}": n for n in range(len(vocabulary), tokens)})
+        (eos,) = content["added_tokens"]
+        new = [{**eos, "id": tokens + n, "content": text} for n, text in enumerate(special)]
+        content["added_tokens"] += new
+        (target / "tokenizer.json").write_text(json.dumps(content))
+        return target
+
+    return make
+
+
+@pytest.mark.parametrize("script", [GENERATE, CALIBRATE, EVALUATE])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(
+    checkpoint, calibrated, tokenizer, script
+):
+    load = checkpoint if script == CALIBRATE else calibrated
+    command = _command(script, load, "--tokenizer-model", str(tokenizer(1300)))
+    done = forked(3, *command)
+    assert done.returncode == 1
+    message = "tokenizer: it has tokens up to 1299, the checkpoint's vocabulary ends at 999"
+    assert [message in error for error in _errors(done)] == [True] * 3, done.stderr[-4000:]
+    assert len(done.stderr.splitlines()) == 3, done.stderr
+
+
+def test_a_special_token_that_the_model_does_not_know_is_one_line_where_it_is_used(
+    checkpoint, tokenizer
+):
+    named = ["--tokenizer-model", tokenizer(1000, "<new>"), "--tensor-model-parallel-size", "1"]
+    command = [GENERATE, "--load", checkpoint, *named, "--num-tokens-to-generate", "2"]
+    assert forked(None, *command, "--prompts", "the world").returncode == 0
+    done = forked(None, *command, "--prompts", "the world <new>")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "gives token 1000 for a text, the checkpoint's vocabulary ends at 999" in line
+
+
+def test_code_of_a_tokenizer_is_not_run(checkpoint, tmp_path):
+    target = tmp_path / "ckpt"
+    shutil.copytree(checkpoint, target)
+    settings = target / "tokenizer" / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
+    settings.write_text(json.dumps(code))
+    settings.with_name("evil.py").write_text("raise SystemExit('ran')")
+    command = [GENERATE, "--load", target, "--prompts", "a", "--tensor-model-parallel-size", "1"]
+    done = forked(None, *command, "--tokenizer-model", settings.parent)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "no code of a model is ever run" in line, done.stderr
+    done = forked(None, *command, "--trust-remote-code")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "--trust-remote-code: no code of a model" in line, done.stderr
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no metadata"])

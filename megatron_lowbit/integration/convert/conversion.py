@@ -20,18 +20,14 @@ import torch
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import atomic_directory
 from megatron_lowbit.integration.convert.families import Architecture
-from megatron_lowbit.integration.convert.hf_source import (
-    Weights,
-    load_tokenizer,
-    open_weights,
-    read_config,
-)
+from megatron_lowbit.integration.convert.hf_source import load_tokenizer, read_config
 from megatron_lowbit.integration.convert.translate import (
     DTYPES,
     layer_weights,
     megatron_args,
     outer_weights,
 )
+from megatron_lowbit.integration.convert.weights import Weights, open_weights
 from megatron_lowbit.integration.cpu.device import enable_cpu
 from megatron_lowbit.integration.runtime.checkpoint import TRACKER
 from megatron_lowbit.integration.runtime.quiet import quiet
@@ -65,8 +61,9 @@ def convert(
         The Megatron arguments that the checkpoint holds.
 
     Raises:
-        LowbitError: The model is missing or not supported, the size does not divide, `save` is
-            something else, or torch.distributed is already in use.
+        LowbitError: The model is missing, damaged or not supported, its parts disagree, `dtype`
+            cannot hold it, the size does not divide, `save` is something else, or
+            torch.distributed is already in use.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LowbitError("conversion runs in one process: do not start it with torchrun")
@@ -76,10 +73,13 @@ def convert(
     if dtype not in DTYPES:
         raise LowbitError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     args = megatron_args(arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer")
-    with replacing_checkpoint(target) as directory:
-        load_tokenizer(source).save_pretrained(directory / "tokenizer")
-        with open_weights(source, arch) as get:
-            _write(arch, args, get, directory=directory, progress=progress)
+    tokenizer = load_tokenizer(source, arch.vocab)
+    with (
+        open_weights(source, arch, DTYPES[dtype]) as get,
+        replacing_checkpoint(target) as directory,
+    ):
+        tokenizer.save_pretrained(directory / "tokenizer")
+        _write(arch, args, get, directory=directory, progress=progress)
     return args
 
 
@@ -90,8 +90,6 @@ def replacing_checkpoint(target: Path) -> Iterator[Path]:
     Raises:
         LowbitError: What is at `target` is not a converted checkpoint: not ours to replace.
     """
-    if target.exists() and not target.is_dir():
-        raise LowbitError(f"--save {target}: exists and is not a directory")
     foreign = {path.name for path in target.iterdir()} - _OURS if target.is_dir() else set()
     if foreign:
         raise LowbitError(f"--save {target}: has {min(foreign)}, which no conversion wrote")
@@ -198,17 +196,11 @@ def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress:
     def put(weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
             parameter = parameters.pop(name)
-            padding = parameter.shape[0] - weight.shape[0]
-            padded = "embedding" in name or "output_layer" in name
-            if weight.shape[1:] != parameter.shape[1:] or (padding and not padded):
-                raise LowbitError(
-                    f"{name}: shape {tuple(weight.shape)}, expected {tuple(parameter.shape)}"
-                )
+            assert weight.shape[1:] == parameter.shape[1:], name  # checked against the config
             parameter.zero_()
             parameter[: weight.shape[0]].copy_(weight)
 
     put(outer_weights(get, arch))
     for layer in tqdm(range(arch.layers), desc="layers", unit="layer", disable=not progress):
         put(layer_weights(get, arch, layer))
-    get.check_all_used()
     assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"

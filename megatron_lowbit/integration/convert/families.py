@@ -12,6 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.convert.config_numbers import (
+    check_whole,
+    epsilon,
+    real,
+    token_ids,
+)
 from megatron_lowbit.integration.runtime.checkpoint import ACTIVATIONS
 
 # Megatron's rotary embedding has these Llama-3 constants in its code; only the factor is free.
@@ -20,6 +26,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", *_LLAMA3_ROPE}
 
 # The settings that are read for every family. transformers before 5 had the rotary embedding's in
 # rope_theta and rope_scaling.
@@ -93,6 +100,7 @@ class Architecture:
         window: Keys that a token attends to in layers with a sliding window, itself included, or
             None where no layer has one.
         windowed: For every layer, whether it has one.
+        stops: The tokens that end a text; none where the model does not say.
     """
 
     family: Family
@@ -110,20 +118,28 @@ class Architecture:
     tied: bool
     window: int | None
     windowed: tuple[bool, ...]
+    stops: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: Any) -> Architecture:
+    def of(cls, config: Any, *, stops: Any = None) -> Architecture:
         """Reads a transformers configuration.
 
+        Args:
+            config: The configuration.
+            stops: The `eos_token_id` that its file says; transformers fills in one that it does
+                not say.
+
         Raises:
-            LowbitError: Megatron's GPTModel cannot be this model, or a setting is not understood.
+            LowbitError: Megatron's GPTModel cannot be this model, or a setting is not understood
+                or out of range.
         """
         family = _family(config)
         _refuse_unknown(config, family)
+        check_whole(lambda name: getattr(config, name, None))
         theta, factor = _rope(config)
         window, windowed = _windows(config)
         heads = config.num_attention_heads
-        return cls(
+        made = cls(
             family=family,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -134,13 +150,28 @@ class Architecture:
             vocab=config.vocab_size,
             max_positions=config.max_position_embeddings,
             # GGUF keeps it in fp32: 1e-5 comes back as 9.999999747378752e-06.
-            norm_epsilon=float(f"{config.rms_norm_eps:.7g}"),
+            norm_epsilon=float(f"{epsilon(config.rms_norm_eps):.7g}"),
             rope_theta=theta,
             rope_factor=factor,
-            tied=bool(config.tie_word_embeddings),
+            tied=config.tie_word_embeddings,
             window=window,
             windowed=windowed,
+            stops=token_ids(stops, config.vocab_size),
         )
+        made.check_heads()
+        return made
+
+    def check_heads(self) -> None:
+        """Raises LowbitError where the heads are not what attention can work with."""
+        if self.heads % self.kv_heads:
+            raise LowbitError(
+                f"num_attention_heads {self.heads} is not supported with num_key_value_heads "
+                f"{self.kv_heads}, which does not divide it"
+            )
+        if self.head_dim % 2:
+            raise LowbitError(
+                f"head_dim {self.head_dim} is not supported: rotary embeddings turn pairs"
+            )
 
     def check_tensor_parallel(self, ranks: int) -> None:
         """Raises LowbitError where `ranks` does not divide the heads, KV heads or FFN."""
@@ -166,7 +197,8 @@ def _family(config: Any) -> Family:
     kind = config.model_type
     if kind in FAMILIES:
         return FAMILIES[kind]
-    name = (getattr(config, "architectures", None) or [f"model type {kind}"])[0]
+    named = getattr(config, "architectures", None)
+    name = named[0] if isinstance(named, list) and named else f"model type {kind}"
     if kind in _IMPOSSIBLE:
         raise LowbitError(f"{name} is not supported: {_IMPOSSIBLE[kind]}")
     known = ", ".join(family.model_class for family in FAMILIES.values())
@@ -202,7 +234,11 @@ def _rope(config: Any) -> tuple[int, float | None]:
     rope = dict(getattr(config, "rope_parameters", None) or {})
     # transformers before 5 keeps the base beside the scaling instead of in it.
     rope = rope or dict(getattr(config, "rope_scaling", None) or {})
-    theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
+    for name in rope.keys() - _ROPE:
+        if rope[name]:  # transformers would leave it out
+            raise LowbitError(f"rope parameter {name}={reprlib.repr(rope[name])} is not supported")
+    given = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    theta = real(10000.0 if given is None else given, "rope_theta", 1, 1e15)
     if theta != int(theta):
         raise LowbitError(f"rope_theta {theta} is not supported: Megatron wants a whole number")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -217,7 +253,7 @@ def _rope(config: Any) -> tuple[int, float | None]:
             raise LowbitError(
                 f"rope scaling {name}={rope.get(name)} is not supported, only {value}"
             )
-    return int(theta), float(rope["factor"])
+    return int(theta), float(real(rope.get("factor"), "rope scaling factor", 1, 1e6))
 
 
 def _windows(config: Any) -> tuple[int | None, tuple[bool, ...]]:
@@ -228,7 +264,10 @@ def _windows(config: Any) -> tuple[int | None, tuple[bool, ...]]:
     foreign = set(kinds) - {"sliding_attention", "full_attention"}
     if foreign:
         raise LowbitError(f"layer_types with {min(foreign)!r} is not supported")
+    if len(kinds) != config.num_hidden_layers:
+        raise LowbitError(
+            f"layer_types of {len(kinds)} layers is not supported with num_hidden_layers "
+            f"{config.num_hidden_layers}"
+        )
     windowed = tuple(window is not None and kind == "sliding_attention" for kind in kinds)
-    if any(windowed) and window < 1:
-        raise LowbitError(f"sliding_window {window} is not supported: 1 or more tokens are")
     return (window if any(windowed) else None), windowed

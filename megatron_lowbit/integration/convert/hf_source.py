@@ -1,210 +1,190 @@
-"""Reading models: a Hugging Face directory (safetensors) or a GGUF file.
+"""What a model says of itself: its architecture and its tokenizer.
 
-`read_config` gives the architecture and refuses what Megatron's GPTModel would not match;
-`open_weights` gives the weights one by one under their Hugging Face names.
+A model is a Hugging Face directory or a GGUF file. `read_config` gives the architecture and refuses
+what Megatron's GPTModel would not match. No code of a model is run; its weights are for
+`weights.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.convert import config_numbers
 from megatron_lowbit.integration.convert.families import Architecture
+from megatron_lowbit.integration.convert.weights import read_gguf
+from megatron_lowbit.integration.runtime.model_files import (
+    check_file,
+    last_token,
+    one_line_errors,
+    read_json,
+    refuse_own_code,
+)
+from megatron_lowbit.integration.runtime.quiet import quiet
 
-# GGUF's names of the parameters; "{}" is the layer.
-_GGUF_OUTER = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_GGUF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-@contextlib.contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
-    """Turns what transformers raises on a damaged or foreign model into one line naming `path`."""
-    try:
-        yield
-    except LowbitError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise LowbitError(f"{path}: not a model that transformers can read: {first}") from error
+_UNREADABLE = "not a model that transformers can read"
+# What transformers reads of a tokenizer, if it is there.
+_TOKENIZER_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TOKENIZER_FILES = ("tokenizer.model", "merges.txt", "chat_template.jinja")
 
 
 def read_config(path: Path) -> Architecture:
     """The architecture of a Hugging Face directory or a GGUF file.
 
     Raises:
-        LowbitError: Nothing is there, it is not a model, or it is not supported.
+        LowbitError: Nothing is there, it is not a model, it asks for code of its own, or it is not
+            supported.
     """
     if not path.exists():
         raise LowbitError(f"{path}: no such file or directory")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise LowbitError(f"{path}: not a Hugging Face model directory, it has no config.json")
-    if path.is_file() and path.suffix != ".gguf":
-        raise LowbitError(f"{path}: neither a Hugging Face model directory nor a .gguf file")
-    with one_line_errors(path):
-        from transformers import AutoConfig
+    return _read_directory(path) if path.is_dir() else _read_gguf(path)
 
-        where, options = location(path)
-        config = AutoConfig.from_pretrained(where, **options)
-    arch = Architecture.of(config)
-    if path.is_file() and not arch.family.gguf:
+
+def _read_directory(path: Path) -> Architecture:
+    if not (path / "config.json").exists():
+        raise LowbitError(f"{path}: not a Hugging Face model directory, it has no config.json")
+    if (path / "adapter_config.json").exists():
+        raise LowbitError(
+            f"{path}: adapter_config.json: an adapter is not supported, merge it into its model"
+        )
+    refuse_own_code(path)
+    said = read_json(path / "config.json")
+    with _naming(path / "config.json"):
+        config_numbers.check_raw(said)
+        arch = Architecture.of(_config(path), stops=said.get("eos_token_id"))
+    generation = path / "generation_config.json"
+    stops = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if stops is None:
+        return arch
+    with _naming(generation):
+        return dataclasses.replace(arch, stops=config_numbers.token_ids(stops, arch.vocab))
+
+
+def _read_gguf(path: Path) -> Architecture:
+    if path.suffix != ".gguf":
+        raise LowbitError(f"{path}: neither a Hugging Face model directory nor a .gguf file")
+    get = _gguf_field(path)
+    with _naming(path):
+        config_numbers.check_gguf(get)
+        config = _config(path)
+        arch = Architecture.of(config, stops=getattr(config, "eos_token_id", None))
+    if not arch.family.gguf:
         raise LowbitError(
             f"{path}: GGUF files of {arch.family.model_class} are not supported: convert from the "
             "Hugging Face directory"
         )
+    with _naming(path):
+        config_numbers.check_gguf_complete(get)
     return arch
 
 
-def location(path: Path) -> tuple[str, dict[str, str]]:
-    """How transformers names `path`: a directory, and the GGUF file in it."""
-    if path.is_dir():
-        return str(path), {}
-    return str(path.parent), {"gguf_file": path.name}
+def _gguf_field(path: Path):
+    """A function that gives a field of the file's architecture, or None."""
+    reader = read_gguf(path)
+
+    def value(name: str) -> Any:
+        field = reader.fields.get(name)
+        with one_line_errors(path, f"{name} cannot be read"):
+            return None if field is None else field.contents()
+
+    kind = value("general.architecture")
+    return lambda name: value(f"{kind}.{name}")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of the model at `path`.
+def _config(path: Path) -> Any:
+    """transformers' configuration of the model at `path`."""
+    file = path / "config.json" if path.is_dir() else path
+    with quiet(), one_line_errors(file, _UNREADABLE):
+        from transformers import AutoConfig
 
-    Raises:
-        LowbitError: It has none, or one that cannot be read here.
-    """
-    with one_line_errors(path):
-        from transformers import AutoTokenizer, utils
-
-        # transformers would ask for tiktoken, which cannot read it.
-        old = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
-        if old and not utils.is_protobuf_available():
-            raise LowbitError(
-                f"{path}: its tokenizer is there only as tokenizer.model: install protobuf to "
-                "read it, or add its tokenizer.json"
-            )
-        where, options = location(path)
-        return AutoTokenizer.from_pretrained(where, **options)
-
-
-class Weights:
-    """A model's parameters by Hugging Face name; remembers what was asked for."""
-
-    def __init__(self, path: Path, names: set[str]) -> None:
-        self.path = path
-        self.unused = names
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """Reads one parameter.
-
-        Raises:
-            LowbitError: The model does not have it.
-        """
-        if name not in self.unused:
-            raise LowbitError(f"{self.path}: the weights lack {name}")
-        self.unused.discard(name)
-        return self._read(name)
-
-    def check_all_used(self) -> None:
-        """Raises LowbitError where a parameter was left over: it has no place in Megatron's."""
-        # Old checkpoints store the rotary table; tied models may store the output layer again.
-        spare = ("rotary_emb.inv_freq", "lm_head.weight")
-        left = sorted(name for name in self.unused if not name.endswith(spare))
-        if left:
-            raise LowbitError(
-                f"{self.path}: {len(left)} parameters have no place in Megatron's GPTModel, "
-                f"the first is {left[0]}"
-            )
-
-    def _read(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class SafetensorsWeights(Weights):
-    """The `*.safetensors` files of a directory, read tensor by tensor."""
-
-    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
-        from safetensors import safe_open
-
-        with one_line_errors(path):
-            files = [
-                stack.enter_context(safe_open(file, framework="pt"))
-                for file in sorted(path.glob("*.safetensors"))
-            ]
-        # A safe_open handle is no dict.
-        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        if not files:
-            raise LowbitError(f"{path}: no *.safetensors files")
-        super().__init__(path, set(self._file_of))
-
-    def _read(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
-
-
-class GgufWeights(Weights):
-    """A Llama's GGUF file, mapped into memory and dequantized to fp32 tensor by tensor."""
-
-    def __init__(self, path: Path, arch: Architecture) -> None:
-        from gguf import GGUFReader
-
-        self._arch = arch
-        with one_line_errors(path):
-            tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-        if "rope_freqs.weight" in tensors:
-            raise LowbitError(
-                f"{path}: Llama-3 rope scaling is not read from GGUF files: convert from the "
-                "Hugging Face directory"
-            )
-        self._tensors = {_hugging_face_name(name): tensor for name, tensor in tensors.items()}
-        super().__init__(path, set(self._tensors))
-
-    def _read(self, name: str) -> torch.Tensor:
-        from gguf import dequantize
-
-        tensor = self._tensors[name]
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        heads = {"q_proj.weight": self._arch.heads, "k_proj.weight": self._arch.kv_heads}
-        for ending, count in heads.items():
-            if name.endswith(ending):
-                return _half_split_rotary(weight, count)
-        return weight
-
-
-def _hugging_face_name(gguf_name: str) -> str:
-    """The Hugging Face name of a GGUF tensor, or the same name where there is none."""
-    outer = {theirs: ours for ours, theirs in _GGUF_OUTER.items()}
-    inner = {theirs: ours for ours, theirs in _GGUF_LAYER.items()}
-    parts = gguf_name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in inner:
-        return f"model.layers.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
-    return outer.get(gguf_name, gguf_name)
-
-
-def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of a head's rows: its rotary pairs are neighbours, ours halves."""
-    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+        with location(path) as (where, options):
+            return AutoConfig.from_pretrained(where, **options)
 
 
 @contextlib.contextmanager
-def open_weights(path: Path, arch: Architecture) -> Iterator[Weights]:
-    """Gives the weights at `path` for the duration of the block.
+def _naming(path: Path) -> Iterator[None]:
+    """Puts a file's name before the message of a LowbitError that has none."""
+    try:
+        yield
+    except LowbitError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise LowbitError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def location(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """How transformers names `path`: a directory, and the GGUF file in it; no code, no hub.
+
+    A GGUF file is shown to it alone: it would prefer a tokenizer.json beside it, whosever that is.
+    """
+    safe = {"trust_remote_code": False, "local_files_only": True}
+    if path.is_dir():
+        yield str(path), safe
+        return
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / path.name).symlink_to(path.resolve())
+        yield alone, {"gguf_file": path.name, **safe}
+
+
+def load_tokenizer(path: Path, vocab: int) -> Any:
+    """The transformers tokenizer of the model at `path`.
+
+    Args:
+        path: A Hugging Face directory or a GGUF file.
+        vocab: Tokens of the model's vocabulary.
 
     Raises:
-        LowbitError: The files are missing or damaged.
+        LowbitError: It has none, one that cannot be read here, or one with more tokens.
     """
-    with contextlib.ExitStack() as stack:
-        yield GgufWeights(path, arch) if path.is_file() else SafetensorsWeights(path, stack)
+    if path.is_dir():
+        _check_tokenizer_files(path)
+    with quiet(), one_line_errors(path, "its tokenizer cannot be read"):
+        from transformers import AutoTokenizer
+
+        with location(path) as (where, options):
+            made = AutoTokenizer.from_pretrained(where, **options)
+        last, probe = last_token(made), made.encode("a b")
+    if not probe:
+        raise LowbitError(f"{path}: its tokenizer makes no tokens of a text")
+    if last >= vocab:
+        raise LowbitError(
+            f"{path}: its tokenizer has tokens up to {last}, the model's vocabulary ends at "
+            f"{vocab - 1}: take them out of the tokenizer, or use the model's own"
+        )
+    return made
+
+
+def _check_tokenizer_files(path: Path) -> None:
+    """Raises LowbitError where a tokenizer's file is damaged, or needs what is not installed."""
+    from transformers import utils
+
+    for name in _TOKENIZER_JSON:
+        if (path / name).exists():
+            read_json(path / name)
+    for name in _TOKENIZER_FILES:
+        if (path / name).exists():
+            check_file(path / name)
+    whole = (path / "tokenizer.json").exists()
+    old = (path / "tokenizer.model").exists()
+    # transformers would ask for tiktoken, which cannot read it.
+    if old and not whole and not utils.is_protobuf_available():
+        raise LowbitError(
+            f"{path}: its tokenizer is there only as tokenizer.model: install protobuf to "
+            "read it, or add its tokenizer.json"
+        )
+    if not whole and not old and not (path / "vocab.json").exists():
+        raise LowbitError(
+            f"{path}: it has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json"
+        )

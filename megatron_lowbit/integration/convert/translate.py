@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_lowbit.integration.convert.families import Architecture
-from megatron_lowbit.integration.convert.hf_source import Weights
+from megatron_lowbit.integration.convert.weights import Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
@@ -114,6 +114,7 @@ def megatron_args(
         padded_vocab_size=-(-arch.vocab // multiple) * multiple,
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=str(tokenizer),
+        eos_token_ids=list(arch.stops) or None,
         tensor_model_parallel_size=ranks,
         pipeline_model_parallel_size=1,
         bf16=dtype == "bf16",

@@ -1,13 +1,15 @@
 """Running a Megatron-LM script as it is, with `--lowbit-tp-comm` among its arguments.
 
 The script builds its parser, its model and loads its checkpoint through `megatron.training`. Before
-it starts, `install` puts itself in the way at two places, whatever the release:
+it starts, `install` puts itself in the way at three places, whatever the release:
 
 - `megatron.training.arguments.add_megatron_arguments`, which every parser goes through (it is
   looked up at call time): the argument group joins it, and what a machine without CUDA cannot do is
   switched off when it has parsed;
 - `megatron.training.checkpointing.load_checkpoint`, under every name that it is bound to: when it
-  returns, the model is switched to low bits.
+  returns, the model is switched to low bits;
+- `load_args_from_checkpoint` there: it brings the tokenizer's path, and a checkpoint that was moved
+  has its tokenizer beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from megatron_lowbit.integration.cpu.device import enable_cpu
 from megatron_lowbit.integration.cpu.training import enable_cpu_training
 from megatron_lowbit.integration.rebinding import rebind
 from megatron_lowbit.integration.runtime import megatron_args
+from megatron_lowbit.integration.runtime.model_files import refuse_own_code
 
 _CHECKOUT = "MEGATRON_LM"
 
@@ -45,6 +48,7 @@ class Launch:
         self._script = script
         self._wanted = any(word.split("=", 1)[0] == hooks.FLAG for word in argv)
         self._built_parser = self._parsed = False
+        self._tokenizer: dict[str, str] = {}
 
     def install(self) -> None:
         """Step into `megatron.training`; call it before the script is read.
@@ -65,6 +69,8 @@ class Launch:
             enable_cpu_engines()
         arguments.add_megatron_arguments = self._with_group(arguments.add_megatron_arguments)
         rebind(checkpointing.load_checkpoint, self._with_low_bits(checkpointing.load_checkpoint))
+        read_args = checkpointing.load_args_from_checkpoint
+        rebind(read_args, self._with_tokenizer(read_args))
         self._see_early_exit()
 
     def ended(self) -> None:
@@ -117,13 +123,27 @@ class Launch:
         def parse_known_args(argv=None, namespace=None):
             megatron_args.escape_help(parser)  # now: the script has added its own arguments
             parsed, rest = parse(argv, namespace)
+            words = sys.argv[1:] if argv is None else argv
+            given = megatron_args.given_names(parser, words)
             if not torch.cuda.is_available():
-                words = sys.argv[1:] if argv is None else argv
-                _fit(parsed, megatron_args.given_names(parser, words))
+                _fit(parsed, given)
+            self._tokenizer = megatron_args.named_tokenizer(parsed, given)
+            _check_tokenizer(parsed)
             self._parsed = True
             return parsed, rest
 
         parser.parse_known_args = parse_known_args
+
+    def _with_tokenizer(self, original):
+        @functools.wraps(original)
+        def load_args_from_checkpoint(args, *more, **kwargs):
+            result = original(args, *more, **kwargs)
+            if args.load is not None:
+                megatron_args.find_tokenizer(args, self._tokenizer)
+            _check_tokenizer(args)
+            return result
+
+        return load_args_from_checkpoint
 
     def _with_low_bits(self, original):
         @functools.wraps(original)
@@ -145,6 +165,13 @@ def _fit(args: argparse.Namespace, given: set[str]) -> None:
     changed = [f"{name}={value}" for name, value in vars(args).items() if before.get(name) != value]
     if changed:
         say(f"> no CUDA here, so: {', '.join(changed)}")
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    """Refuses a tokenizer with code of its own: older Megatrons would ask on stdin to run it."""
+    path = Path(str(getattr(args, "tokenizer_model", None)))
+    if path.is_dir() and not getattr(args, "trust_remote_code", False):
+        refuse_own_code(path)
 
 
 def use_checkout(script: Path | None) -> None:

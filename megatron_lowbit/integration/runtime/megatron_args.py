@@ -42,7 +42,7 @@ _RESTORED = (
     "moe_shared_expert_gate moe_router_num_groups moe_router_group_topk moe_apply_probs_on_input "
     "use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_width_mult "
     "mup_attn_scale_power mup_base_head_dim gated_linear_unit activation_func "
-    "experimental_attention_variant make_vocab_size_divisible_by vocab_size"
+    "experimental_attention_variant make_vocab_size_divisible_by vocab_size eos_token_ids"
 ).split()
 # The name an argument had in checkpoints of older releases.
 _OLD_NAMES = {
@@ -79,6 +79,8 @@ def parse_megatron_args(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     require_megatron_training()
     args, given = _parse(argv, extra_args_provider)
+    if getattr(args, "trust_remote_code", False):
+        raise LowbitError("--trust-remote-code: no code of a model is ever run, leave it out")
     if "micro_batch_size" not in given:
         args.micro_batch_size = 1
     if args.load is not None:
@@ -184,8 +186,7 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     if args.ckpt_format in ("torch", "torch_dist"):  # what is there, not what a default says
         args.ckpt_format = "torch" if files else "torch_dist"
     args.use_checkpoint_args = True
-    if "tokenizer_model" in given:
-        args.use_tokenizer_model_from_checkpoint_args = False
+    named = named_tokenizer(args, given)
     with quiet(), reading_checkpoint(args.load):
         loaded = load_args_from_checkpoint(args)
     if not isinstance(loaded, tuple):
@@ -205,13 +206,32 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
     if files:
         legacy.check_sizes(files, args, saved)
     _fit_vocabulary(args)
-    beside = Path(args.load) / "tokenizer"
-    if args.tokenizer_model and not Path(args.tokenizer_model).exists() and beside.is_dir():
-        args.tokenizer_model = str(beside)  # the checkpoint was moved since it was converted
+    find_tokenizer(args, named)
     # Weights only, and none of them drawn at random first.
     args.no_load_optim = args.no_load_rng = args.finetune = True
     args.exit_on_missing_checkpoint = True
     args.perform_initialization = False
+
+
+def named_tokenizer(args: argparse.Namespace, given: set[str]) -> dict[str, str]:
+    """The tokenizer's arguments, if the command line names one; a checkpoint's replace them."""
+    names = given & {"tokenizer_model", "tokenizer_type"} if "tokenizer_model" in given else ()
+    return {name: getattr(args, name) for name in names}
+
+
+def find_tokenizer(args: argparse.Namespace, named: dict[str, str]) -> None:
+    """Sets the tokenizer once a checkpoint's arguments were taken.
+
+    Args:
+        args: Megatron's.
+        named: From `named_tokenizer`. Without one the tokenizer is the checkpoint's: beside it, if
+            it was moved since it was converted.
+    """
+    vars(args).update(named)
+    beside = Path(args.load) / "tokenizer"
+    path = args.tokenizer_model
+    if not named and path and not Path(path).exists() and beside.is_dir():
+        args.tokenizer_model = str(beside)
 
 
 def _fit_vocabulary(args: argparse.Namespace) -> None:

@@ -14,8 +14,9 @@ on a machine without CUDA too (Gloo).
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,11 @@ from megatron_lowbit.integration.cpu.training import initialize_cpu_parallel
 from megatron_lowbit.integration.runtime import legacy
 from megatron_lowbit.integration.runtime.checkpoint import reading_checkpoint
 from megatron_lowbit.integration.runtime.hybrid import local_final_norm, local_stack_spec
+from megatron_lowbit.integration.runtime.model_files import (
+    last_token,
+    one_line_errors,
+    refuse_own_code,
+)
 from megatron_lowbit.integration.runtime.quiet import quiet
 from megatron_lowbit.model.forward import logits
 from megatron_lowbit.model.language_model import LanguageModel
@@ -140,7 +146,8 @@ def build_tokenizer(args: argparse.Namespace, *, special_tokens: bool = True):
             those it meets out of the text it gives.
 
     Raises:
-        LowbitError: No tokenizer is named, or its path does not exist.
+        LowbitError: No tokenizer is named, its path does not exist, it asks for code of its own,
+            it cannot be read, or it has tokens that the model has no embedding for.
     """
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer as build
 
@@ -150,11 +157,41 @@ def build_tokenizer(args: argparse.Namespace, *, special_tokens: bool = True):
     # Without a separator it may be a hub's model name.
     if args.tokenizer_type == "HuggingFaceTokenizer" and os.sep in path and not Path(path).exists():
         raise LowbitError(f"--tokenizer-model {path}: no such directory")
+    if Path(path).is_dir():
+        refuse_own_code(Path(path))
+    args.trust_remote_code = False
     if not special_tokens:
         without = {"tokenizer_hf_no_include_special_tokens": True}
         args = argparse.Namespace(**{**vars(args), **without})
-    with quiet():
-        return build(args)
+    with quiet(), one_line_errors(f"--tokenizer-model {path}", "it cannot be read"):
+        made = build(args)
+        inner = getattr(made._tokenizer, "tokenizer", None)
+        last = last_token(inner) if hasattr(inner, "get_vocab") else made.vocab_size - 1
+    rows = getattr(args, "vocab_size", None) or args.padded_vocab_size
+    if rows and last >= rows:
+        raise LowbitError(
+            f"--tokenizer-model {path}: it has tokens up to {last}, the checkpoint's vocabulary "
+            f"ends at {rows - 1}: it is another model's tokenizer"
+        )
+    if rows:
+        made.tokenize = _within(made.tokenize, rows)
+    return made
+
+
+def _within(tokenize: Callable, rows: int) -> Callable:
+    """`tokenize`, refusing a text with tokens that the model has no embedding for."""
+
+    @functools.wraps(tokenize)
+    def checked(*args: Any, **kwargs: Any) -> list[int]:
+        tokens = tokenize(*args, **kwargs)
+        if tokens and max(tokens) >= rows:
+            raise LowbitError(
+                f"the tokenizer gives token {max(tokens)} for a text, the checkpoint's vocabulary "
+                f"ends at {rows - 1}: leave the special token out of the text"
+            )
+        return tokens
+
+    return checked
 
 
 def vocabulary_size(args: argparse.Namespace, tokenizer: Any) -> int:

@@ -44,7 +44,8 @@ def generate(
         model: From `load_model`.
         tokenizer: From `build_tokenizer`.
         prompts: At least one text, each of at least one token.
-        tokens: New tokens for each prompt, at most; a prompt ends early at end-of-document.
+        tokens: New tokens for each prompt, at most; a prompt ends early at the tokenizer's
+            end-of-document and at each of the checkpoint's `eos_token_ids`.
         top_k: Sample among this many; 1 is greedy.
         top_p: Sample among the likeliest tokens of this total probability; 0 is off.
         temperature: Divides the logits before sampling.
@@ -70,10 +71,17 @@ def generate(
     sampling = SamplingParams(
         num_tokens_to_generate=tokens, top_k=top_k, top_p=top_p, temperature=temperature
     )
+    stops = _stops(args, tokenizer)
     with quiet(), _no_padding_tokens(args, model, tokenizer), _engine_active():
-        engine = _engine(model, tokenizer, len(prompts), length, seed)
+        engine = _engine(model, tokenizer, stops, len(prompts), length, seed)
         requests = _run(engine, tokenizer, prompts, sampling)
-    return [_generation(request, tokenizer) for request in requests]
+    return [_generation(request, tokenizer, stops) for request in requests]
+
+
+def _stops(args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: what the model says, and the tokenizer's end-of-document."""
+    stops = [tokenizer.eod, *(getattr(args, "eos_token_ids", None) or [])]
+    return [stop for stop in stops if stop is not None]
 
 
 def _longest(tokenizer: Any, prompts: list[str]) -> int:
@@ -84,8 +92,8 @@ def _longest(tokenizer: Any, prompts: list[str]) -> int:
     return max(lengths)
 
 
-def _engine(model, tokenizer, batch: int, length: int, seed: int):
-    """Megatron's engine for `batch` requests of at most `length` tokens."""
+def _engine(model, tokenizer, stops: list[int], batch: int, length: int, seed: int):
+    """Megatron's engine: `batch` requests of at most `length` tokens, ended by any of `stops`."""
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
@@ -95,8 +103,32 @@ def _engine(model, tokenizer, batch: int, length: int, seed: int):
         TextGenerationController,
     )
 
+    class StoppingController(TextGenerationController):
+        """Ends a request at any of `stops`; Megatron's own knows one token."""
+
+        def update_generation_status(
+            self,
+            updated_prompts_tokens: torch.Tensor,
+            generation_started: torch.Tensor,
+            current_context_end_position: int,
+            is_generation_done_tensor: torch.Tensor,
+            *args: Any,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """As Megatron's: which requests are done, `[batch]`, and their lengths."""
+            latest = updated_prompts_tokens[:, current_context_end_position]
+            stopped = torch.isin(latest, latest.new_tensor(stops)) & generation_started
+            return super().update_generation_status(
+                updated_prompts_tokens,
+                generation_started,
+                current_context_end_position,
+                is_generation_done_tensor | stopped,
+                *args,
+                **kwargs,
+            )
+
     context = StaticInferenceContext(batch, length)
-    controller = TextGenerationController(GPTInferenceWrapper(model, context), tokenizer)
+    controller = StoppingController(GPTInferenceWrapper(model, context), tokenizer)
     return StaticInferenceEngine(
         controller,
         max_batch_size=batch,
@@ -120,10 +152,10 @@ def _run(engine: Any, tokenizer: Any, prompts: list[str], sampling: Any) -> list
     return [engine.scheduler.completed_request_pool[request] for request in requests]
 
 
-def _generation(request: Any, tokenizer: Any) -> Generation:
-    """The new tokens of a finished request, without end-of-document, and their text."""
+def _generation(request: Any, tokenizer: Any, stops: list[int]) -> Generation:
+    """The new tokens of a finished request, without what ended it, and their text."""
     tokens = [int(token) for token in request.generated_tokens[: request.generated_length]]
-    if tokens and tokens[-1] == tokenizer.eod:
+    if tokens and tokens[-1] in stops:
         tokens.pop()
     return Generation(tokenizer.detokenize(tokens), tokens)
 

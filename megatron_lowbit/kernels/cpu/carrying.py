@@ -64,7 +64,7 @@ def encode_with_carry(
     size = (tokens, row_bytes(encoding["body_bytes"], kept + 1))
     payload = torch.empty(size, dtype=torch.uint8)
     call = function("encode_with_carry")
-    settings = (hidden, encoding["block"], pointer(encoding["center"]), scale.data_ptr())
+    settings: tuple = (hidden, encoding["block"], pointer(encoding["center"]), scale.data_ptr())
     settings += (decode_scale.data_ptr(), index.data_ptr(), kept)
     settings += (encoding["thresholds"].data_ptr(), levels.data_ptr())
     settings += (encoding["bits"], encoding["body_bytes"])
