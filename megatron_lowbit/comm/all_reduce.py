@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
-from megatron_lowbit.comm.call import Call, records, run
+from megatron_lowbit.comm.call import Call, public, records, run
 from megatron_lowbit.comm.hierarchical import hierarchical
 from megatron_lowbit.comm.one_shot import one_shot
 from megatron_lowbit.comm.policy.policy import Policy
@@ -19,6 +19,7 @@ from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.two_shot import two_shot
 
 
+@public
 def all_reduce(
     x: Tensor,
     *,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
 from megatron_lowbit.comm import transport
-from megatron_lowbit.comm.call import Call, run
+from megatron_lowbit.comm.call import Call, check_counts, public, run
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Clock, Traffic
 from megatron_lowbit.comm.transport import Channel, Steps, chunks
@@ -22,6 +22,7 @@ from megatron_lowbit.errors import LowbitError
 _SLOTS = 3
 
 
+@public
 def reduce_scatter(
     x: Tensor,
     *,
@@ -60,10 +61,7 @@ def reduce_scatter(
             f"divide, got {tuple(x.shape)}"
         )
     call.counts = [x.shape[0] // call.ranks] * call.ranks if counts is None else counts
-    if len(call.counts) != call.ranks or sum(call.counts) != x.shape[0]:
-        raise LowbitError(
-            f"counts {call.counts} do not split {x.shape[0]} tokens over {call.ranks} ranks"
-        )
+    check_counts(call.counts, x.shape[0], call.ranks)
     return x if call.ranks == 1 else run(_ReduceScatter, x, call)
 
 
