@@ -43,11 +43,7 @@ def public(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def entered(x: Tensor, **call) -> Tensor:
-        # Within torch.compile; the first is known while it traces, the second when its code runs.
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or _eval_frame.get_eval_frame_callback() is not None
-        ):
+        if _is_compiled():
             return torch.compiler.disable(entered)(x, **call)
         group, me = _group(call.get("group")), object()
         if _inside.setdefault(id(group), me) is not me and group.size() > 1:

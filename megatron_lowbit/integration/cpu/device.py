@@ -124,6 +124,11 @@ def _is_cuda(device: Any) -> bool:
     return type(device) is int
 
 
+def _names_the_cpu(args: tuple) -> bool:
+    """``f"cuda:{torch.cuda.current_device()}"``, or both apart: here the index is a device, too."""
+    return args in ((f"cuda:{_CPU}",), ("cuda", _CPU))
+
+
 class CudaAsCpu(TorchFunctionMode):
     """Sends what asks for a CUDA device to the CPU, and leaves every other call alone.
 
@@ -138,6 +143,8 @@ class CudaAsCpu(TorchFunctionMode):
         """Calls `func` with CUDA devices and pinned memory taken out of its arguments."""
         if func in self._IDENTITY:
             return args[0]
+        if func is torch.device and _names_the_cpu(args):
+            return _CPU
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs = {**kwargs, "device": _CPU}

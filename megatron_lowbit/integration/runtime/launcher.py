@@ -8,6 +8,9 @@ it starts, `install` puts itself in the way at two places, whatever the release:
   switched off when it has parsed;
 - `megatron.training.checkpointing.load_checkpoint`, under every name that it is bound to: when it
   returns, the model is switched to low bits.
+
+It goes by what Megatron has parsed, wherever the script has it from. A low-bit argument that stands
+on the launcher's command line and was not parsed is an error (`integration.wanted`).
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_lowbit.at_end import do_steps, fail
 from megatron_lowbit.cli import say
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration import hooks
+from megatron_lowbit.integration import hooks, wanted
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
 from megatron_lowbit.integration.cpu.device import enable_cpu
 from megatron_lowbit.integration.cpu.training import enable_cpu_training
@@ -41,8 +45,7 @@ class Launch:
             script: Its name, for messages.
             argv: Its arguments.
         """
-        self._script = script
-        self._wanted = any(word.split("=", 1)[0] == hooks.FLAG for word in argv)
+        self._script, self._argv = script, argv
         self._built_parser = self._parsed = False
 
     def install(self) -> None:
@@ -70,17 +73,30 @@ class Launch:
         """The script ended by itself: raise unless low bits were on, if they were asked for.
 
         Raises:
-            LowbitError: It never built Megatron's parser, or it never loaded a checkpoint.
+            LowbitError: It never built Megatron's parser, or never loaded a checkpoint, or what is
+                to be written at the end cannot be.
         """
         if not self._built_parser:
             raise LowbitError(
                 f"{self._script} ended without megatron.training's arguments: the launcher is for "
                 "scripts that parse them"
             )
-        if self._wanted and self._parsed and not hooks.is_on():
-            raise LowbitError(
-                f"{self._script} ended without loading a checkpoint: low bits were never on"
-            )
+        if self._parsed:
+            self._compare()
+        do_steps()
+
+    def _compare(self) -> None:
+        """See that the low-bit arguments of the command line are what Megatron's parser got."""
+        unparsed = wanted.unparsed(self._argv)
+        if not unparsed:
+            return
+        reason = (
+            f"{unparsed[0]} is on the launcher's command line, but not among what Megatron parsed: "
+            f"{self._script} builds its own argument list, put it there"
+        )
+        if wanted.FLAG not in unparsed:
+            raise LowbitError(reason)
+        wanted.expect(reason)
 
     def stopped(self) -> None:
         """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
@@ -92,8 +108,10 @@ class Launch:
 
         def exit_seen(status: int) -> None:
             if status == 0 and os.getpid() == process:
-                hooks.write_stats_now()
-                self.ended()
+                try:
+                    self.ended()
+                except LowbitError as error:
+                    fail(error)
             leave(status)
 
         os._exit = exit_seen
@@ -128,10 +146,10 @@ class Launch:
         @functools.wraps(original)
         def load_checkpoint(ddp_model, *args, **kwargs):
             result = original(ddp_model, *args, **kwargs)
-            if self._wanted:
-                hooks.checkpoint_loaded(ddp_model)
-            else:
-                say(f"> native communication: no {hooks.FLAG}")
+            self._compare()
+            hooks.checkpoint_loaded(ddp_model)
+            if not hooks.is_on() and not wanted.is_expected():
+                say(f"> native communication: no {wanted.FLAG}")
             return result
 
         return load_checkpoint
