@@ -36,10 +36,12 @@ def main() -> None:
     is_module, name, argv = _target(sys.argv[1:])
     # Later than cli.run, so that an error of these imports is one line, too.
     from megatron_lowbit.integration.runtime.launcher import Launch, use_checkout
+    from megatron_lowbit.integration.runtime.rendezvous import check_environment, muster
 
     path = None if is_module else Path(name)
     if path is not None and not path.is_file():
         raise LowbitError(f"{name}: no such script")
+    check_environment()
     use_checkout(path)
     sys.argv = [name, *argv]
     # What Python itself puts first: the script's directory, or for a module the working directory.
@@ -48,6 +50,7 @@ def main() -> None:
         raise LowbitError(f"-m {name}: no such module")
     launch = Launch(name, argv)
     launch.install()
+    muster()
     try:
         _run(name, is_module=is_module)
     except (KeyboardInterrupt, RuntimeError):  # the latter where another rank stopped first

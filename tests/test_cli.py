@@ -47,9 +47,9 @@ def _start(body: str, directory: Path) -> subprocess.Popen:
         ("import no_such_package", 1, "the package no_such_package is missing: pip install"),
         ("raise RuntimeError('Connection closed by peer')", 1, "another rank is gone"),
         ("raise KeyboardInterrupt", 130, "tool.py: interrupted"),
-        (f"{AT_END}", 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
-        (f"{AT_END}; sys.exit(0)", 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
-        (f"{AT_END}; raise LowbitError('first')", 1, "tool.py: error: first"),
+        (AT_END, 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
+        (f"{AT_END}sys.exit(0)", 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
+        (f"{AT_END}raise LowbitError('first')", 1, "tool.py: error: first"),
     ],
 )
 def test_exit_status_and_one_line(tmp_path, body, status, message):

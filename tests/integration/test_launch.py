@@ -122,6 +122,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "no index": act("nothing", "--lowbit-tp-comm", nowhere),
         "unknown argument": act("nothing", *FIXED, "--lowbit-tpcomm"),
         "needs CUDA": act("nothing", *FIXED, "--transformer-impl", "transformer_engine"),
+        "half an environment": act("nothing", *FIXED, MASTER_ADDR="node1"),
         "no sequence": act("nothing", *FIXED, "--lowbit-all-gather", "6"),
     }
 
@@ -234,6 +235,7 @@ _UNPARSED = "is on the launcher's command line, but not among what Megatron pars
         ("no index", 1, "no low-bit index at .*nowhere"),
         ("unknown argument", 2, "unrecognized arguments: --lowbit-tpcomm"),
         ("needs CUDA", 1, "--transformer-impl transformer_engine needs CUDA: leave it out"),
+        ("half an environment", 1, "MASTER_ADDR=node1 without RANK, WORLD_SIZE, MASTER_PORT: st"),
         ("no sequence", 1, "--lowbit-all-gather means nothing without --sequence-parallel"),
     ],
 )

@@ -31,6 +31,7 @@ from megatron_lowbit.integration.runtime import legacy
 from megatron_lowbit.integration.runtime.checkpoint import reading_checkpoint
 from megatron_lowbit.integration.runtime.hybrid import local_final_norm, local_stack_spec
 from megatron_lowbit.integration.runtime.quiet import quiet
+from megatron_lowbit.integration.runtime.rendezvous import muster
 from megatron_lowbit.model.forward import logits
 from megatron_lowbit.model.language_model import LanguageModel
 
@@ -46,6 +47,7 @@ def initialize(args: argparse.Namespace) -> None:
     from megatron.training import initialize as training
     from megatron.training.global_vars import set_global_variables
 
+    muster()
     compile_dependencies = training._compile_dependencies
     training._compile_dependencies = lambda: None
     try:
