@@ -67,9 +67,9 @@ def patchctl(*arguments, fails: str | None = None) -> str:
     return done.stderr
 
 
-def git(tree: Path, *arguments) -> None:
+def git(tree: Path, *arguments, autocrlf="false") -> None:
     """Run git in a tree, as somebody."""
-    name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=false"]
+    name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"core.autocrlf={autocrlf}"]
     subprocess.run(["git", "-C", tree, *name, *arguments], check=True, capture_output=True)
 
 
@@ -193,7 +193,8 @@ def test_a_checkout_with_windows_line_ends_is_patched_and_keeps_them(tree, tmp_p
     git(tree, "add", ".")
     git(tree, "commit", "-qm", "upstream")
     windows, patches = tmp_path / "windows", tmp_path / "patches"
-    git(tmp_path, "clone", "-q", "-c", "core.autocrlf=true", tree, windows)
+    clone = ["clone", "-q", "-c", "core.autocrlf=true"]
+    git(tmp_path, *clone, tree, windows, autocrlf="true")
     before = contents(windows)
     assert all(raw.count(b"\r\n") == raw.count(b"\n") > 0 for raw in before.values())
     patches.mkdir()
