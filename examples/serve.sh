@@ -65,10 +65,12 @@ trap stop EXIT
 
 echo "serve: starting the server on port $PORT; its messages go to ${LOG#"$ROOT"/}"
 until curl -s -o /dev/null "http://127.0.0.1:$PORT/"; do
-    kill -0 "${RANKS[@]}" 2>/dev/null || {
-        tail -n 20 "${LOG%0.log}"*.log >&2
-        die "a rank of the server has ended; the last messages are above"
-    }
+    for pid in "${RANKS[@]}"; do
+        kill -0 "$pid" 2>/dev/null || {
+            tail -n 20 "${LOG%0.log}"*.log >&2
+            die "a rank of the server has ended; the last messages are above"
+        }
+    done
     sleep 1
 done
 grep "^> low-bit" "$LOG"

@@ -34,7 +34,7 @@ from megatron_lowbit.integration.arguments import (
     index_dir_from_args,
 )
 from megatron_lowbit.integration.stats import write_stats
-from megatron_lowbit.integration.sums.sync_points import fingerprint, transformer_layers
+from megatron_lowbit.integration.sums.sync_points import fingerprint, modules_of, transformer_layers
 from megatron_lowbit.integration.wanted import FLAG
 
 
@@ -105,14 +105,17 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
     from megatron.training import get_args
 
     args = completed(get_args())
+    chunks = [model] if isinstance(model, nn.Module) else list(model)
+    modules = [module for _, module in modules_of(chunks)]
     if args.lowbit_tp_comm is None:
         if wanted.is_expected() and wanted.was_parsed():
             raise LowbitError(
                 f"{FLAG} was parsed, and Megatron's arguments have it no more: something replaced "
                 "them, such as --yaml-cfg, where it is lowbit_tp_comm: INDEX_DIR"
             )
+        if not wanted.is_expected():
+            wanted.loaded(modules)
         return None
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
     layers = list(on_every_rank(lambda: transformer_layers(chunks)).values())
     prints = [fingerprint(layer) for layer in layers]
     # Asked of all ranks: a pipeline stage may have no layers, and all must do the same.
@@ -133,6 +136,7 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
     handle = apply_from_args(chunks, args)
     _on.append(_On(handle, args.lowbit_stats, WeakSet(layers), prints))
     wanted.met()
+    wanted.loaded(modules)
     return handle
 
 

@@ -7,24 +7,34 @@ ends. So from the moment that somebody asks for low bits until a model is in low
 - no row-parallel linear does its work: its first forward pass raises, before a token is out;
 - the run does not end with status 0.
 
+A model beside the one in low bits, which `load_checkpoint` has never loaded, may be meant
+so (a draft model): one line says that it is native. The linears are guarded by a forward pre-hook
+each, from when they are built until their model is loaded, so that a forward pass pays for nothing.
+
 What was asked for is what Megatron's parser has parsed, not what stands on a command line.
 """
 
 import argparse
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from megatron_lowbit.at_end import at_end
+from megatron_lowbit.cli import say
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.sums.sync_points import any_attached
+from megatron_lowbit.integration.sums.sync_points import any_attached, is_attached
 
 FLAG = "--lowbit-tp-comm"
 _PREFIX = "--lowbit-"
+
+
+_guards: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
 class _Asked:
@@ -34,26 +44,12 @@ class _Asked:
         given: Names of low-bit arguments that some parser has parsed.
         reason: What to say if low bits are not on; empty if nobody wants them, or they were on.
         was_on: Whether they have been.
+        is_watching: Whether linears that are built now get a guard.
     """
 
     def __init__(self):
         self.given: set[str] = set()
-        self.reason, self.was_on = "", False
-        self._guard: Any = None
-
-    def expect(self, reason: str) -> None:
-        if self.was_on or any_attached():
-            return
-        if self._guard is None:
-            self._guard = register_module_forward_pre_hook(_refuse_forward)
-            at_end(require_on)
-        self.reason = reason
-
-    def met(self) -> None:
-        self.reason, self.was_on = "", True
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+        self.reason, self.was_on, self.is_watching = "", False, False
 
 
 _asked = _Asked()
@@ -71,12 +67,27 @@ def note(parsed: argparse.Namespace) -> None:
 
 def expect(reason: str) -> None:
     """Low bits are wanted, for which `reason` is the error if they do not come."""
-    _asked.expect(reason)
+    if _asked.was_on or any_attached():
+        return
+    if not _asked.reason:
+        at_end(require_on)
+    _asked.reason = reason
+    if not _asked.is_watching:
+        _asked.is_watching = True
+        register_module_module_registration_hook(_guard)
 
 
 def met() -> None:
     """A model is in low bits."""
-    _asked.met()
+    _asked.reason, _asked.was_on = "", True
+
+
+def loaded(modules: Iterable[nn.Module]) -> None:
+    """It is known of these whether they are in low bits: they need no guard."""
+    for module in modules:
+        guard = _guards.pop(module, None)
+        if guard is not None:
+            guard.remove()
 
 
 def is_expected() -> bool:
@@ -118,16 +129,24 @@ def require_on() -> None:
         raise LowbitError(_asked.reason)
 
 
+def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Of every module that becomes part of another: a row-parallel linear gets its guard."""
+    if module is not None and _is_row_parallel(type(module)) and module not in _guards:
+        _guards[module] = module.register_forward_pre_hook(_refuse_forward)
+
+
 def _refuse_forward(module: nn.Module, inputs: tuple) -> None:
-    if not _is_row_parallel(type(module)):
-        return
-    if any_attached():  # by the script itself
-        met()
-    elif _asked.reason:
+    if _asked.reason and not any_attached():
         raise LowbitError(
             f"a {type(module).__name__} runs before low bits are on: {FLAG} needs a checkpoint "
             "that megatron.training's load_checkpoint loads"
         )
+    if _asked.was_on and not is_attached(module):
+        say(
+            "> native communication in a second model: it is not the one that is in low bits, and "
+            "load_checkpoint has not loaded it"
+        )
+    loaded(list(_guards))
 
 
 @functools.cache

@@ -126,6 +126,12 @@ def after_loading(act, model):
             if "norm" in name:
                 parameter.data += 1
         hooks.checkpoint_loaded(model)
+    if act == "second model":
+        second = build()
+        load_checkpoint(second, None, None)
+        print_rank_0(f"texts {json.dumps([generate(m[0].eval()) for m in (model, second)])}")
+    if act == "second model, not loaded":
+        print_rank_0(f"texts {json.dumps([generate(m[0].eval()) for m in (model, build())])}")
     if act == "remove and load":
         hooks._on[0].handle.remove()
         load_checkpoint(model, None, None)

@@ -89,6 +89,8 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "rank 1 muted": act("rank 1 muted", *FIXED, *THREE, ranks=3),
         "load again": act("load again", *FIXED),
         "remove and load": act("remove and load", *FIXED),
+        "second model": act("second model", *FIXED),
+        "second model, not loaded": act("second model, not loaded", *FIXED),
         "other weights": act("other weights", *FIXED),
         "own list": own([*FIXED, "--act", "nothing"]),
         "own parser": own([*FIXED, "--act", "nothing"], kind="--own-parser"),
@@ -195,6 +197,14 @@ def test_what_megatron_parsed_counts(ran, name):
 def test_a_model_whose_handle_was_removed_is_switched_on_by_its_next_load(ran):
     assert ran["remove and load"]["status"] == [0], ran["remove and load"]
     assert ran["remove and load"]["out"][0].count(ON) == 2
+
+
+def test_a_second_model_is_switched_on_or_said_to_be_native(ran):
+    loaded, other = ran["second model"], ran["second model, not loaded"]
+    assert (loaded["status"], other["status"]) == ([0], [0]), (loaded, other)
+    assert (loaded["out"][0].count(ON), other["out"][0].count(ON)) == (2, 1)
+    said = "> native communication in a second model"
+    assert (loaded["out"][0].count(said), other["out"][0].count(said)) == (0, 1)
 
 
 def test_a_fork_without_the_flag_ends_as_ever(ran):

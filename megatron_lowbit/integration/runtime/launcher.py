@@ -88,15 +88,14 @@ class Launch:
     def _compare(self) -> None:
         """See that the low-bit arguments of the command line are what Megatron's parser got."""
         unparsed = wanted.unparsed(self._argv)
-        if not unparsed:
-            return
-        reason = (
-            f"{unparsed[0]} is on the launcher's command line, but not among what Megatron parsed: "
+        if unparsed and wanted.FLAG not in unparsed:
+            raise LowbitError(self._unparsed(unparsed[0]))
+
+    def _unparsed(self, flag: str) -> str:
+        return (
+            f"{flag} is on the launcher's command line, but not among what Megatron parsed: "
             f"{self._script} builds its own argument list, put it there"
         )
-        if wanted.FLAG not in unparsed:
-            raise LowbitError(reason)
-        wanted.expect(reason)
 
     def stopped(self) -> None:
         """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
@@ -138,6 +137,8 @@ class Launch:
                 words = sys.argv[1:] if argv is None else argv
                 _fit(parsed, megatron_args.given_names(parser, words))
             self._parsed = True
+            if wanted.FLAG in wanted.unparsed(self._argv):
+                wanted.expect(self._unparsed(wanted.FLAG))
             return parsed, rest
 
         parser.parse_known_args = parse_known_args
