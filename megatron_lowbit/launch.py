@@ -11,6 +11,8 @@ tools/run_text_generation_server.py. ARGS are the script's own. --lowbit-tp-comm
 that go with it are in its --help, are checked when it parses them, and take effect when it has
 loaded its checkpoint: one line then says how many sync points are in low bits. Without INDEX_DIR
 the index is looked for in lowbit/ beside the checkpoint of --load (tools/calibrate.py makes it).
+What counts is what Megatron parses: a script may build its argument list itself, as evaluation
+harnesses do, and then it belongs there.
 
 A script that lies in a Megatron-LM checkout uses that checkout's megatron. For other scripts
 MEGATRON_LM=DIR names one; without it the installed megatron is used.
@@ -18,7 +20,7 @@ MEGATRON_LM=DIR names one; without it the installed megatron is used.
 Without CUDA the script runs on the CPU (Gloo); one line says which of its arguments that changes.
 
 The exit status is the script's; it is 1, with one line that says why, if low bits were asked for
-and could not be on, and 130 after Ctrl-C.
+and could not be on, or what is written at the end cannot be, and 130 after Ctrl-C.
 """
 
 import importlib.util

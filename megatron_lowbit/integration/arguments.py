@@ -253,7 +253,8 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         for layers in sorted(lines):  # a line for each pipeline stage
             print(f"> {lines[layers]}", flush=True)
         if args.lowbit_stats is not None:
-            at_end(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
+            path = Path(args.lowbit_stats).absolute()  # the script may change its directory
+            at_end(lambda: write_stats(handle.stats(), path))
     return handle
 
 

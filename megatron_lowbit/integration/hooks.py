@@ -49,7 +49,7 @@ class _On(NamedTuple):
     """
 
     handle: Handle
-    stats: str | None
+    stats: Path | None
     layers: WeakSet[nn.Module]
     fingerprints: list[str]
 
@@ -134,7 +134,8 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
         return None
     on_every_rank(lambda: _check(args))
     handle = apply_from_args(chunks, args)
-    _on.append(_On(handle, args.lowbit_stats, WeakSet(layers), prints))
+    stats = Path(args.lowbit_stats).absolute() if args.lowbit_stats is not None else None
+    _on.append(_On(handle, stats, WeakSet(layers), prints))
     wanted.met()
     wanted.loaded(modules)
     return handle
@@ -159,7 +160,7 @@ def write_stats_now() -> None:
     """Write the file of `--lowbit-stats`: for an end that skips exit handlers, which do it else."""
     for model in _on:
         if model.stats is not None and os.environ.get("RANK", "0") == "0":
-            write_stats(model.handle.stats(), Path(model.stats))
+            write_stats(model.handle.stats(), model.stats)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -76,7 +76,8 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
     (directory / "fork.py").write_text(FORK)
     fork = {**_case([]), "argv": [directory / "fork.py", "--load", flags[1]]}
     nowhere = str(directory / "nowhere")
-    stats = ["--lowbit-stats", str(directory / "interrupted.json")]
+    stats = ["--lowbit-stats", os.path.relpath(directory / "interrupted.json")]
+    early = os.path.relpath(directory / "early.json")  # of scripts that change their directory
     generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
     return {
         "generate": {**_case([], ranks=3), "argv": [GENERATE, *generate, "--prompts", *PROMPTS]},
@@ -84,7 +85,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "native": act("nothing"),
         "no load": act("no load", *FIXED),
         "exit without load": act("exit without load", *FIXED),
-        "early exit": act("early exit", *FIXED, "--lowbit-stats", str(directory / "early.json")),
+        "early exit": act("early exit", *FIXED, "--lowbit-stats", early),
         "muted": act("muted", *FIXED),
         "rank 1 muted": act("rank 1 muted", *FIXED, *THREE, ranks=3),
         "load again": act("load again", *FIXED),

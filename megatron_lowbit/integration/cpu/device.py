@@ -23,6 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_CURRENT = f"cuda:{_CPU}"  # what f"cuda:{torch.cuda.current_device()}" is here
 _state: dict[str, Any] = {"mode": None}
 
 
@@ -124,11 +125,6 @@ def _is_cuda(device: Any) -> bool:
     return type(device) is int
 
 
-def _names_the_cpu(args: tuple) -> bool:
-    """``f"cuda:{torch.cuda.current_device()}"``, or both apart: here the index is a device, too."""
-    return args in ((f"cuda:{_CPU}",), ("cuda", _CPU))
-
-
 class CudaAsCpu(TorchFunctionMode):
     """Sends what asks for a CUDA device to the CPU, and leaves every other call alone.
 
@@ -143,7 +139,7 @@ class CudaAsCpu(TorchFunctionMode):
         """Calls `func` with CUDA devices and pinned memory taken out of its arguments."""
         if func in self._IDENTITY:
             return args[0]
-        if func is torch.device and _names_the_cpu(args):
+        if func is torch.device and args == (_CURRENT,):
             return _CPU
         if kwargs:
             if _is_cuda(kwargs.get("device")):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from ipaddress import ip_address
 
 from torch.distributed import PrefixStore, TCPStore
 
@@ -91,33 +92,32 @@ def _listen(host: str, port: int, ranks: int) -> TCPStore:
 
     torch would listen on all addresses: with a loopback MASTER_ADDR we do on that one.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    family, address = _address(host)
+    is_local = ip_address(address).is_loopback
+    listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    address = _address(host)
     try:
-        listener.bind((address if address.startswith("127.") else "", port))
+        listener.bind((address if is_local else "", port))
         listener.listen(_BACKLOG)
     except OSError as error:
         raise LowbitError(
             f"MASTER_PORT={port}: rank 0 cannot listen there ({error.strerror}): choose a free port"
         ) from None
-    descriptor = listener.detach()  # the store's from now on
-    store = TCPStore(
-        address if address.startswith("127.") else "localhost",
-        port,
-        ranks,
-        True,
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=descriptor,
-        use_libuv=False,
-    )
     if not _answers(host, port):
         raise LowbitError(
             f"MASTER_ADDR={host}: rank 0 listens on port {port} and is not reached there: give an "
             "address of the machine that rank 0 runs on"
         )
-    return store
+    return TCPStore(
+        host,
+        port,
+        ranks,
+        True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),  # the store's from now on
+        use_libuv=False,
+    )
 
 
 def _until_all(here: PrefixStore, ranks: int, where: str) -> None:
@@ -158,17 +158,20 @@ def _pauses() -> Iterator[float]:
 def _answers(host: str, port: int) -> bool:
     """Whether somebody listens there."""
     try:
-        socket.create_connection((_address(host), port), timeout=2).close()
+        socket.create_connection((_address(host)[1], port), timeout=2).close()
     except OSError:
         return False
     return True
 
 
-def _address(host: str) -> str:
+def _address(host: str) -> tuple[socket.AddressFamily, str]:
+    """Its first IPv4 address, or its first one."""
     try:
-        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise LowbitError(f"MASTER_ADDR={host}: no such host ({error.strerror})") from None
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise LowbitError(f"MASTER_ADDR={host}: no such host ({error})") from None
+    found.sort(key=lambda info: info[0] != socket.AF_INET)
+    return found[0][0], found[0][4][0]
 
 
 def _number(name: str) -> int:
