@@ -43,21 +43,34 @@ ALL+=(--micro-batch-size 1 --port "$PORT" --lowbit-tp-comm --lowbit-collective o
 read -ra more <<<"${ARGS:-}"
 SCRIPT="$ROOT/examples/text_generation_server.py"
 
-"$ENV_PYTHON" -m torch.distributed.run --standalone --nproc-per-node 3 \
-    -m megatron_lowbit.launch "$SCRIPT" "${ALL[@]}" "${more[@]}" >"$LOG" 2>&1 &
-SERVER=$!
+# Without torchrun, whose store listens on every address: rank 0's listens on this one alone.
+export MASTER_ADDR=127.0.0.1 WORLD_SIZE=3 LOCAL_WORLD_SIZE=3
+MASTER_PORT="$("$ENV_PYTHON" -c 'import socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    print(free.getsockname()[1])')"
+export MASTER_PORT
+RANKS=()
+for rank in 0 1 2; do
+    RANK=$rank LOCAL_RANK=$rank "$ENV_PYTHON" -m megatron_lowbit.launch "$SCRIPT" "${ALL[@]}" "${more[@]}" \
+        >"${LOG%.log}.rank$rank.log" 2>&1 &
+    RANKS+=($!)
+done
+LOG="${LOG%.log}.rank0.log"
 stop() {
-    kill -INT "$SERVER" 2>/dev/null || true
-    wait "$SERVER" 2>/dev/null || true
+    kill "${RANKS[@]}" 2>/dev/null || true
+    wait "${RANKS[@]}" 2>/dev/null || true
 }
 trap stop EXIT
 
 echo "serve: starting the server on port $PORT; its messages go to ${LOG#"$ROOT"/}"
 until curl -s -o /dev/null "http://127.0.0.1:$PORT/"; do
-    kill -0 "$SERVER" 2>/dev/null || {
-        tail -n 20 "$LOG" >&2
-        die "the server has ended; its last messages are above"
-    }
+    for pid in "${RANKS[@]}"; do
+        kill -0 "$pid" 2>/dev/null || {
+            tail -n 20 "${LOG%0.log}"*.log >&2
+            die "a rank of the server has ended; the last messages are above"
+        }
+    done
     sleep 1
 done
 grep "^> low-bit" "$LOG"
@@ -74,5 +87,5 @@ print("serve:", answer["text"][0] if "text" in answer else answer)'
 done
 if [[ -n "${KEEP:-}" ]]; then
     echo "serve: the server stays up on port $PORT; Ctrl-C ends it"
-    wait "$SERVER"
+    wait -n "${RANKS[@]}"
 fi

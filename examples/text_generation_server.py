@@ -8,7 +8,8 @@ Nothing in it knows of low bits: run it through the launcher.
 
 examples/serve.sh does, and asks it. It serves as Megatron-LM's tools/run_text_generation_server.py,
 which no package carries: PUT /api with {"prompts": [...], "tokens_to_generate": N}, and
-POST /completions.
+POST /completions. A request that it could not serve is answered with status 400
+(request_checks.py): Megatron checks little, and one bad request would end the server for all.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models import GPTModelBuilder
+from request_checks import Checks
 
 REQUESTS = 8  # prompts in one batch, at most
 
@@ -94,7 +96,14 @@ def main() -> None:
     initialize_megatron()
     engine = make_engine(load_model(), args)
     if parallel_state.get_tensor_model_parallel_rank() == 0:
-        MegatronServer(engine, args).run(args.host, port=args.port)
+        server = MegatronServer(engine, args)
+        checks = Checks(
+            build_tokenizer(args),
+            positions=args.max_position_embeddings,
+            vocabulary=args.padded_vocab_size,
+        )
+        checks.install(server.app)
+        server.run(args.host, port=args.port)
     else:
         follow(engine)
 

@@ -24,7 +24,7 @@ _EXPORTS = {
     "all_reduce": "megatron_lowbit.comm",
     "reduce_scatter": "megatron_lowbit.comm",
     "all_gather": "megatron_lowbit.comm",
-    "ErrorFeedback": "megatron_lowbit.comm.feedback",
+    "ErrorFeedback": "megatron_lowbit.comm.feedback.chain",
     "get_codec": "megatron_lowbit.codecs",
     "LowbitError": "megatron_lowbit.errors",
 }

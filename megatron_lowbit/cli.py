@@ -12,15 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_lowbit.at_end import do_steps
 from megatron_lowbit.errors import LowbitError
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def _number(name: str, default: int) -> int:
+    """A number that a job launcher sets; `runtime.rendezvous` refuses what is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+RANK = _number("RANK", 0)
 # torchrun ends the other ranks 0.1 s after the first one fails: time for each to say its own line.
 _GRACE = 1.0
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command line's `main` and exit: 0, 1 on a user's error, 130 on Ctrl-C.
+    """Run a command line's `main` and `at_end`, and exit: 0, 1 on a user's error, 130 on Ctrl-C.
 
     User errors (`LowbitError`, `OSError`, a package of an extra that is missing) are one line on
     stderr, on each rank that meets them, and so is the loss of another rank; anything else is a
@@ -32,6 +40,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     where = f"{name}: [rank {RANK}] " if "RANK" in os.environ else f"{name}: "
     try:
         main()
+        do_steps()
     except (LowbitError, OSError) as error:
         _exit(1, f"{where}error: {error}")
     except ModuleNotFoundError as error:
@@ -117,6 +126,6 @@ def _exit(status: int, message: str, *, grace: float = _GRACE) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _number("WORLD_SIZE", 1) > 1:
         time.sleep(grace)
     os._exit(status)

@@ -11,6 +11,8 @@ tools/run_text_generation_server.py. ARGS are the script's own. --lowbit-tp-comm
 that go with it are in its --help, are checked when it parses them, and take effect when it has
 loaded its checkpoint: one line then says how many sync points are in low bits. Without INDEX_DIR
 the index is looked for in lowbit/ beside the checkpoint of --load (tools/calibrate.py makes it).
+What counts is what Megatron parses: a script may build its argument list itself, as evaluation
+harnesses do, and then it belongs there.
 
 A script that lies in a Megatron-LM checkout uses that checkout's megatron. For other scripts
 MEGATRON_LM=DIR names one; without it the installed megatron is used.
@@ -18,7 +20,7 @@ MEGATRON_LM=DIR names one; without it the installed megatron is used.
 Without CUDA the script runs on the CPU (Gloo); one line says which of its arguments that changes.
 
 The exit status is the script's; it is 1, with one line that says why, if low bits were asked for
-and could not be on, and 130 after Ctrl-C.
+and could not be on, or what is written at the end cannot be, and 130 after Ctrl-C.
 """
 
 import importlib.util
@@ -36,10 +38,12 @@ def main() -> None:
     is_module, name, argv = _target(sys.argv[1:])
     # Later than cli.run, so that an error of these imports is one line, too.
     from megatron_lowbit.integration.runtime.launcher import Launch, use_checkout
+    from megatron_lowbit.integration.runtime.rendezvous import check_environment, muster
 
     path = None if is_module else Path(name)
     if path is not None and not path.is_file():
         raise LowbitError(f"{name}: no such script")
+    check_environment()
     use_checkout(path)
     sys.argv = [name, *argv]
     # What Python itself puts first: the script's directory, or for a module the working directory.
@@ -48,6 +52,7 @@ def main() -> None:
         raise LowbitError(f"-m {name}: no such module")
     launch = Launch(name, argv)
     launch.install()
+    muster()
     try:
         _run(name, is_module=is_module)
     except (KeyboardInterrupt, RuntimeError):  # the latter where another rank stopped first

@@ -1,5 +1,6 @@
 """What the command lines share: exit statuses, one line, and nothing left behind."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,11 @@ def main():
 cli.run(main)
 """
 
+AT_END = """import megatron_lowbit.at_end as a
+    def full(): raise OSError(28, "No space left on device", "f")
+    a.at_end(full)
+    """
+
 
 def _start(body: str, directory: Path) -> subprocess.Popen:
     (directory / "tool.py").write_text(PROGRAM.format(body=body))
@@ -41,6 +47,9 @@ def _start(body: str, directory: Path) -> subprocess.Popen:
         ("import no_such_package", 1, "the package no_such_package is missing: pip install"),
         ("raise RuntimeError('Connection closed by peer')", 1, "another rank is gone"),
         ("raise KeyboardInterrupt", 130, "tool.py: interrupted"),
+        (AT_END, 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
+        (f"{AT_END}sys.exit(0)", 1, "tool.py: error: [Errno 28] No space left on device: 'f'"),
+        (f"{AT_END}raise LowbitError('first')", 1, "tool.py: error: first"),
     ],
 )
 def test_exit_status_and_one_line(tmp_path, body, status, message):
@@ -49,6 +58,25 @@ def test_exit_status_and_one_line(tmp_path, body, status, message):
     assert process.returncode == status
     assert message in errors
     assert len(errors.splitlines()) == (1 if message else 0)
+
+
+def test_what_runs_at_exit_can_fail_a_script_that_no_cli_runs(tmp_path):
+    """All steps are tried, once; a fault of ours keeps its traceback, and the status is not 0."""
+    for body, status, message in (
+        ("at_end(full); at_end(lambda: print('second'))", 1, "^s.py: error: .*device: 'f'\n$"),
+        ("at_end(lambda: 1 / 0)", 1, "ZeroDivisionError"),
+        ("at_end(full); do()", 1, "Traceback.*device: 'f'"),
+        ("at_end(lambda: print('second'))", 0, "^$"),
+    ):
+        (tmp_path / "s.py").write_text(
+            "from megatron_lowbit.at_end import at_end, do_steps as do\n"
+            "def full(): raise OSError(28, 'No space left on device', 'f')\n" + body
+        )
+        done = subprocess.run(
+            [sys.executable, "s.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.count("second")) == (status, body.count("second"))
+        assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
 
 @pytest.mark.parametrize("error", ["ValueError('ours')", "RuntimeError('ours')"])

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
 from megatron_lowbit.comm import transport
-from megatron_lowbit.comm.call import Call, run
+from megatron_lowbit.comm.call import Call, public, run
 from megatron_lowbit.comm.traffic import Clock, Decision, Traffic
 from megatron_lowbit.comm.transport import Channel, Steps, chunks
 
 _SLOTS = 3
 
 
+@public
 def all_gather(
     x: Tensor,
     *,

@@ -12,14 +12,9 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
 from megatron_lowbit.codecs.carry import NO_CARRY
-from megatron_lowbit.comm.call import Call, records, run
-from megatron_lowbit.comm.feedback import Feedback, Step
-from megatron_lowbit.comm.hierarchical import hierarchical
-from megatron_lowbit.comm.one_shot import one_shot
-from megatron_lowbit.comm.policy.policy import Policy
-from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
-from megatron_lowbit.comm.two_shot import two_shot
-from megatron_lowbit.comm.with_feedback import (
+from megatron_lowbit.comm.call import Call, public, records, run
+from megatron_lowbit.comm.feedback.chain import Feedback, Step
+from megatron_lowbit.comm.feedback.ways import (
     SKIPPED,
     native_input,
     node_carries,
@@ -27,10 +22,16 @@ from megatron_lowbit.comm.with_feedback import (
     skip,
     sum_carry,
 )
+from megatron_lowbit.comm.hierarchical import hierarchical
+from megatron_lowbit.comm.one_shot import one_shot
+from megatron_lowbit.comm.policy.policy import Policy
+from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
+from megatron_lowbit.comm.two_shot import two_shot
 
 _NO_CARRY_THERE = "not over symmetric memory, whose kernels know no carry"
 
 
+@public
 def all_reduce(
     x: Tensor,
     *,

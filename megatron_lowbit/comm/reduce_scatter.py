@@ -15,17 +15,18 @@ from torch import Tensor
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables
 from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm import transport
-from megatron_lowbit.comm.call import Call, run
-from megatron_lowbit.comm.feedback import Feedback
+from megatron_lowbit.comm.call import Call, check_counts, public, run
+from megatron_lowbit.comm.feedback.chain import Feedback
+from megatron_lowbit.comm.feedback.ways import SKIPPED, native_input, partial_carry, skip
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Clock, Traffic
 from megatron_lowbit.comm.transport import Channel, Steps, chunks
-from megatron_lowbit.comm.with_feedback import SKIPPED, native_input, partial_carry, skip
 from megatron_lowbit.errors import LowbitError
 
 _SLOTS = 3
 
 
+@public
 def reduce_scatter(
     x: Tensor,
     *,
@@ -66,10 +67,7 @@ def reduce_scatter(
             f"divide, got {tuple(x.shape)}"
         )
     call.counts = [x.shape[0] // call.ranks] * call.ranks if counts is None else counts
-    if len(call.counts) != call.ranks or sum(call.counts) != x.shape[0]:
-        raise LowbitError(
-            f"counts {call.counts} do not split {x.shape[0]} tokens over {call.ranks} ranks"
-        )
+    check_counts(call.counts, x.shape[0], call.ranks)
     return x if call.ranks == 1 else run(_ReduceScatter, x, call)
 
 

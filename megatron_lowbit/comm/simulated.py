@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.codecs.carry import NO_CARRY
-from megatron_lowbit.comm.feedback import Step
+from megatron_lowbit.comm.feedback.chain import Step
+from megatron_lowbit.comm.feedback.ways import SKIPPED, TWO_SHOT
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.transport import chunks, owned, share
-from megatron_lowbit.comm.with_feedback import SKIPPED, TWO_SHOT
 
 
 def simulated_all_reduce(

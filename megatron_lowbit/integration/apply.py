@@ -19,6 +19,7 @@ from torch import nn
 
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
+from megatron_lowbit.comm.call_check import CHECK_SWITCH, is_checking
 from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, Policy, Settings, make_policy
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.assignment import AssignedPoints, assign
@@ -114,6 +115,7 @@ def apply(
     )
     on_every_rank(lambda: _check_fold(model, assigned, settings) if fold else None)
     on_every_rank(rotation)  # a bad value is said before ranks wait for each other
+    on_every_rank(is_checking)
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
     wanted = (all_gather_bits, experts_bits, fold)
     policy = on_every_rank(lambda: _agreed_policy(points, assigned, settings, wanted))
@@ -136,6 +138,7 @@ def _agreed_policy(
     agreed = (codecs, wanted, str(weight.dtype), assigned.digest())
     require_equal("codec, dtype or index", agreed, group=group)
     require_equal(ROTATION_SWITCH, rotation_on(weight.device), group=group)
+    require_equal(CHECK_SWITCH, is_checking(), group=group)
     if not assigned.points:
         return None
     codec, tables = assigned.typical()

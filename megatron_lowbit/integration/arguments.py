@@ -6,12 +6,12 @@ handle = apply_from_args(model, args)                    # None without the flag
 """
 
 import argparse
-import atexit
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
 
+from megatron_lowbit.at_end import at_end
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
@@ -146,6 +146,7 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
         LowbitError: Low-bit arguments without the flag, one with a bad value, no checkpoint to look
             beside, no index there or one with a bad manifest.
     """
+    args = completed(args)
     if args.lowbit_tp_comm is None:
         for name, value in vars(args).items():
             if name.startswith("lowbit_") and value is not None:
@@ -157,9 +158,7 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     _bits_of("--lowbit-all-gather", args.lowbit_all_gather)
     _bits_of("--lowbit-experts", args.lowbit_experts)
     if args.lowbit_stats is not None:
-        if Path(args.lowbit_stats).is_dir():
-            raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
-        check_writable(Path(args.lowbit_stats).absolute().parent)
+        _check_stats(Path(args.lowbit_stats))
     _refuse_ignored(args)
     if args.lowbit_codec is not None:
         _check_codec(args.lowbit_codec, bits)
@@ -171,6 +170,43 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     calibrated = read_manifest(directory)["codec"]["name"]
     _check_codec(args.lowbit_codec or calibrated, bits)
     return directory
+
+
+def completed(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with all low-bit arguments, None where one is missing, and each of its type.
+
+    Arguments that come from elsewhere than our parser, such as Megatron's --yaml-cfg, may be some
+    of them only, and numbers.
+
+    Raises:
+        LowbitError: One that does not exist, or is of a type that no command line gives.
+    """
+    names = vars(add_lowbit_args(argparse.ArgumentParser(add_help=False)).parse_args([]))
+    given = {name: value for name, value in vars(args).items() if name.startswith("lowbit_")}
+    unknown = sorted(given.keys() - names.keys())
+    if unknown:
+        raise LowbitError(f"{unknown[0]} is no low-bit argument: choose from {', '.join(names)}")
+    typed = {name: _typed(name, given.get(name)) for name in names}
+    return argparse.Namespace(**{**vars(args), **typed})
+
+
+def _typed(name: str, value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) and name in ("lowbit_tp_comm", "lowbit_fold"):
+        chosen = _BESIDE_CHECKPOINT if name == "lowbit_tp_comm" else True
+        return chosen if value else None
+    if isinstance(value, int | Path) and not isinstance(value, bool):
+        return str(value)
+    raise LowbitError(f"{name}: {value!r} is a {type(value).__name__}: give a text")
+
+
+def _check_stats(path: Path) -> None:
+    if path.is_dir():
+        raise LowbitError(f"--lowbit-stats {path} is a directory: name a file")
+    if path.exists() and not path.is_file():  # it would be replaced, /dev/null too
+        raise LowbitError(f"--lowbit-stats {path} is no regular file: name one")
+    check_writable(path.absolute().parent)
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:
@@ -206,6 +242,7 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
     directory = on_every_rank(lambda: index_dir_from_args(args))
     if directory is None:
         return None
+    args = completed(args)
     handle = apply(
         model,
         directory,
@@ -223,7 +260,8 @@ def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None
         for layers in sorted(lines):  # a line for each pipeline stage
             print(f"> {lines[layers]}", flush=True)
         if args.lowbit_stats is not None:
-            atexit.register(lambda: write_stats(handle.stats(), Path(args.lowbit_stats)))
+            path = Path(args.lowbit_stats).absolute()  # the script may change its directory
+            at_end(lambda: write_stats(handle.stats(), path))
     return handle
 
 

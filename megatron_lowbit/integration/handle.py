@@ -83,6 +83,7 @@ class Handle:
     Attributes:
         native: The row-parallel linears of this rank that stay native, with the reason.
         layers: The numbers of this rank's layers, which under pipeline parallelism are not all.
+        is_removed: Whether `remove` was called.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Handle:
             )
         ]
         self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
-        self._is_removed = False
+        self.is_removed = False
 
     def status(self) -> list[SyncPointStatus]:
         """Each sync point of this rank that runs in low bits; `native` names the others."""
@@ -172,10 +173,10 @@ class Handle:
             attachment.remove()
         self._points, self._reducers, self._extras = [], [], Extras()
         self._links = []
-        self._is_removed = True
+        self.is_removed = True
 
     def __str__(self) -> str:
-        if self._is_removed:
+        if self.is_removed:
             return "low-bit communication: removed"
         native = f"{len(self.native)} stay native" + _listed(self.native)
         if not self._reducers:

@@ -8,11 +8,13 @@ from inside Megatron-LM:
     checkpoint_loaded(model)   # in megatron.training.checkpointing.load_checkpoint, at its end
 
 Each does its work once. Where a patched tree runs under the launcher the second call finds that it
-is done, and says so where a user should know.
+is done, and says so where a user should know. What was parsed and is not on by the end, or by the
+first forward pass, is an error (`integration.wanted`).
 """
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,27 +25,36 @@ from torch import nn
 
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration import wanted
 from megatron_lowbit.integration.apply import Handle
 from megatron_lowbit.integration.arguments import (
     add_lowbit_args,
     apply_from_args,
+    completed,
     index_dir_from_args,
 )
 from megatron_lowbit.integration.stats import write_stats
-from megatron_lowbit.integration.sums.sync_points import transformer_layers
-
-FLAG = "--lowbit-tp-comm"
+from megatron_lowbit.integration.sums.sync_points import fingerprint, modules_of, transformer_layers
+from megatron_lowbit.integration.wanted import FLAG
 
 
 class _On(NamedTuple):
-    """A model in low bits: its handle, and the file that --lowbit-stats names."""
+    """A model in low bits.
+
+    Attributes:
+        handle: What `apply` gave.
+        stats: The file that --lowbit-stats names.
+        layers: Its layers on this rank.
+        fingerprints: Of the layers, for which the index is.
+    """
 
     handle: Handle
-    stats: str | None
+    stats: Path | None
+    layers: WeakSet[nn.Module]
+    fingerprints: list[str]
 
 
 _on: list[_On] = []
-_layers: WeakSet[nn.Module] = WeakSet()  # of the models that are `_on`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -63,10 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_lowbit_args(parser)
     parse = parser.parse_known_args
 
-    def checked(*args, **kwargs):
+    def checked(args=None, namespace=None):
         """`parse_known_args`, which argparse's `parse_args` calls, too."""
-        parsed, rest = parse(*args, **kwargs)
+        parsed, rest = parse(args, namespace)
+        wanted.check_words(parser, list(sys.argv[1:] if args is None else args), rest)
         _check(parsed)
+        wanted.note(parsed)
         return parsed, rest
 
     parser.parse_known_args = checked
@@ -86,40 +99,69 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
         if the model is in low bits already: one line then says that this call was not needed.
 
     Raises:
-        LowbitError: See `integration.apply.apply`.
+        LowbitError: See `integration.apply.apply`; or the arguments have lost what was parsed, or
+            other weights were loaded into a model that is in low bits.
     """
     from megatron.training import get_args
 
-    args = get_args()
-    if getattr(args, "lowbit_tp_comm", None) is None:
-        return None
+    args = completed(get_args())
     chunks = [model] if isinstance(model, nn.Module) else list(model)
-    layers = on_every_rank(lambda: transformer_layers(chunks)).values()
+    modules = [module for _, module in modules_of(chunks)]
+    if args.lowbit_tp_comm is None:
+        if wanted.is_expected() and wanted.was_parsed():
+            raise LowbitError(
+                f"{FLAG} was parsed, and Megatron's arguments have it no more: something replaced "
+                "them, such as --yaml-cfg, where it is lowbit_tp_comm: INDEX_DIR"
+            )
+        if not wanted.is_expected():
+            wanted.loaded(modules)
+        return None
+    layers = list(on_every_rank(lambda: transformer_layers(chunks)).values())
+    prints = [fingerprint(layer) for layer in layers]
     # Asked of all ranks: a pipeline stage may have no layers, and all must do the same.
-    if all(gather_values(all(layer in _layers for layer in layers))):
+    states = gather_values(_state(layers, prints))
+    if "other weights" in states:
+        raise LowbitError(
+            "a checkpoint with other weights was loaded into a model that is in low bits, by the "
+            "index of those before: load once, or remove() the handle before"
+        )
+    if "on" in states and "off" not in states:
         _say(
             "> low-bit communication is on already for this model, and was not switched on again: "
             "this Megatron is patched and the launcher runs it (one of them is enough), or its "
             "checkpoint was loaded twice"
         )
         return None
+    on_every_rank(lambda: _check(args))
     handle = apply_from_args(chunks, args)
     assert handle is not None, "--lowbit-tp-comm is among the arguments"
-    _on.append(_On(handle, args.lowbit_stats))
-    _layers.update(layers)
+    stats = Path(args.lowbit_stats).absolute() if args.lowbit_stats is not None else None
+    _on.append(_On(handle, stats, WeakSet(layers), prints))
+    wanted.met()
+    wanted.loaded(modules)
     return handle
 
 
+def _state(layers: list[nn.Module], prints: list[str]) -> str:
+    """``on``, ``off`` or ``other weights`` of this rank's layers; ``none`` if it has none."""
+    if not layers:
+        return "none"
+    for model in _on:
+        if not model.handle.is_removed and all(layer in model.layers for layer in layers):
+            return "on" if model.fingerprints == prints else "other weights"
+    return "off"
+
+
 def is_on() -> bool:
-    """Whether `checkpoint_loaded` has switched a model to low bits."""
-    return bool(_on)
+    """Whether `checkpoint_loaded` has switched a model to low bits that is in them still."""
+    return any(not model.handle.is_removed for model in _on)
 
 
 def write_stats_now() -> None:
     """Write the file of `--lowbit-stats`: for an end that skips exit handlers, which do it else."""
     for model in _on:
         if model.stats is not None and os.environ.get("RANK", "0") == "0":
-            write_stats(model.handle.stats(), Path(model.stats))
+            write_stats(model.handle.stats(), model.stats)
 
 
 def _check(args: argparse.Namespace) -> None:

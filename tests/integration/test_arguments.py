@@ -9,6 +9,7 @@ from megatron_lowbit.comm.policy.policy import Settings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.arguments import (
     add_lowbit_args,
+    completed,
     index_dir_from_args,
     parse_bits,
     settings_from_args,
@@ -55,6 +56,7 @@ def test_bits():
         (["--lowbit-tp-comm", "x", "--lowbit-experts", "9"], "no 9-bit version"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null/f.json"], "/dev/null"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev"], "/dev is a directory: name a file"),
+        (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null"], "/dev/null is no regular file"),
         (["--lowbit-tp-comm", "x"], "no low-bit index at x"),
         ([*ON, "native", "--lowbit-codec", "mxfp4"], "--lowbit-codec means nothing to native"),
         ([*ON, "native", "--lowbit-bits", "4"], "--lowbit-bits means nothing to native"),
@@ -71,6 +73,20 @@ def test_bits():
 def test_refused(argv, message):
     with pytest.raises((LowbitError, OSError), match=message):
         index_dir_from_args(_parse(*argv))
+
+
+def test_arguments_that_come_from_a_yaml_file_are_completed_and_typed():
+    args = completed(argparse.Namespace(lowbit_tp_comm=True, lowbit_node_size=2, load="c"))
+    assert (args.lowbit_tp_comm, args.lowbit_node_size, args.lowbit_codec) == ("", "2", None)
+    assert completed(argparse.Namespace(lowbit_tp_comm=False)).lowbit_tp_comm is None
+    for wrong, message in (
+        ({"lowbit_tp_com": ""}, "lowbit_tp_com is no low-bit argument: choose from lowbit_tp_comm"),
+        ({"lowbit_bits": [4, 6]}, "is a list: give a text"),
+        ({"lowbit_codec": True}, "lowbit_codec: True is a bool: give a text"),
+        ({"lowbit_bits": 4.5}, "is a float: give a text"),
+    ):
+        with pytest.raises(LowbitError, match=message):
+            completed(argparse.Namespace(**wrong))
 
 
 def test_a_tuning_file_needs_auto():

@@ -8,6 +8,7 @@ quickstart's checkpoint, too.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,15 @@ PROMPTS = ["the world", "a model of"]
 COMMON = ["--use-checkpoint-args", "--ckpt-format", "torch_dist", "--norm-epsilon", "3e-05"]
 THREE = ["--tensor-model-parallel-size", "3", "--bf16"]
 FIXED = ["--lowbit-tp-comm", "--lowbit-collective", "one-shot"]
+# A Megatron with patches/arguments.patch alone, which switches nothing on, and no launcher.
+FORK = """
+import argparse, sys
+from megatron_lowbit.integration import hooks
+parser = argparse.ArgumentParser()
+parser.add_argument("--load")
+hooks.add_arguments(parser).parse_args()
+sys.exit(0)
+"""
 ON = "> low-bit communication: 4 sync points use shaped-hybrid"
 
 
@@ -63,8 +73,19 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         return _case([SCRIPT, *flags, "--act", name, *more], **settings)
 
     (directory / "other.py").write_text("import sys\nprint('done', sys.argv[1:])\n")
+
+    def own(words: list[str], *more: str, kind="--own") -> dict:
+        return _case([SCRIPT, kind, shlex.join([*flags, *words]), *more])
+
+    def full(*more: str, end="", **settings) -> dict:
+        stats = ["--lowbit-stats", str(directory / "full.json")]
+        return act("full disk" + end, *FIXED, *stats, *more, **settings)
+
+    (directory / "fork.py").write_text(FORK)
+    fork = {**_case([]), "argv": [directory / "fork.py", "--load", flags[1]]}
     nowhere = str(directory / "nowhere")
-    stats = ["--lowbit-stats", str(directory / "interrupted.json")]
+    stats = ["--lowbit-stats", os.path.relpath(directory / "interrupted.json")]
+    early = os.path.relpath(directory / "early.json")  # of scripts that change their directory
     generate = ["--load", flags[1], *THREE, *FIXED, "--num-tokens-to-generate", "5"]
     return {
         "generate": {**_case([], ranks=3), "argv": [GENERATE, *generate, "--prompts", *PROMPTS]},
@@ -76,10 +97,33 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "native": act("nothing"),
         "no load": act("no load", *FIXED),
         "exit without load": act("exit without load", *FIXED),
-        "early exit": act("early exit", *FIXED, "--lowbit-stats", str(directory / "early.json")),
+        "early exit": act("early exit", *FIXED, "--lowbit-stats", early),
         "muted": act("muted", *FIXED),
         "rank 1 muted": act("rank 1 muted", *FIXED, *THREE, ranks=3),
         "load again": act("load again", *FIXED),
+        "remove and load": act("remove and load", *FIXED),
+        "second model": act("second model", *FIXED),
+        "second model, not loaded": act("second model, not loaded", *FIXED),
+        "other weights": act("other weights", *FIXED),
+        "own list": own([*FIXED, "--act", "nothing"]),
+        "own parser": own([*FIXED, "--act", "nothing"], kind="--own-parser"),
+        "own list without it": own(["--act", "nothing"], "--lowbit-tp-comm"),
+        "own list without it, used": own([], "--lowbit-tp-comm"),
+        "own list without bits": own([*FIXED, "--act", "nothing"], "--lowbit-bits", "6"),
+        "own parser, typo": own([*FIXED, "--lowbit-tpcomm"], kind="--own-parser"),
+        "after --": own(["--act", "nothing", "--", "--lowbit-tp-comm"], kind="--own-parser"),
+        "twice": act("nothing", *FIXED, "--lowbit-bits", "4", "--lowbit-bits", "6"),
+        "replace": act("replace", *FIXED),
+        "set late": act("set late"),
+        "set wrong": act("set wrong", *FIXED),
+        "swallow": act("swallow", *FIXED),
+        "other loader": act("other loader", *FIXED),
+        "full disk": full(),
+        "full disk, sys.exit": full(end=", sys.exit"),
+        "full disk, os._exit": full(end=", os._exit"),
+        "full disk, 3 ranks": full(*THREE, ranks=3),
+        "fork": fork,
+        "fork with it": {**fork, "argv": [*fork["argv"], "--lowbit-tp-comm"]},
         "raise": act("raise", *FIXED),
         "interrupt": act("sleep", *FIXED, *stats, interrupt="asleep"),
         "typo": _case([SCRIPT.with_name("megatron_scrip.py"), *flags]),
@@ -93,6 +137,7 @@ def _cases(flags: list[str], directory: Path) -> dict[str, dict]:
         "no index": act("nothing", "--lowbit-tp-comm", nowhere),
         "unknown argument": act("nothing", *FIXED, "--lowbit-tpcomm"),
         "needs CUDA": act("nothing", *FIXED, "--transformer-impl", "transformer_engine"),
+        "half an environment": act("nothing", *FIXED, MASTER_ADDR="node1"),
         "no sequence": act("nothing", *FIXED, "--lowbit-all-gather", "6"),
     }
 
@@ -124,7 +169,7 @@ def ran(flags, tmp_path_factory) -> dict[str, dict]:
 def _line(result: dict, rank: int = 0) -> str:
     """The launcher's own error, which must be one line."""
     (line,) = re.findall(
-        r"^(?:launch|megatron_script).py: (.*)$", result["err"][rank], re.MULTILINE
+        r"(?:launch|megatron_script|fork).py: (.*)$", result["err"][rank], re.MULTILINE
     )
     assert "Traceback" not in result["err"][rank], result["err"][rank]
     return line
@@ -182,10 +227,54 @@ def test_a_patched_tree_or_a_second_load_is_not_applied_twice(ran):
     assert result["out"][0].count("> low-bit communication is on already for this model") == 1
 
 
+@pytest.mark.parametrize("name", ["own list", "own parser", "set late"])
+def test_what_megatron_parsed_counts(ran, name):
+    """Not the launcher's own command line: as evaluation harnesses and --yaml-cfg have it."""
+    assert ran[name]["status"] == [0], ran[name]
+    assert ran[name]["out"][0].count(ON) == 1
+    assert "native communication" not in ran[name]["out"][0]
+    assert (" 6.33 bits" in ran[name]["out"][0]) == (name == "set late"), "bits that are a number"
+
+
+def test_a_model_whose_handle_was_removed_is_switched_on_by_its_next_load(ran):
+    assert ran["remove and load"]["status"] == [0], ran["remove and load"]
+    assert ran["remove and load"]["out"][0].count(ON) == 2
+
+
+def test_a_second_model_is_switched_on_or_said_to_be_native(ran):
+    loaded, other = ran["second model"], ran["second model, not loaded"]
+    assert (loaded["status"], other["status"]) == ([0], [0]), (loaded, other)
+    assert (loaded["out"][0].count(ON), other["out"][0].count(ON)) == (2, 1)
+    said = "> native communication in a second model"
+    assert (loaded["out"][0].count(said), other["out"][0].count(said)) == (0, 1)
+
+
+def test_a_fork_without_the_flag_ends_as_ever(ran):
+    assert (ran["fork"]["status"], ran["fork"]["err"]) == ([0], [""])
+
+
+_UNPARSED = "is on the launcher's command line, but not among what Megatron parsed"
+
+
 @pytest.mark.parametrize(
     ("name", "status", "message"),
     [
         ("code of a tokenizer", 1, "coded/tokenizer_config.json: auto_map=.* is ever run"),
+        ("own list without it", 1, f"--lowbit-tp-comm {_UNPARSED}"),
+        ("own list without it, used", 1, "a RowParallelLinear runs before low bits are on"),
+        ("own list without bits", 1, f"--lowbit-bits {_UNPARSED}"),
+        ("own parser, typo", 2, "unrecognized arguments: --lowbit-tpcomm"),
+        ("after --", 2, "unrecognized arguments: --lowbit-tp-comm"),
+        ("twice", 2, "--lowbit-bits is given 2 times: give it once"),
+        ("replace", 1, "--lowbit-tp-comm was parsed, and Megatron's arguments have it no more"),
+        ("set wrong", 1, r"lowbit_bits: \[4, 6\] is a list: give a text"),
+        ("swallow", 1, "megatron_script.py ended without loading a checkpoint: low bits were"),
+        ("other loader", 1, "a RowParallelLinear runs before low bits are on: --lowbit-tp-comm"),
+        ("other weights", 1, "a checkpoint with other weights was loaded into a model that is in"),
+        ("full disk", 1, "No space left on device: .*full.json"),
+        ("full disk, sys.exit", 1, "No space left on device: .*full.json"),
+        ("full disk, os._exit", 1, "No space left on device: .*full.json"),
+        ("fork with it", 1, "fork.py ended without loading a checkpoint: low bits were never on"),
         ("no load", 1, "megatron_script.py ended without loading a checkpoint: low bits were"),
         ("exit without load", 1, "megatron_script.py ended without loading a checkpoint: low bits"),
         ("muted", 1, "no sync point that could use low bits.*already muted by Megatron"),
@@ -199,6 +288,7 @@ def test_a_patched_tree_or_a_second_load_is_not_applied_twice(ran):
         ("no index", 1, "no low-bit index at .*nowhere"),
         ("unknown argument", 2, "unrecognized arguments: --lowbit-tpcomm"),
         ("needs CUDA", 1, "--transformer-impl transformer_engine needs CUDA: leave it out"),
+        ("half an environment", 1, "MASTER_ADDR=node1 without RANK, WORLD_SIZE, MASTER_PORT: st"),
         ("no sequence", 1, "--lowbit-all-gather means nothing without --sequence-parallel"),
     ],
 )
@@ -218,6 +308,11 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_statistics(ran):
     assert ran["interrupt"]["status"] == [130], ran["interrupt"]
     assert _line(ran["interrupt"]) == "interrupted"
     assert json.loads((ran["directory"] / "interrupted.json").read_text())["total"] == []
+
+
+def test_a_full_disk_fails_the_run_of_several_ranks(ran):
+    assert ran["full disk, 3 ranks"]["status"] == [1, 0, 0], ran["full disk, 3 ranks"]
+    assert "No space left on device" in _line(ran["full disk, 3 ranks"])
 
 
 def test_an_early_exit_of_the_script_keeps_the_statistics(ran):

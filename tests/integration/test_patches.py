@@ -67,9 +67,9 @@ def patchctl(*arguments, fails: str | None = None) -> str:
     return done.stderr
 
 
-def git(tree: Path, *arguments) -> None:
+def git(tree: Path, *arguments, autocrlf="false") -> None:
     """Run git in a tree, as somebody."""
-    name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=false"]
+    name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"core.autocrlf={autocrlf}"]
     subprocess.run(["git", "-C", tree, *name, *arguments], check=True, capture_output=True)
 
 
@@ -183,6 +183,46 @@ def test_own_changes_are_refused_unless_told(tree):
     patchctl("revert", tree, fails="has changes of yours")
     patchctl("revert", tree, "--dirty")
     assert contents(tree) == before
+
+
+def test_a_checkout_with_windows_line_ends_is_patched_and_keeps_them(tree, tmp_path):
+    """core.autocrlf=true, in Megatron's checkout and in ours: the same patches, byte for byte."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    git(tree, "init", "-q")
+    git(tree, "add", ".")
+    git(tree, "commit", "-qm", "upstream")
+    windows, patches = tmp_path / "windows", tmp_path / "patches"
+    clone = ["clone", "-q", "-c", "core.autocrlf=true"]
+    git(tmp_path, *clone, tree, windows, autocrlf="true")
+    before = contents(windows)
+    assert all(raw.count(b"\r\n") == raw.count(b"\n") > 0 for raw in before.values())
+    patches.mkdir()
+    for file in PATCHES.iterdir():
+        (patches / file.name).write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    ours = ("--patches", patches)
+    assert "the files of" in patchctl("check", windows, *ours)
+    patchctl("apply", windows, *ours)
+    patchctl("apply", tree)
+    unix = {path: raw.replace(b"\n", b"\r\n") for path, raw in contents(tree).items()}
+    assert contents(windows) == unix
+    status = patchctl("status", windows)
+    assert (status.count(" applied "), "changes of yours" in status) == (3, False)
+    patchctl("revert", windows)
+    assert contents(windows) == before
+    (windows / LAYERS).write_bytes(before[LAYERS] + b"# mine\r\n")
+    patchctl("apply", windows, fails=f"{LAYERS} in {windows} has changes of yours")
+    patchctl("apply", windows, "--dirty")
+    patchctl("revert", windows, "--dirty")
+    assert contents(windows)[LAYERS] == before[LAYERS] + b"# mine\r\n"
+
+
+def test_mixed_line_ends_are_said(tree):
+    lines = (tree / LAYERS).read_bytes().split(b"\n")
+    (tree / LAYERS).write_bytes(b"\n".join(line + b"\r" * (n % 2) for n, line in enumerate(lines)))
+    patchctl(
+        "apply", tree, "--dirty", fails="some of its lines end as on Windows and others do not"
+    )
 
 
 def test_a_fork_is_unlisted_once_it_is_committed(tree):

@@ -14,6 +14,7 @@ from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.tuning import write_tuning
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_writable
+from megatron_lowbit.integration.runtime.rendezvous import check_environment
 
 
 def run(options: Namespace) -> None:
@@ -76,6 +77,7 @@ def _with_nodes(plan: Plan, node_size: int, of_plans: int) -> Plan:
 def _counts(text: str | None) -> list[int | None]:
     """Numbers of ranks to start; None where torchrun has started them."""
     if text is None:
+        check_environment()
         if "WORLD_SIZE" in os.environ:
             if int(os.environ["WORLD_SIZE"]) < 2:
                 raise LowbitError("1 is no number of ranks: start 2 or more")

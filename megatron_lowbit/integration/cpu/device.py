@@ -23,6 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_CURRENT = f"cuda:{_CPU}"  # what f"cuda:{torch.cuda.current_device()}" is here
 _state: dict[str, Any] = {"mode": None}
 
 
@@ -138,6 +139,8 @@ class CudaAsCpu(TorchFunctionMode):
         """Calls `func` with CUDA devices and pinned memory taken out of its arguments."""
         if func in self._IDENTITY:
             return args[0]
+        if func is torch.device and args == (_CURRENT,):
+            return _CPU
         if kwargs:
             if _is_cuda(kwargs.get("device")):
                 kwargs = {**kwargs, "device": _CPU}

@@ -110,6 +110,11 @@ def require_usable(state: State, *, unlisted: bool, dirty: bool) -> None:
             "pass --unlisted to try, or add it by tools/patchctl.py make"
         )
     for file in state.files:
+        if file.state == MISFIT and "\r\n" in file.before:
+            raise LowbitError(
+                f"{root / file.path}: some of its lines end as on Windows and others do not, and "
+                "no patch fits: end all alike"
+            )
         if file.state == MISFIT:
             raise LowbitError(
                 f"{file.name}.patch does not fit {root / file.path}: make one for this release by "
@@ -128,7 +133,9 @@ def revert(state: State) -> list[str]:
 
 
 def _change(files: Iterable[FileState], tree: Tree, which: str) -> list[str]:
-    replace_together({tree.root / file.path: getattr(file, which).encode() for file in files})
+    files = list(files)
+    contents = {f.path: tree.encode(f.path, getattr(f, which)) for f in files}
+    replace_together({tree.root / path: raw for path, raw in contents.items()})
     return [file.name for file in files]
 
 

@@ -116,7 +116,7 @@ def read_diff(directory: Path, patch: Patch) -> Diff:
     """
     path = directory / patch.file
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes().replace(b"\r\n", b"\n")  # as git may have checked it out
     except FileNotFoundError:
         raise LowbitError(f"{path} is missing: run tools/patchctl.py make") from None
     if sha256(raw) != patch.sha256:

@@ -32,11 +32,21 @@ class Tree:
         return (self.root / path).is_file()
 
     def read(self, path: str) -> str:
-        """A file's text, line ends as they are."""
+        """A file's text; with plain newlines, where all its lines end as on Windows.
+
+        git checks a file out so with core.autocrlf=true. Other carriage returns stay.
+        """
         try:
-            return (self.root / path).read_bytes().decode()
+            text = (self.root / path).read_bytes().decode()
         except UnicodeDecodeError as error:
             raise LowbitError(f"{self.root / path} is not UTF-8 ({error})") from None
+        return text.replace("\r\n", "\n") if _is_crlf(text) else text
+
+    def encode(self, path: str, text: str) -> bytes:
+        """`text` as the bytes of a file, its lines ended as they are in it now."""
+        if _is_crlf((self.root / path).read_bytes().decode()):
+            text = text.replace("\n", "\r\n")
+        return text.encode()
 
     def committed(self, path: str) -> str | None:
         """A file's text in git's last commit; None where git does not know the file."""
@@ -48,7 +58,10 @@ class Tree:
             )
         except FileNotFoundError:  # no git
             return None
-        return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+        if done.returncode != 0:
+            return None
+        text = done.stdout.decode(errors="replace")
+        return text.replace("\r\n", "\n") if _is_crlf(text) else text
 
     def commit(self) -> str | None:
         """The commit that is checked out; None where git does not know these files."""
@@ -56,6 +69,12 @@ class Tree:
             return None
         command = ["git", "-C", str(self.root), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _is_crlf(text: str) -> bool:
+    """Whether every line ends in a carriage return and a newline, and no carriage return else."""
+    count = text.count("\r\n")
+    return count > 0 and count == text.count("\n") == text.count("\r")
 
 
 def _version(path: Path) -> str:

@@ -10,6 +10,9 @@ it starts, `install` puts itself in the way at three places, whatever the releas
   returns, the model is switched to low bits;
 - `load_args_from_checkpoint` there: it brings the tokenizer's path, and a checkpoint that was moved
   has its tokenizer beside it.
+
+It goes by what Megatron has parsed, wherever the script has it from. A low-bit argument that stands
+on the launcher's command line and was not parsed is an error (`integration.wanted`).
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ from typing import NoReturn
 
 import torch
 
+from megatron_lowbit.at_end import do_steps, fail
 from megatron_lowbit.cli import say
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration import hooks
+from megatron_lowbit.integration import hooks, wanted
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
 from megatron_lowbit.integration.cpu.device import enable_cpu
 from megatron_lowbit.integration.cpu.training import enable_cpu_training
@@ -45,8 +49,7 @@ class Launch:
             script: Its name, for messages.
             argv: Its arguments.
         """
-        self._script = script
-        self._wanted = any(word.split("=", 1)[0] == hooks.FLAG for word in argv)
+        self._script, self._argv = script, argv
         self._built_parser = self._parsed = False
         self._tokenizer: dict[str, str] = {}
 
@@ -77,17 +80,29 @@ class Launch:
         """The script ended by itself: raise unless low bits were on, if they were asked for.
 
         Raises:
-            LowbitError: It never built Megatron's parser, or it never loaded a checkpoint.
+            LowbitError: It never built Megatron's parser, or never loaded a checkpoint, or what is
+                to be written at the end cannot be.
         """
         if not self._built_parser:
             raise LowbitError(
                 f"{self._script} ended without megatron.training's arguments: the launcher is for "
                 "scripts that parse them"
             )
-        if self._wanted and self._parsed and not hooks.is_on():
-            raise LowbitError(
-                f"{self._script} ended without loading a checkpoint: low bits were never on"
-            )
+        if self._parsed:
+            self._compare()
+        do_steps()
+
+    def _compare(self) -> None:
+        """See that the low-bit arguments of the command line are what Megatron's parser got."""
+        unparsed = wanted.unparsed(self._argv)
+        if unparsed and wanted.FLAG not in unparsed:
+            raise LowbitError(self._unparsed(unparsed[0]))
+
+    def _unparsed(self, flag: str) -> str:
+        return (
+            f"{flag} is on the launcher's command line, but not among what Megatron parsed: "
+            f"{self._script} builds its own argument list, put it there"
+        )
 
     def stopped(self) -> None:
         """The script was stopped, as servers are: keep what --lowbit-stats asks for."""
@@ -99,8 +114,10 @@ class Launch:
 
         def exit_seen(status: int) -> NoReturn:
             if status == 0 and os.getpid() == process:
-                hooks.write_stats_now()
-                self.ended()
+                try:
+                    self.ended()
+                except LowbitError as error:
+                    fail(error)
             leave(status)
 
         os._exit = exit_seen
@@ -130,6 +147,8 @@ class Launch:
             self._tokenizer = megatron_args.named_tokenizer(parsed, given)
             _check_tokenizer(parsed)
             self._parsed = True
+            if wanted.FLAG in wanted.unparsed(self._argv):
+                wanted.expect(self._unparsed(wanted.FLAG))
             return parsed, rest
 
         parser.parse_known_args = parse_known_args
@@ -149,10 +168,10 @@ class Launch:
         @functools.wraps(original)
         def load_checkpoint(ddp_model, *args, **kwargs):
             result = original(ddp_model, *args, **kwargs)
-            if self._wanted:
-                hooks.checkpoint_loaded(ddp_model)
-            else:
-                say(f"> native communication: no {hooks.FLAG}")
+            self._compare()
+            hooks.checkpoint_loaded(ddp_model)
+            if not hooks.is_on() and not wanted.is_expected():
+                say(f"> native communication: no {wanted.FLAG}")
             return result
 
         return load_checkpoint

@@ -26,6 +26,7 @@ from megatron_lowbit.integration.runtime.checkpoint import (
     reading_checkpoint,
 )
 from megatron_lowbit.integration.runtime.quiet import quiet
+from megatron_lowbit.integration.runtime.rendezvous import check_environment
 
 _KV_BUFFER = "inference_dynamic_batching_buffer_size_gb"
 
@@ -71,10 +72,11 @@ def parse_megatron_args(
         Megatron's validated arguments.
 
     Raises:
-        LowbitError: A checkpoint directory that is missing or empty, sizes that do not divide, or
-            a combination that Megatron refuses.
+        LowbitError: A checkpoint directory that is missing or empty, sizes that do not divide,
+            a combination that Megatron refuses, or ranks that the environment does not make clear.
         SystemExit: 2 with one line on stderr for an argument that does not exist or parse.
     """
+    check_environment()
     enable_cpu()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     require_megatron_training()

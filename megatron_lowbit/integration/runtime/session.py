@@ -37,6 +37,7 @@ from megatron_lowbit.integration.runtime.model_files import (
     refuse_own_code,
 )
 from megatron_lowbit.integration.runtime.quiet import quiet
+from megatron_lowbit.integration.runtime.rendezvous import muster
 from megatron_lowbit.model.forward import logits
 from megatron_lowbit.model.language_model import LanguageModel
 
@@ -52,6 +53,7 @@ def initialize(args: argparse.Namespace) -> None:
     from megatron.training import initialize as training
     from megatron.training.global_vars import set_global_variables
 
+    muster()
     compile_dependencies = training._compile_dependencies
     training._compile_dependencies = lambda: None
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit.codecs import Codec
-from megatron_lowbit.comm.feedback import SLOTS, Chain, Step
+from megatron_lowbit.comm.feedback.chain import SLOTS, Chain, Step
 
 # The first part of a sync point's name -> the layer's function that adds its sum to the stream.
 _ADDED_BY = {

@@ -40,6 +40,16 @@ PREDICTION_HEAD = "a multi-token-prediction head, which drafts a token or a few 
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
+def is_attached(module: nn.Module) -> bool:
+    """Whether a module has a reducer of ours."""
+    return module in _attached
+
+
+def any_attached() -> bool:
+    """Whether any module of this process has a reducer of ours."""
+    return bool(_attached)
+
+
 @dataclass(frozen=True)
 class SyncPoint:
     """One row-parallel output that is summed over tensor-parallel ranks.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm.call import Call
-from megatron_lowbit.comm.feedback import Step, with_owned
+from megatron_lowbit.comm.feedback.chain import Step, with_owned
 from megatron_lowbit.comm.hierarchical import Carries, shares
 from megatron_lowbit.comm.traffic import Decision
 from megatron_lowbit.comm.transport import share
