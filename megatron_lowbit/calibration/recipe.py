@@ -47,6 +47,12 @@ class Assignment:
         """The codec itself."""
         return get_codec(self.codec, bits=self.bits)
 
+    @classmethod
+    def from_json(cls, value: dict) -> "Assignment":
+        """Of what `to_json` gave, a pair of bits as JSON's list."""
+        bits = value.get("bits")
+        return cls(**{**value, "bits": tuple(bits) if isinstance(bits, list) else bits})
+
     def to_json(self) -> dict:
         """For JSON, without what is left to defaults."""
         return {key: value for key, value in asdict(self).items() if value is not None}
