@@ -14,7 +14,7 @@ MOST_FEATURES = 1 << 20  # of a token
 
 def _printable(text: str) -> str:
     if not text or any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise ValueError("empty, or with a control character such as NUL")
+        raise ValueError(f"{shown(text)} is empty or has a control character such as NUL")
     return text
 
 
@@ -73,8 +73,10 @@ def first_problem(error: ValidationError) -> str:
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
     place = "".join(parts).lstrip(".")
     found = first["input"]
-    is_plain = first["type"] != "missing" and not isinstance(found, dict | list | BaseModel)
-    text = f"{place}: {first['msg']}" if place else first["msg"]
+    says_value = first["type"] in ("missing", "value_error")
+    is_plain = not says_value and not isinstance(found, dict | list | BaseModel)
+    problem = first["msg"].removeprefix("Value error, ")
+    text = f"{place}: {problem}" if place else problem
     if len(text) > 300:
         text = f"{text[:300]}..."
     return repr(f"{text} ({shown(found)})" if is_plain else text)[1:-1].replace("\\'", "'")
