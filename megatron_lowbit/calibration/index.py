@@ -237,6 +237,15 @@ def mean_energy(mean: Tensor, variance: Tensor) -> float:
     return energy / spread if spread > 0 else math.inf if energy > 0 else 0.0
 
 
+def collapsed(index: CalibrationIndex) -> tuple[int, int]:
+    """At how many sync points the means are not believed (`trusted`), and how many there are."""
+    records = [record for of_layer in index.layers.values() for record in of_layer.values()]
+    ratios = [
+        mean_energy(record.mean, _variance(record.mean, record.second_moment)) for record in records
+    ]
+    return sum(ratio > MOST_MEAN for ratio in ratios), len(records)
+
+
 def _ranges(minimum: Tensor, maximum: Tensor) -> Tensor:
     return 2 * torch.maximum(minimum.abs(), maximum.abs())
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.calibration.index_schema import FORMAT_VERSION, Assigned, Manifest
 from megatron_lowbit.calibration.layer_files import layer_bytes, read_layer
 from megatron_lowbit.calibration.recipe import Assignment
+from megatron_lowbit.calibration.validation.index_schema import FORMAT_VERSION, Assigned, Manifest
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.files import atomic_directory, check_writable, write
 from megatron_lowbit.json_files import read_json, shown

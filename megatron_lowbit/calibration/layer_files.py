@@ -13,9 +13,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from megatron_lowbit.calibration.impossible import impossible
 from megatron_lowbit.calibration.index import STATISTICS, SUM_STATISTICS, SyncPointRecord
-from megatron_lowbit.calibration.index_schema import Manifest
+from megatron_lowbit.calibration.validation.impossible import impossible
+from megatron_lowbit.calibration.validation.index_schema import Manifest
 from megatron_lowbit.errors import IndexFileError
 from megatron_lowbit.json_files import parse_json, read_regular, shown
 from megatron_lowbit.schema import Name

@@ -83,7 +83,7 @@ def read_rules(path: Path) -> list[dict]:
         LowbitError: It cannot be read, is no JSON list of rules, has an unknown key, codec or
             number of bits; the message names the rule.
     """
-    from megatron_lowbit.calibration.index_schema import Rule
+    from megatron_lowbit.calibration.validation.index_schema import Rule
     from megatron_lowbit.schema import validated
 
     rules = read_json(Path(path))

@@ -14,20 +14,16 @@ from torch import Tensor, nn
 
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.assemble import assemble
-from megatron_lowbit.calibration.calibration_loop import (
-    Checkpointer,
-    Observations,
-    Progress,
-    calibrate,
-)
-from megatron_lowbit.calibration.corpus import Corpus, read_corpus
-from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.calibration_loop import Observations, calibrate
+from megatron_lowbit.calibration.corpus import Corpus, poverty, read_corpus
+from megatron_lowbit.calibration.index import CalibrationIndex, collapsed
 from megatron_lowbit.calibration.index_files import (
     FORMAT_VERSION,
     check_destination,
     write_index,
 )
 from megatron_lowbit.calibration.planning import with_recipe
+from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
@@ -61,6 +57,9 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     corpus, sequences = on_every_rank(lambda: _read(args, options))
     model = session.load_model(args)
     cli.say(f"{options.sequences} sequences of {options.seq_length} tokens")
+    poor = poverty(sequences)
+    if poor:
+        cli.say(f"warning: {poor}; {_POOR}")
     partial = output.with_name(f".{output.name}.partial")
     index, progress = calibrate_model(
         model,
@@ -228,7 +227,13 @@ def _observe_all(
         )
 
 
+_POOR = "its means and variances say little of other texts: calibrate on a more varied one"
+
+
 def _report(progress: Progress, index: CalibrationIndex, output: Path) -> None:
+    flat, points = collapsed(index)
+    if 2 * flat > points:
+        cli.say(f"warning: hardly any variance at {flat} of {points} sync points; {_POOR}")
     for message in progress.skipped[:10]:
         cli.say(f"warning: left out {message}")
     if len(progress.skipped) > 10:

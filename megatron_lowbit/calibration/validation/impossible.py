@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_lowbit.calibration.index_schema import Corpus
+from megatron_lowbit.calibration.validation.index_schema import Corpus
 
 _MOST = 1e14  # of a value; its square, summed over ranks and features, is far below fp32's largest
 _ROUNDING = 1e-4  # relative, of a mean of squares: sums over a sequence are in fp32
@@ -48,14 +48,14 @@ def impossible(low: Tensor, high: Tensor, mean: Tensor, square: Tensor, corpus: 
     reach = times * variance.sqrt()
     largest = times * (length * (1 + _ROUNDING) * square + length * _FLUSHED).sqrt()
     absolute = torch.maximum(low.abs(), high.abs())
+    least = mean.square() - _ROUNDING * square.abs() - _FLUSHED
     checks = {
         "second moment is negative": square < 0,
         "minimum is above the maximum": low - high > 1e-6 * absolute,
-        "second moment is below the mean's square": mean.square() > square + _ROUNDING * square.abs()
-        + _FLUSHED,
+        "second moment is below the mean's square": square < least,
         "mean is outside the range of the values": (low > mean + reach) | (high < mean - reach),
         "range is beyond what the second moment allows": absolute > largest,
-    }  # fmt: skip
+    }
     for text, wrong in checks.items():
         if bool(wrong.any()):
             feature = int(wrong.nonzero()[0, -1])
