@@ -172,7 +172,7 @@ def test_recipe_in_runs_and_manifest_without_lists(whole):
 
 def _set(content: dict, codec: str, **values) -> None:
     for result in content["texts"][0]["results"]:
-        if result["codec"] == codec:
+        if result["variant"] == codec:
             result.update(values)
 
 
@@ -212,10 +212,10 @@ def test_headline_without_the_paper_or_anything(tmp_path):
 def test_codecs_above_the_budget_cannot_win(tmp_path):
     content = _few()
     for variant in content["variants"]:
-        if variant["codec"] == "rotated-hybrid":
+        if variant["variant"] == "rotated-hybrid":
             variant["bits_per_value"] = 4.25
     (comparison,) = compare(read_results([sample.write(content, tmp_path / "0.json")])[0].data)
-    assert comparison.result.codec == "static-hybrid"
+    assert comparison.result.variant == "static-hybrid"
 
 
 @pytest.mark.parametrize("sync_points", [None, {"sequences": 0, "points": []}])
@@ -322,7 +322,7 @@ def test_tool_fails_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"report.py: error: {tmp_path / 'a.json'}: format is null, this report reads 2: "
+        f"report.py: error: {tmp_path / 'a.json'}: format is null, this release reads 2 and 3: "
         "write the file again with tools/evaluate.py"
     ]
     assert not (tmp_path / "report.html").exists()

@@ -30,8 +30,8 @@ def _put(value, *keys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_drop("format"), r"format is null, this report reads 2"),
-        (_put(1, "format"), r"format is 1, this report reads 2"),
+        (_drop("format"), r"format is null, this release reads 2 and 3"),
+        (_put(1, "format"), r"format is 1, this release reads 2 and 3"),
         (_drop("simulated"), r"simulated: Field required"),
         (_drop("tasks"), r"tasks: Field required"),
         (_drop("texts", 0, "results", 1, "kl"), r"texts\[0\]\.results\[1\]\.kl: Field required"),
@@ -39,9 +39,9 @@ def _put(value, *keys):
         (_put("3", "tp_size"), r"tp_size: .*integer"),
         (_put("f1", "tasks", 0, "metric"), r"tasks\[0\]\.metric: .*acc"),
         (_put([1.0], "long_context", 0, "results", 0, "kl"), r"long_context\[0\]: .*buckets"),
-        (_put("x", "generation", 0, "results", 0, "codec"), r"codec 'x': variants lacks it"),
-        (_put(1.0, "sync_points", "points", 0, "sqnr", "x"), r"codec 'x': variants lacks it"),
-        (_put("bf16", "variants", 1, "codec"), r"variants has codec 'bf16' more than once"),
+        (_put("x", "generation", 0, "results", 0, "variant"), r"variant 'x': variants lacks it"),
+        (_put(1.0, "sync_points", "points", 0, "sqnr", "x"), r"variant 'x': variants lacks it"),
+        (_put("bf16", "variants", 1, "variant"), r"variants has 'bf16' more than once"),
     ],
 )
 def test_a_bad_file_is_one_line_with_its_name_and_key(tmp_path, change, message):

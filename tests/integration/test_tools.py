@@ -82,7 +82,7 @@ def test_evaluation_prints_and_writes_the_tables(evaluated):
     assert [text["name"] for text in summary["texts"]] == [TEXT.name, OTHER.name]
     assert [text["tokens"] for text in summary["texts"]] == [128, 128]
     names = CODECS.split(",")
-    variants = {variant["codec"]: variant for variant in summary["variants"]}
+    variants = {variant["variant"]: variant for variant in summary["variants"]}
     assert list(variants) == names
     for name, variant in variants.items():
         assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 2
@@ -97,7 +97,7 @@ def test_evaluation_prints_and_writes_the_tables(evaluated):
     assert 2.3 < variants["recipe-3"]["bits_per_value"] <= 3
     assert summary["native"]["wire_bytes_per_token"] == 4 * 2 * 48 * 2 * 2 / 3
     for text in summary["texts"]:
-        kl = {result["codec"]: result["kl"] for result in text["results"]}
+        kl = {result["variant"]: result["kl"] for result in text["results"]}
         assert list(kl) == names
         assert 0 < kl["bf16"] < kl["rotated-hybrid"] < kl["rotated-hybrid-2"], kl
         assert kl["recipe"] < kl["recipe-3"], kl
@@ -222,7 +222,7 @@ def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_
             expected = f"size 3, this run has 2: {more[1:]} has tables per rank, calibrate at 2"
             assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     summary = json.loads(output.read_text())
-    kl = {result["codec"]: result["kl"] for result in summary["texts"][0]["results"]}
+    kl = {result["variant"]: result["kl"] for result in summary["texts"][0]["results"]}
     assert summary["tp_size"] == 2
     assert 0 < kl["shaped-hybrid"] < kl["rotated-hybrid-2"], kl
 

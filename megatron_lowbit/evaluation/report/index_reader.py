@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.report.results import first_problem
+from megatron_lowbit.schema import first_problem
 
 Point = TypeVar("Point")  # whatever has a `layer` and a `name`
 LEVELS = (0.5, 0.9, 0.99, 1.0)
