@@ -255,11 +255,10 @@ def _check_variants(value, known: set[str], path: Path) -> None:
         for one in value:
             _check_variants(one, known, path)
     elif isinstance(value, dict):
-        named = {value["variant"]} if "variant" in value else set()
-        for name in named | set(value.get("sqnr") or ()) | set(value.get("worst_token_sqnr") or ()):
-            if name not in known:
-                raise LowbitError(
-                    f"{path}: a result is of variant {shown(name)}: variants lacks it"
-                )
+        named = {value.get("variant")} if isinstance(value.get("variant"), str) else set()
+        for key in ("sqnr", "worst_token_sqnr"):
+            named |= set(value[key]) if isinstance(value.get(key), dict) else set()
+        for name in sorted(named - known):
+            raise LowbitError(f"{path}: a result is of variant {shown(name)}: variants lacks it")
         for one in value.values():
             _check_variants(one, known, path)
