@@ -150,7 +150,7 @@ def _check(manifest: Manifest) -> None:
     layers, shape = sorted(map(int, manifest.layers)), manifest.model
     if layers != list(range(1, shape.num_layers + 1)):
         some = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
-        raise LowbitError(f"it lists layers {some}, not 1 to {shape.num_layers}")
+        raise LowbitError(f"it lists layers {some}, not 1 to {shape.num_layers} (model.num_layers)")
     for layer, entry in manifest.layers.items():
         if entry.file != _layer_file(int(layer)):
             raise LowbitError(

@@ -47,10 +47,8 @@ def main() -> int:
     for name, count in sorted(found.items()):
         print(f"{count:6}  {name}")
     grown = _memory() - before
-    print(
-        f"{options.count} indexes, {faults} faults, {time.monotonic() - started:.0f} s, memory grew "
-        f"by {grown / 1024:.0f} MB"
-    )
+    took = f"{time.monotonic() - started:.0f} s, memory grew by {grown / 1024:.0f} MB"
+    print(f"{options.count} indexes, {faults} faults, {took}")
     return 1 if faults or grown > _MEMORY else 0
 
 
