@@ -98,8 +98,20 @@ def _interrupted(rank: int, directory: str) -> dict:
     found["resumed"] = _evaluate(path, resume=True)
     found["again"] = _evaluate(path, resume=True)
     found["over"] = _evaluate(path)
-    part.write_bytes(b"x" + part.read_bytes())
+    whole = part.read_text()
+    part.write_text("x" + whole)
     found["damaged"] = _evaluate(path, resume=True)
+    found["wrong"] = []
+    for old, new in (
+        ('"unit": 0', '"unit": 1'),
+        ('"unit": 0', '"unit": "0"'),
+        ('"unit": 0', '"unit": false'),
+        ('"record": {', '"record": {"native": 3, "extra": '),
+        ('"measure": "', '"measure": "\\ud800'),
+        ("{", "[" * 100_000),
+    ):
+        part.write_text(whole.replace(old, new, 1))
+        found["wrong"].append(_evaluate(path, resume=True))
     return found
 
 
