@@ -18,7 +18,7 @@ from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import check_output
+from megatron_lowbit.files import check_writable
 from megatron_lowbit.integration.apply import apply
 from megatron_lowbit.integration.handle import Handle
 from megatron_lowbit.integration.stats import write_stats
@@ -151,7 +151,9 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     _bits_of("--lowbit-all-gather", args.lowbit_all_gather)
     _bits_of("--lowbit-experts", args.lowbit_experts)
     if args.lowbit_stats is not None:
-        check_output(Path(args.lowbit_stats), "--lowbit-stats")
+        if Path(args.lowbit_stats).is_dir():
+            raise LowbitError(f"--lowbit-stats {args.lowbit_stats} is a directory: name a file")
+        check_writable(Path(args.lowbit_stats).absolute().parent)
     _refuse_ignored(args)
     if args.lowbit_codec is not None:
         _check_codec(args.lowbit_codec, bits)

@@ -38,8 +38,7 @@ def main() -> int:
             signal.alarm(_SECONDS)
             try:
                 what, outcome = index_mutations.run(base, wrong, seed)
-                kind = "a value" if what.startswith(".") else what.split()[0]
-                found[f"{outcome}: {kind}"] += 1
+                found[f"{outcome}: {what.split()[0]}"] += 1
             except Exception as error:
                 faults += 1
                 print(f"{' '.join(error.__notes__)}: {type(error).__name__}: {error}", flush=True)

@@ -36,6 +36,7 @@ _VALUES = [
     [4], [[]], 10**9, 2**63, -(2**63), 5 * 10**7, 1e308, -1e308, "rotated-hybrid", "native",
     "bf16", "../manifest.json", "/dev/zero", "layer_00002.safetensors", "\ud800", {"codec": "bf16"},
 ]  # fmt: skip
+_KEYS = ["extra", "01", "²", "3", "a\0", "variant", "codec", "format_version"]
 _TEXTS = ["1" * 400, "1e400", "NaN", "-Infinity", "[" * 5000, '{"a": 1, "a": 2}', '"\\ud800"']
 _FLOATS = [0.0, -1.0, 1.0, 1e-30, 1e-45, 1e5, 1e10, 1e18, 1e38, -1e38, math.nan, math.inf]
 
@@ -88,7 +89,7 @@ def _record(generator: torch.Generator) -> SyncPointRecord:
 def mutate(directory: Path, seed: int) -> str:
     """Make the index in `directory` wrong; what was done, in words."""
     rng = random.Random(seed)
-    kind = rng.choice([_bytes, _value, _value, _structure, _tensor, _tensor, _tensor, _file])
+    kind = rng.choice([_bytes, _manifest, _manifest, _manifest, _tensor, _tensor, _tensor, _file])
     what = kind(directory, rng)
     signed = rng.random() < 0.8
     if signed:
@@ -137,36 +138,37 @@ def _places(value, found: list, path: str = "") -> list:
     return found
 
 
-def _value(directory: Path, rng: random.Random) -> str:
+def _manifest(directory: Path, rng: random.Random) -> str:
     path = directory / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    container, key, where = rng.choice(_places(manifest, []))
-    if rng.random() < 0.15:
+    return change_json(json.loads(path.read_bytes()), path, rng)
+
+
+def change_json(content, path: Path, rng: random.Random) -> str:
+    """Write a JSON value with one thing in it changed; what it was, in words."""
+    container, key, where = rng.choice(_places(content, []))
+    action = rng.choice(["value", "value", "value", "text", "remove", "rename", "add", "copy"])
+    done = f"{action} {where}"
+    if action == "value":
+        container[key] = rng.choice(_VALUES)
+        done += f" {container[key]!r}"
+    elif action == "text":
         text, container[key] = rng.choice(_TEXTS), "@"
-        path.write_text(json.dumps(manifest).replace('"@"', text))
-        return f"{where} is {text[:20]}"
-    container[key] = rng.choice(_VALUES)
-    path.write_text(json.dumps(manifest))
-    return f"{where} is {container[key]!r}"
-
-
-def _structure(directory: Path, rng: random.Random) -> str:
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    container, key, where = rng.choice(_places(manifest, []))
-    other, other_key, other_where = rng.choice(_places(manifest, []))
-    action = rng.choice(["remove", "rename", "add", "copy"])
-    if action == "copy":
+        path.write_text(json.dumps(content).replace('"@"', text))
+        return f"{done} {text[:20]}"
+    elif action == "copy":
+        other, other_key, from_where = rng.choice(_places(content, []))
         container[key] = json.loads(json.dumps(other[other_key]))
-    elif action == "add" or isinstance(container, list):
-        target = container if isinstance(container, dict) else manifest
-        target[rng.choice(["extra", "01", "²", "3", "a\0"])] = rng.choice(_VALUES)
+        done += from_where
+    elif isinstance(container, list):
+        container.append(container.pop(key) if action == "rename" else rng.choice(_VALUES))
+    elif action == "add":
+        container[rng.choice(_KEYS)] = rng.choice(_VALUES)
     else:
         held = container.pop(key)
         if action == "rename":
-            container[rng.choice(["extra", "01", "²", "3", "a\0"])] = held
-    path.write_text(json.dumps(manifest))
-    return f"{action} {where} {other_where}"
+            container[rng.choice(_KEYS)] = held
+    path.write_text(json.dumps(content))
+    return done
 
 
 def _tensor(directory: Path, rng: random.Random) -> str:
