@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_lowbit.errors import LowbitError
 
-LARGEST = 1 << 24  # bytes; of brackets it is 400 MB in memory; what we write is far smaller
+LARGEST = 1 << 24  # bytes; a list of empty lists takes 430 MB in memory
 _DEPTH = 64  # levels; what we write has about ten
 _INTEGERS = 1 << 63
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")

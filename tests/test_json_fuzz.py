@@ -69,7 +69,7 @@ def _evaluation(path: Path) -> None:
 def test_a_line_or_a_value(tmp_path_factory, content, read):
     path = tmp_path_factory.mktemp("json") / "a.json"
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(st.integers(0, 2**32))
     def check(seed):
         change_json(json.loads(json.dumps(content)), path, random.Random(seed))

@@ -18,7 +18,7 @@ from megatron_lowbit.json_files import check_regular, parse_json
 
 _CHUNK = 1 << 16  # bytes that are read at once
 # A text is poor with fewer different tokens, or if one of them is more than this share of all.
-# 32,768 tokens of Emma have 3,800 different ones, and its commas are 7 %.
+# 32,768 tokens of Emma have 3,629 different ones, and the most frequent is 6 % of them.
 _FEWEST_DISTINCT = 32
 _MOST_FREQUENT = 0.5
 

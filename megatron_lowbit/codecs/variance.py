@@ -10,7 +10,7 @@ from megatron_lowbit.errors import LowbitError
 _LEAST = 1e-6  # of the mean over features
 # Weights that rest on a poor text must stay sane. The bound is beyond what a real text gives:
 # SmolLM2-135M on Emma, TP 3, has at most 2.9 (shaped-hybrid, with any number of BF16 features) and
-# 10.1 (scaled-hybrid, with its default); on "the the the" 1e6 and more.
+# 10.1 (scaled-hybrid, with its default); on "the the the" there are variances of zero.
 MOST_COST = 16.0  # 12 dB
 
 

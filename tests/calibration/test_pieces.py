@@ -63,7 +63,7 @@ texts = st.lists(st.tuples(words, gaps), min_size=300, max_size=700).map(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(texts, st.integers(1, 900))
 def test_pieces_have_the_tokens_of_the_whole(kind, text, chunk):
     tokenize = _tokenize(kind)

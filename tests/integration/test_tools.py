@@ -78,7 +78,7 @@ def evaluated(calibrated, tmp_path_factory) -> tuple[str, dict]:
 
 def test_evaluation_prints_and_writes_the_tables(evaluated):
     printed, summary = evaluated
-    assert (summary["format"], summary["tp_size"], summary["simulated"]) == (2, 3, False)
+    assert (summary["format"], summary["tp_size"], summary["simulated"]) == (3, 3, False)
     assert [text["name"] for text in summary["texts"]] == [TEXT.name, OTHER.name]
     assert [text["tokens"] for text in summary["texts"]] == [128, 128]
     names = CODECS.split(",")
@@ -207,6 +207,18 @@ def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_
     done = forked(None, *command, "--seq-length", "32", "--codecs", "static-hybrid-4+6")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
+
+
+def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
+    text = tmp_path / "the.txt"
+    text.write_text("the " * 2000)
+    command = ["--simulate-tp", "4", "--load", checkpoint, "--data", text, *SMALL]
+    done = forked(None, CALIBRATE, *command, "--output", tmp_path / "index")
+    assert done.returncode == 0, done.stderr[-4000:]
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "different tokens in" in warnings[0]
+    assert "calibrate on a more varied one" in warnings[0]
+    assert read_index(tmp_path / "index").tp_size == 4
 
 
 def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_path):

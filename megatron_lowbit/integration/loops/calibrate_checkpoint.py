@@ -42,6 +42,8 @@ from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.model.forward import device_of, logits
 from megatron_lowbit.model.summing import Summing
 
+_POOR = "its means and variances say little of other texts: calibrate on a more varied one"
+
 
 def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
@@ -79,6 +81,9 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     _report(progress, index, output)
+    flat, points = collapsed(index)
+    if not poor and 2 * flat > points:
+        cli.say(f"warning: hardly any variance at {flat} of {points} sync points; {_POOR}")
     session.shutdown()
 
 
@@ -227,13 +232,7 @@ def _observe_all(
         )
 
 
-_POOR = "its means and variances say little of other texts: calibrate on a more varied one"
-
-
 def _report(progress: Progress, index: CalibrationIndex, output: Path) -> None:
-    flat, points = collapsed(index)
-    if 2 * flat > points:
-        cli.say(f"warning: hardly any variance at {flat} of {points} sync points; {_POOR}")
     for message in progress.skipped[:10]:
         cli.say(f"warning: left out {message}")
     if len(progress.skipped) > 10:
