@@ -7,11 +7,14 @@
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
                                   and, of the sum over ranks,
                                   NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden];
-                                  with a recipe NAME/divergence fp64 [options]
+                                  with a recipe NAME/divergence fp64 [options]; the layer's
+                                  number is in the metadata
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
-damage and careless edits; they are no signature.
+damage and careless edits; they are no signature. So what is behind them is not believed either:
+types and ranges (`calibration.validation.index_schema`), and statistics that no data can give
+(`calibration.validation.impossible`).
 """
 
 import hashlib
