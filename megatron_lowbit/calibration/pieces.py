@@ -33,6 +33,7 @@ def tokenize_pieces(chunks: Iterable[str], tokenize: Tokenize, *, piece: int = P
         tokenize: Text to tokens.
         piece: Characters that are tokenized at once, about.
     """
+    assert piece >= _CONTEXT
     tokens = array("q")
     text, before, known, start = "", "", 0, piece
     for chunk in chunks:
