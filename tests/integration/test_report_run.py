@@ -102,7 +102,7 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     assert "Not measured." not in text
     summary = json.loads(evaluated[1].read_text())
     for result in summary["generation"][0]["results"]:
-        cells = f"{result['codec']} {result['mean_agreement']:.1f} ± "
+        cells = f"{result['variant']} {result['mean_agreement']:.1f} ± "
         assert cells in text, cells
 
 
