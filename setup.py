@@ -34,7 +34,7 @@ MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_e
 MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
-REPORT = ["jinja2", "matplotlib", "pydantic"]
+REPORT = ["jinja2", "matplotlib"]
 # megatron-core's text-generation server imports them without declaring them.
 SERVE = ["flask", "flask-restful"]
 DEV = ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *PATCH]
@@ -54,6 +54,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "safetensors",
+        "pydantic>=2",  # checks every file that is read
         "numpy",  # safetensors.torch imports it to save a file, and does not declare it
     ],
     extras_require={

@@ -98,6 +98,31 @@ def check_writable(directory: Path) -> None:
     tempfile.NamedTemporaryFile(prefix=".tmp-", dir=directory).close()
 
 
+def check_output(path: Path, flag: str = "--output") -> None:
+    """Raise now, and not after the work, if a file cannot be written as `path`.
+
+    Args:
+        path: Of the file; its directory is made.
+        flag: The option that names it, for messages.
+
+    Raises:
+        LowbitError: It is a directory, or a device or FIFO (renaming would replace it), or nothing
+            can be created beside it.
+    """
+    if path.is_dir():
+        raise LowbitError(f"{flag} {path} is a directory: name a file")
+    if path.exists() and not path.is_file():
+        raise LowbitError(f"{flag} {path} is not a regular file: name another")
+    parent = path.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        # With the name that the file itself is first written under, which is longer.
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}.tmp-", dir=parent).close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LowbitError(f"{flag} {path} cannot be written: {why}") from None
+
+
 def flush(path: Path) -> None:
     """Force a file's or a directory's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)

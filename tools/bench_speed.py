@@ -51,13 +51,14 @@ def main() -> None:
     """Measure and report."""
     options = parse()
     from megatron_lowbit.benchmark.collectives import sweep_report, targets
-    from megatron_lowbit.files import check_writable
+    from megatron_lowbit.files import check_output
 
     for path in (options.load / "lowbit" / "manifest.json", options.data):
         if not path.is_file():
             raise LowbitError(f"{path} is missing: run examples/quickstart.sh, or name another")
     if options.output is not None:
-        check_writable(options.output.absolute().parent)
+        check_output(options.output)
+        check_output(sweep_report.meta_path(options.output))
     rows = targets.run(options.load, options.data)
     if options.output is not None:
         sweep_report.write(rows, options.output, {"command": sweep_report.command_line()})

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from megatron_lowbit.calibration.calibration_loop import Progress, gather_over_ranks
+from megatron_lowbit.calibration.calibration_loop import gather_over_ranks
 from megatron_lowbit.calibration.index import (
     STATISTICS,
     SUM_STATISTICS,
@@ -13,6 +13,7 @@ from megatron_lowbit.calibration.index import (
     SyncPointRecord,
     select_bf16_index,
 )
+from megatron_lowbit.calibration.saved_state import Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError

@@ -4,30 +4,21 @@ The loop knows nothing of Megatron: it is given a function that runs one sequenc
 (`forward`) and reads the summaries that observers at the sync points left behind (`Observations`).
 A sequence with a NaN or an infinity at any sync point of any rank is left out and reported.
 
-State is saved every `SAVE_EVERY` rounds to `directory` (one file a rank, then progress.json), so
-that an interrupted run can go on where it was; the finished run removes it.
+State is saved every `SAVE_EVERY` rounds (`calibration.saved_state`), so that an interrupted run can
+go on where it was.
 """
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics, summarize
-from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import write_atomic
 
 SAVE_EVERY = 16
-_PROGRESS = "progress.json"
 
 
 class Observations:
@@ -57,104 +48,6 @@ class Observations:
         for point, name in enumerate(self.names):
             if point not in self._seen:
                 raise LowbitError(f"{name} was not reached by a forward pass: cannot calibrate it")
-
-
-@dataclass
-class Progress:
-    """What a run has done.
-
-    Attributes:
-        done: Sequences taken from the corpus.
-        skipped: Messages of the sequences that were left out.
-    """
-
-    done: int = 0
-    skipped: list[str] = field(default_factory=list)
-
-
-class Checkpointer:
-    """Saves and restores a run's state in `directory`; `identity` says which run it is.
-
-    The state depends on the tensor-parallel rank alone, so the first data-parallel rank writes it
-    and a run can be resumed with another number of data-parallel ranks.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        identity: dict,
-        *,
-        dp_group: dist.ProcessGroup | None,
-        tp_group: dist.ProcessGroup | None,
-    ):
-        self._directory = directory
-        text = json.dumps(identity, sort_keys=True)
-        self.identity = hashlib.sha256(text.encode()).hexdigest()
-        self._part = dist.get_rank(tp_group) if tp_group else 0
-        self._writes = dist.get_rank(dp_group) == 0
-
-    def save(self, statistics: RunningStatistics, progress: Progress) -> None:
-        """Save on all ranks; the state before stays valid until this one is whole."""
-        on_every_rank(lambda: self._write_state(statistics, progress))
-        on_every_rank(lambda: self._write_progress(progress))
-
-    def load(self, statistics: RunningStatistics) -> Progress:
-        """Restore `statistics`; fresh progress if nothing was saved.
-
-        Raises:
-            LowbitError: On every rank: what was saved is damaged, or of a run with other arguments,
-                model or corpus, or not the same for all ranks.
-        """
-        progress = on_every_rank(lambda: self._read(statistics))
-        require_equal("saved calibration state", progress.done)
-        return progress
-
-    def clear(self) -> None:
-        """Remove everything that was saved (call on one rank)."""
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _write_state(self, statistics: RunningStatistics, progress: Progress) -> None:
-        if not self._writes:
-            return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        counts = torch.tensor([statistics.sequences, statistics.tokens])
-        data = safetensors.torch.save({"state": statistics.state, "counts": counts})
-        write_atomic(self._state_file(progress), data)
-
-    def _write_progress(self, progress: Progress) -> None:
-        """Make the states just written the valid ones, then remove the older."""
-        if dist.get_rank() != 0:
-            return
-        content = {"identity": self.identity, **vars(progress)}
-        write_atomic(self._directory / _PROGRESS, json.dumps(content).encode())
-        for path in self._directory.glob("state_*"):
-            if not path.name.startswith(f"state_{progress.done}_"):
-                path.unlink(missing_ok=True)
-
-    def _read(self, statistics: RunningStatistics) -> Progress:
-        path = self._directory / _PROGRESS
-        if not path.is_file():
-            return Progress()
-        try:
-            content = json.loads(path.read_bytes())
-            identity, progress = content.pop("identity"), Progress(**content)
-            if identity == self.identity:
-                state = safetensors.torch.load_file(self._state_file(progress))
-                statistics.sequences, statistics.tokens = state["counts"].tolist()
-                statistics.state = state["state"]
-        except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise LowbitError(
-                f"cannot resume from {self._directory} ({error}): run without --resume"
-            ) from None
-        if identity != self.identity:
-            raise LowbitError(
-                f"{self._directory} belongs to a calibration with other arguments, model or "
-                "corpus: run without --resume to start over"
-            )
-        return progress
-
-    def _state_file(self, progress: Progress) -> Path:
-        return self._directory / f"state_{progress.done}_part{self._part}.safetensors"
 
 
 def calibrate(

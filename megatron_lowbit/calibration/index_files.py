@@ -8,11 +8,14 @@
                                   and, of the sum over ranks,
                                   NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden];
                                   with a recipe NAME/divergence fp64 [options], and
-                                  NAME/divergence_carried, the same with error feedback
+                                  NAME/divergence_carried, the same with error feedback;
+                                  the layer's number is in the metadata
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an
 index is read, so that no damaged file is met in the middle of a forward pass. The checksums find
-damage and careless edits; they are no signature.
+damage and careless edits; they are no signature. So what is behind them is not believed either:
+types and ranges (`calibration.validation.index_schema`), and statistics that no data can give
+(`calibration.validation.impossible`).
 """
 
 import hashlib
@@ -21,39 +24,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from megatron_lowbit.calibration.index import (
-    STATISTICS,
-    SUM_STATISTICS,
-    CalibrationIndex,
-    SyncPointRecord,
-)
+from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.layer_files import layer_bytes, read_layer
 from megatron_lowbit.calibration.recipe import Assignment
-from megatron_lowbit.codecs import CODECS
-from megatron_lowbit.errors import IndexFileError
+from megatron_lowbit.calibration.validation.index_schema import FORMAT_VERSION, Assigned, Manifest
+from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.files import atomic_directory, check_writable, write
+from megatron_lowbit.json_files import read_json, shown
+from megatron_lowbit.schema import validated
 
-FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 _REMEDY = "make the index again with tools/calibrate.py"
-
-# The manifest's keys and what they hold; nested keys with a dot.
-_SCHEMA: dict[str, type] = {
-    "model": dict,
-    "model.num_layers": int,
-    "model.hidden_size": int,
-    "model.fingerprints": dict,
-    "tp_size": int,
-    "codec": dict,
-    "codec.name": str,
-    "codec.bits": int,
-    "corpus": dict,
-    "layers": dict,
-}
 
 
 def check_destination(directory: Path) -> None:
@@ -87,8 +68,7 @@ def write_index(index: CalibrationIndex, directory: Path) -> None:
     with atomic_directory(directory) as staging:
         files = {}
         for layer, records in sorted(index.layers.items()):
-            name = f"layer_{layer:05d}.safetensors"
-            data = safetensors.torch.save(_to_tensors(records))
+            name, data = _layer_file(layer), layer_bytes(layer, records)
             write(staging / name, data)
             files[str(layer)] = {"file": name, "sha256": hashlib.sha256(data).hexdigest()}
         manifest = {**index.manifest, "format_version": FORMAT_VERSION, "layers": files}
@@ -105,18 +85,23 @@ def read_index(directory: Path) -> CalibrationIndex:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    layers = {}
-    for layer, entry in manifest["layers"].items():
-        path = directory / Path(str(entry["file"])).name
-        tensors = _read_layer(path, entry["sha256"])
-        layers[int(layer)] = _to_records(tensors, path, manifest)
-    expected = set(range(1, manifest["model"]["num_layers"] + 1))
-    if set(layers) != expected:
-        listed = ", ".join(map(str, sorted(layers)))
-        raise IndexFileError(
-            f"{directory / MANIFEST} lists layers {listed}, not 1 to {max(expected)}: {_REMEDY}"
-        )
+    checked = Manifest.model_validate(manifest)
+    layers = {
+        int(layer): read_layer(directory / entry.file, int(layer), checked, remedy=_REMEDY)
+        for layer, entry in checked.layers.items()
+    }
+    if checked.recipe is not None:
+        planned = {int(layer): set(names) for layer, names in checked.recipe.points.items()}
+        if planned != {layer: set(records) for layer, records in layers.items()}:
+            raise IndexFileError(
+                f"{directory / MANIFEST}: recipe.points are not the sync points that the layers' "
+                f"files have: {_REMEDY}"
+            )
     return CalibrationIndex(manifest=manifest, layers=layers, origin=str(directory))
+
+
+def _layer_file(layer: int) -> str:
+    return f"layer_{layer:05d}.safetensors"
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
@@ -135,17 +120,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         IndexFileError: As `read_index`.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise IndexFileError(
             f"no low-bit index at {directory} ({MANIFEST} is missing): make one with "
             "`torchrun --nproc-per-node TP tools/calibrate.py --load CHECKPOINT --data TEXT`"
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise IndexFileError(f"{path} is not valid JSON ({error}): {_REMEDY}") from None
+    manifest = read_json(path, error=IndexFileError, remedy=_REMEDY)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise IndexFileError(f"{path} has no format_version: {_REMEDY}")
     if version > FORMAT_VERSION:
         raise IndexFileError(
@@ -159,97 +141,40 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != manifest_digest(manifest):
         raise IndexFileError(f"{path} was changed after it was written: {_REMEDY}")
-    _check_schema(manifest, path)
+    checked = validated(Manifest, manifest, str(path), error=IndexFileError, remedy=_REMEDY)
+    try:
+        _check(checked)
+    except LowbitError as error:
+        raise IndexFileError(f"{path}: {error}: {_REMEDY}") from None
     return manifest
 
 
-def _check_schema(manifest: dict[str, Any], path: Path) -> None:
-    for key, kind in _SCHEMA.items():
-        value: Any = manifest
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
-            raise IndexFileError(f"{path} has no valid {key!r} (a {kind.__name__}): {_REMEDY}")
-    if manifest["codec"]["name"] not in CODECS:
-        name = manifest["codec"]["name"]
-        raise IndexFileError(f"{path} names codec {name!r}: known are {', '.join(CODECS)}")
-    if "recipe" in manifest:
-        _check_recipe(manifest["recipe"], path)
-    for layer, entry in manifest["layers"].items():
-        if not (layer.isdigit() and isinstance(entry, dict) and {"file", "sha256"} <= set(entry)):
-            raise IndexFileError(f"{path} has a bad entry for layer {layer!r}: {_REMEDY}")
+def _check(manifest: Manifest) -> None:
+    """Raise LowbitError for what the types alone do not tell."""
+    layers, shape = sorted(map(int, manifest.layers)), manifest.model
+    if layers != list(range(1, shape.num_layers + 1)):
+        some = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
+        raise LowbitError(f"it lists layers {some}, not 1 to {shape.num_layers} (model.num_layers)")
+    for layer, entry in manifest.layers.items():
+        if entry.file != _layer_file(int(layer)):
+            raise LowbitError(
+                f"layers.{layer}.file is {shown(entry.file)}, not {_layer_file(int(layer))}"
+            )
+    own = manifest.codec
+    assigned = {"codec": (own.name, own.bits, own.bf16_features)}
+    if manifest.recipe is not None:
+        for number, option in enumerate(manifest.recipe.options):
+            assigned[f"recipe.options[{number}].choice"] = _values(option.choice)
+        for layer, of_layer in manifest.recipe.points.items():
+            for name, choice in of_layer.items():
+                assigned[f"recipe.points.{layer}.{name}"] = _values(choice)
+    for where, values in assigned.items():
+        try:
+            Assignment(*values).check(shape.hidden_size)
+        except LowbitError as error:
+            raise LowbitError(f"{where}: {error}") from None
 
 
-def _check_recipe(recipe: Any, path: Path) -> None:
-    try:
-        assignments = [entry["choice"] for entry in recipe["options"]]
-        assignments += [c for of_layer in recipe["points"].values() for c in of_layer.values()]
-        for assignment in assignments:
-            Assignment(**assignment).make()
-        bits = [float(entry["bits_per_value"]) for entry in recipe["options"]]
-        layers = [int(layer) for layer in recipe["points"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise IndexFileError(f"{path} has no valid recipe ({error}): {_REMEDY}") from None
-    if not bits or not layers:
-        raise IndexFileError(f"{path} has an empty recipe: {_REMEDY}")
-
-
-def _read_layer(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise IndexFileError(f"{path} is missing: {_REMEDY}") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise IndexFileError(f"{path} is damaged (its sha256 is not the manifest's): {_REMEDY}")
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise IndexFileError(f"{path} is not a safetensors file ({error}): {_REMEDY}") from None
-
-
-def _to_tensors(records: dict[str, SyncPointRecord]) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
-        for name, record in records.items()
-        for key, value in vars(record).items()
-        if value is not None
-    }
-
-
-def _to_records(
-    tensors: dict[str, Tensor], path: Path, manifest: dict[str, Any]
-) -> dict[str, SyncPointRecord]:
-    """Records of one layer's tensors, each tensor's presence, shape and values checked."""
-    hidden, ranks = manifest["model"]["hidden_size"], manifest["tp_size"]
-    options = len(manifest["recipe"]["options"]) if "recipe" in manifest else 0
-    records = {}
-    for name in sorted({key.rpartition("/")[0] for key in tensors}):
-        keys = ["bf16_index", *STATISTICS, *SUM_STATISTICS]
-        keys += ["divergence"] if "recipe" in manifest else []
-        keys += ["divergence_carried"] if "feedback" in manifest.get("recipe", {}) else []
-        fields: dict[str, Any] = {key: tensors.get(f"{name}/{key}") for key in keys}
-        for key, value in fields.items():
-            problem = _problem(key, value, ranks, hidden, options)
-            if problem:
-                raise IndexFileError(f"{path}: {name}/{key} {problem}: {_REMEDY}")
-        records[name] = SyncPointRecord(**fields)
-    return records
-
-
-def _problem(key: str, value: Tensor | None, ranks: int, hidden: int, options: int) -> str | None:
-    """What is wrong with one tensor of a layer file, or None."""
-    if value is None:
-        return "is missing"
-    if key == "bf16_index":
-        if value.dtype != torch.int32 or value.ndim != 1:
-            return f"is {value.dtype} {list(value.shape)}, not int32 [k]"
-        ascending = bool((value[1:] > value[:-1]).all())
-        inside = bool(((value >= 0) & (value < hidden)).all())
-        return None if ascending and inside else f"is not ascending within 0..{hidden - 1}"
-    shape = [hidden] if key in SUM_STATISTICS else [ranks, hidden]
-    shape, dtype = (
-        ([options], torch.float64) if key.startswith("divergence") else (shape, torch.float32)
-    )
-    if value.dtype != dtype or list(value.shape) != shape:
-        return f"is {value.dtype} {list(value.shape)}, not {str(dtype)[6:]} {shape}"
-    return None if bool(value.isfinite().all()) else "is not finite"
+def _values(choice: Assigned) -> tuple:
+    bits = tuple(choice.bits) if isinstance(choice.bits, list) else choice.bits
+    return choice.codec, bits, choice.bf16_features

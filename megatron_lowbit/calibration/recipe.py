@@ -11,16 +11,15 @@ on top of it:
 in Megatron's own quantization recipes. ``codec`` may be ``native``: Megatron's own reduction.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from megatron_lowbit._moved import renamed
 from megatron_lowbit.codecs import CODECS, Codec, get_codec
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.json_files import read_json, shown
 
 NATIVE = "native"
 Key = tuple[int, str]  # layer, sync point's name
@@ -44,9 +43,30 @@ class Assignment:
     def is_native(self) -> bool:
         return self.codec == NATIVE
 
+    def check(self, hidden: int | None = None) -> None:
+        """Raise unless there is such a codec, with these bits and so many BF16 features.
+
+        Args:
+            hidden: Features of a token, where it is known.
+
+        Raises:
+            LowbitError: The message names the value.
+        """
+        codec = self.make()
+        if self.bf16_features and not codec.takes_index:
+            raise LowbitError(f"bf16_features mean nothing to {codec.name}")
+        if self.bf16_features is not None and hidden is not None and self.bf16_features > hidden:
+            raise LowbitError(f"bf16_features {self.bf16_features}: a token has {hidden} features")
+
     def make(self) -> Codec:
         """The codec itself."""
         return get_codec(self.codec, bits=self.bits)
+
+    @classmethod
+    def from_json(cls, value: dict) -> "Assignment":
+        """Of what `to_json` gave, a pair of bits as JSON's list."""
+        bits = value.get("bits")
+        return cls(**{**value, "bits": tuple(bits) if isinstance(bits, list) else bits})
 
     def to_json(self) -> dict:
         """For JSON, without what is left to defaults."""
@@ -63,16 +83,18 @@ def read_rules(path: Path) -> list[dict]:
         LowbitError: It cannot be read, is no JSON list of rules, has an unknown key, codec or
             number of bits; the message names the rule.
     """
-    try:
-        rules = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise LowbitError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise LowbitError(f"{path} is not valid JSON ({error})") from None
+    from megatron_lowbit.calibration.validation.index_schema import Rule
+    from megatron_lowbit.schema import validated
+
+    rules = read_json(Path(path))
     if not isinstance(rules, list) or not rules:
         raise LowbitError(f'{path} is not a list of rules such as {{"match": "1.*", "bits": 6}}')
     for number, rule in enumerate(rules, start=1):
-        _check_rule(rule, f"{path}, rule {number}")
+        where = f"{path}, rule {number}"
+        if not isinstance(rule, dict) or "match" not in rule:
+            raise LowbitError(f'{where}: not an object with a "match" pattern such as "30.mlp.*"')
+        validated(Rule, rule, where)
+        _check_rule(rule, where)
     return rules
 
 
@@ -105,38 +127,29 @@ def override(recipe: Recipe, rules: Iterable[dict], *, origin: str) -> Recipe:
     return result
 
 
-_KEYS: dict[str, Any] = {"match": str, "codec": str, "bits": (int, list), "bf16_features": int}
-
-
-def _check_rule(rule: object, where: str) -> None:
-    if not isinstance(rule, dict) or not isinstance(rule.get("match"), str):
-        raise LowbitError(f'{where}: not an object with a "match" pattern such as "30.mlp.*"')
-    for key, value in rule.items():
-        if key not in _KEYS:
-            raise LowbitError(f"{where}: unknown key {key!r}: known are {', '.join(_KEYS)}")
-        if not isinstance(value, _KEYS[key]) or isinstance(value, bool):
-            raise LowbitError(f"{where}: {key} cannot be {value!r}")
+def _check_rule(rule: dict, where: str) -> None:
+    """Raise for what the types alone do not tell."""
     if len(rule) == 1:
         raise LowbitError(f"{where}: nothing but a match: give codec, bits or bf16_features")
     codec = rule.get("codec", NATIVE)
     if codec != NATIVE and codec not in CODECS:
         known = ", ".join((NATIVE, *CODECS))
-        raise LowbitError(f"{where}: unknown codec {codec!r}: choose one of {known}")
+        raise LowbitError(f"{where}: unknown codec {shown(codec)}: choose one of {known}")
     if rule.get("codec") == NATIVE and len(rule) > 2:
         raise LowbitError(f"{where}: bits and BF16 features mean nothing to {NATIVE}")
-    if isinstance(rule.get("bits"), list) and [type(b) for b in rule["bits"]] != [int, int]:
-        raise LowbitError(f"{where}: bits cannot be {rule['bits']!r}: a number, or two of them")
-    if rule.get("bf16_features", 0) < 0:
-        raise LowbitError(f"{where}: bf16_features cannot be {rule['bf16_features']}")
+    if codec != NATIVE:
+        try:
+            Assignment.from_json({key: rule[key] for key in rule if key != "match"}).check()
+        except LowbitError as error:
+            raise LowbitError(f"{where}: {error}") from None
 
 
 def _apply(rule: dict, assignment: Assignment, where: str) -> Assignment:
     changes = {key: rule[key] for key in ("bits", "bf16_features") if key in rule}
     if isinstance(changes.get("bits"), list):
         changes["bits"] = tuple(changes["bits"])
-    if (
-        rule.get("codec", assignment.codec) != assignment.codec
-    ):  # another codec: nothing of the old one
+    # Of another codec: nothing of the old one.
+    if rule.get("codec", assignment.codec) != assignment.codec:
         assignment = Assignment(rule["codec"])
     assignment = replace(assignment, **changes)
     if assignment.is_native:
@@ -144,11 +157,9 @@ def _apply(rule: dict, assignment: Assignment, where: str) -> Assignment:
             raise LowbitError(f"{where}: bits and BF16 features mean nothing to {NATIVE}")
         return assignment
     try:
-        codec = assignment.make()
+        assignment.check()
     except LowbitError as error:
         raise LowbitError(f"{where}: {error}") from None
-    if assignment.bf16_features and not codec.takes_index:
-        raise LowbitError(f"{where}: bf16_features mean nothing to {codec.name}")
     return assignment
 
 

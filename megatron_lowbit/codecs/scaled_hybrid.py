@@ -53,12 +53,13 @@ class ScaledHybrid(Codec):
         known = variance.calibrated(statistics, hidden, self.name)
         device = device or known.device
         index = check_index(bf16_index, hidden, device)
+        body = other_features(index, hidden)
         tables = Tables(
             codec=self.name,
             hidden=hidden,
             bf16_index=index,
-            body_index=other_features(index, hidden),
-            scale=variance.relative(known).sqrt().to(device),
+            body_index=body,
+            scale=variance.relative(known, body.to(known.device), 0.5).sqrt().to(device),
         )
         center = center_sum = None
         if statistics.mean is not None:

@@ -20,7 +20,9 @@ from dataclasses import replace
 
 from megatron_lowbit.codecs import variance
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
-from megatron_lowbit.codecs.tables import Tables, sum_in_rank_order
+from megatron_lowbit.codecs.tables import Tables, other_features, sum_in_rank_order
+
+_POWER = 0.25
 
 
 class ShapedHybrid(RotatedHybrid):
@@ -32,7 +34,9 @@ class ShapedHybrid(RotatedHybrid):
         known, mean = variance.calibrated(statistics, hidden, self.name), statistics.mean
         device = device or known.device
         tables = super().tables(hidden, bf16_index=bf16_index, device=device)
-        weights = (variance.relative(known.sum(dim=0)) ** -0.25).to(device)
+        body = other_features(tables.bf16_index, hidden).to(known.device)
+        share = variance.relative(known.sum(dim=0), body, _POWER)
+        weights = (share**-_POWER).to(device)
         tables = replace(
             tables,
             encode_scale=tables.encode_scale * weights,

@@ -8,20 +8,24 @@ scores, and all ranks read all parts: an evaluation can go on with another numbe
 ranks. A line that was cut off in the middle is left out, and its unit measured again.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, Any, TextIO
 
 import torch.distributed as dist
+from pydantic import Field
 
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.measure import Record
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.json_files import check_regular, parse_json, read_json
+from megatron_lowbit.schema import Exact, Sha256, validated
 
 _IDENTITY = "identity.json"
 
@@ -43,12 +47,30 @@ class Entry:
     traffic: dict[str, dict[str, int]]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """One line, with a checksum: a flipped bit would go unseen into the results."""
+        content = asdict(self)
+        return json.dumps({**content, "sha256": _digest(content)})
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Entry":
-        """Of one line; ValueError or TypeError if it is none."""
-        return cls(**json.loads(text))
+    def from_json(cls, text: str | bytes, where: str = "a finished unit") -> "Entry":
+        """Of one line; LowbitError with `where` if it is none."""
+        line = validated(_Line, parse_json(text, where, constant=float), where)
+        content = line.model_dump(exclude={"sha256"})
+        if _digest(content) != line.sha256:
+            raise LowbitError(f"{where} is damaged: its checksum is another")
+        return cls(**content)
+
+
+class _Line(Exact):
+    measure: str
+    unit: Annotated[int, Field(ge=0)]
+    record: dict[str, dict[str, Any]]
+    traffic: dict[str, dict[str, int]]
+    sha256: Sha256
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:
@@ -104,15 +126,17 @@ class Journal:
     def _read(self) -> list[Entry]:
         """All that was saved, checked."""
         path = self.directory / _IDENTITY
-        if not path.is_file():
+        if not path.exists():
             return []
         try:
-            identity = json.loads(path.read_bytes())
-            differences = list(_differences(identity, self._identity))
+            differences = list(_differences(read_json(path), self._identity))
             parts = sorted(self.directory.glob("part*.jsonl")) if not differences else []
-            lines = [line for part in parts for line in _whole_lines(part).splitlines()]
-            entries = [Entry.from_json(line) for line in lines]
-        except (OSError, TypeError, ValueError) as error:
+            entries = [
+                Entry.from_json(line, f"{part.name}, line {number}")
+                for part in parts
+                for number, line in enumerate(_whole_lines(part).splitlines(), start=1)
+            ]
+        except (OSError, LowbitError) as error:
             raise LowbitError(
                 f"cannot resume from {self.directory} ({error}): run without --resume"
             ) from None
@@ -139,6 +163,7 @@ class Journal:
 
 def _whole_lines(path: Path) -> bytes:
     """A part's content up to its last line end."""
+    check_regular(path)
     data = path.read_bytes()
     return data[: data.rfind(b"\n") + 1]
 

@@ -1,27 +1,27 @@
 """The JSON output of an evaluation.
 
-    {"format": 2, "model": NAME, "tp_size": 3, "simulated": false, "index_sha256": ...,
-     "variants": [{"codec": NAME, "collective": "one-shot", "bits_per_value": 4.14,
+    {"format": 3, "model": NAME, "tp_size": 3, "simulated": false, "index_sha256": ...,
+     "variants": [{"variant": NAME, "collective": "one-shot", "bits_per_value": 4.14,
                    "wire_bytes_per_token": 35760.0}, ...],
      "native": {"wire_bytes_per_token": 92160.0},
      "texts": [{"name": "persuasion.txt", "sha256", "tokens", "seq_length",
                 "native": {"perplexity"},
-                "results": [{"codec": NAME, "perplexity", "delta_nll", "delta_nll_stderr",
+                "results": [{"variant": NAME, "perplexity", "delta_nll", "delta_nll_stderr",
                              "kl", "kl_stderr", "top1"}, ...]}, ...],
      "tasks": [{"name": "boolq", "items": 200, "metric": "acc",
                 "native": {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"},
-                "results": [{"codec": NAME, "acc", ..., "difference", "difference_stderr",
+                "results": [{"variant": NAME, "acc", ..., "difference", "difference_stderr",
                              "kept", "same_choice"}, ...]}, ...],
      "task_average": {"native": 0.43, "native_stderr",
-                      "results": [{"codec": NAME, "average", "difference", "kept", each with its
+                      "results": [{"variant": NAME, "average", "difference", "kept", each with its
                                    _stderr, "kept_low", "kept_high"}, ...]},
      "long_context": [{"name": "persuasion.txt", "sha256", "sequences", "seq_length",
                        "buckets": [[0, 512], [512, 1024], ...], "needles": 20,
                        "native": {"nll": [...], "retrieved", "retrieved_by_depth"},
-                       "results": [{"codec": NAME, "delta_nll": [...], "kl": [...], "retrieved",
+                       "results": [{"variant": NAME, "delta_nll": [...], "kl": [...], "retrieved",
                                     "lost", "gained"}, ...]}],
      "generation": [{"name": "persuasion.txt", "sha256", "prompts", "prompt_length", "new_tokens",
-                     "results": [{"codec": NAME, "mean_agreement", "median_agreement",
+                     "results": [{"variant": NAME, "mean_agreement", "median_agreement",
                                   "full_agreement"}, ...]}],
      "sync_points": {"sequences": 4,
                      "points": [{"layer": 1, "name": "mlp.linear_fc2", "sqnr": {NAME: dB, ...},
@@ -35,7 +35,8 @@ is the share of tokens whose most likely next token is native's. In ``long_conte
 entry for each bucket of positions, and ``retrieved`` is the share of the planted needles that are
 found (`evaluation.measures.needles`); agreement is in tokens that are native's, before the first
 that is not. A measured figure's standard error is under the same key with ``_stderr``. A number
-that is not finite is null, such as the SQNR of sums without error.
+that is not finite is null, such as the SQNR of sums without error. In format 2 a variant's name was
+under ``codec``; `read_summary` reads it, too.
 """
 
 import json
@@ -44,12 +45,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.evaluation_loop import Evaluation
 from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.tasks import average
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.json_files import read_json
 
-FORMAT = 2
+FORMAT = 3
+_OLD = 2  # a variant's name was under "codec"
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def summary(
         "index_sha256": setting.index_sha256,
         "variants": [
             {
-                "codec": name,
+                "variant": name,
                 "collective": setting.collectives[name],
                 "bits_per_value": traffic.bits_per_value,
                 "wire_bytes_per_token": traffic.sent_bytes / traffic.tokens,
@@ -132,6 +136,31 @@ def _joined(text: dict, needles: dict) -> dict:
 def write_summary(content: dict, path: Path) -> None:
     """Write what `summary` gave, whole or not at all."""
     write_atomic(path, json.dumps(_finite(content), indent=2).encode() + b"\n")
+
+
+def read_summary(path: Path) -> dict:
+    """Read an evaluation; one of the format before becomes one of this.
+
+    Raises:
+        LowbitError: It cannot be read, is no JSON, or of another format; the message names it.
+    """
+    content = read_json(path, constant=lambda name: None)
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is int and found == _OLD:
+        return {**_renamed(content), "format": FORMAT}
+    if type(found) is not int or found != FORMAT:
+        raise LowbitError(
+            f"{path}: format is {json.dumps(found)[:60]}, this release reads {_OLD} and {FORMAT}: "
+            "write the file again with tools/evaluate.py"
+        )
+    return content
+
+
+def _renamed(value):
+    """With the key ``variant`` for ``codec``."""
+    if isinstance(value, dict):
+        return {"variant" if k == "codec" else k: _renamed(one) for k, one in value.items()}
+    return [_renamed(one) for one in value] if isinstance(value, list) else value
 
 
 def _finite(value):

@@ -44,7 +44,7 @@ def _text(summary: dict, text: dict) -> list[list[str]]:
     for variant, result in zip(summary["variants"], text["results"], strict=True):
         rows.append(
             [
-                result["codec"],
+                result["variant"],
                 f"{variant['bits_per_value']:.2f}",
                 f"{result['perplexity']:.3f}",
                 with_error(result["delta_nll"], result["delta_nll_stderr"]),
@@ -65,7 +65,7 @@ def _tasks(summary: dict) -> list[list[str]]:
     rows.append(["native BF16", *native, _percent_of(average, "native"), "100"])
     for number, result in enumerate(average["results"]):
         own = [_percent_of(task["results"][number], task["metric"]) for task in tasks]
-        rows.append([result["codec"], *own, _percent_of(result, "average"), _kept(result)])
+        rows.append([result["variant"], *own, _percent_of(result, "average"), _kept(result)])
     return rows
 
 
@@ -88,7 +88,7 @@ def _long_context(measured: dict) -> list[list[str]]:
         kl = [with_error(*one) for one in zip(result["kl"], result["kl_stderr"], strict=True)]
         found = round(result["retrieved"] * measured["needles"])
         counts = [found, result["lost"], result["gained"]]
-        rows.append([result["codec"], *kl, *map(str, counts)])
+        rows.append([result["variant"], *kl, *map(str, counts)])
     return rows
 
 
@@ -97,7 +97,7 @@ def _generation(measured: dict) -> list[list[str]]:
     for result in measured["results"]:
         mean = with_error(result["mean_agreement"], result["mean_agreement_stderr"], digits=1)
         median = f"{result['median_agreement']:g}"
-        rows.append([result["codec"], mean, median, _percent_of(result, "full_agreement")])
+        rows.append([result["variant"], mean, median, _percent_of(result, "full_agreement")])
     return rows
 
 

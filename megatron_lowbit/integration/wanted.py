@@ -17,8 +17,9 @@ What was asked for is what Megatron's parser has parsed, not what stands on a co
 import argparse
 import functools
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -131,7 +132,8 @@ def require_on() -> None:
 
 def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Of every module that becomes part of another: a row-parallel linear gets its guard."""
-    if module is not None and _is_row_parallel(type(module)) and module not in _guards:
+    kind: Any = type(module)
+    if module is not None and _is_row_parallel(kind) and module not in _guards:
         _guards[module] = module.register_forward_pre_hook(_refuse_forward)
 
 
@@ -150,5 +152,5 @@ def _refuse_forward(module: nn.Module, inputs: tuple) -> None:
 
 
 @functools.cache
-def _is_row_parallel(kind: Hashable) -> bool:
-    return any("RowParallel" in base.__name__ for base in getattr(kind, "__mro__", ()))
+def _is_row_parallel(kind: Any) -> bool:
+    return any("RowParallel" in base.__name__ for base in kind.__mro__)

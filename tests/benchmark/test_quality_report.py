@@ -13,12 +13,12 @@ OURS = {"recipe-4.5": (4.5, 0.02), "recipe-4.5@two-shot": (4.5, 0.05)}
 
 def _evaluation(values: dict[str, tuple[float, float]], tp_size: int = 3) -> dict:
     results = [
-        {"codec": n, "delta_nll": kl / 2, "delta_nll_stderr": 0.01, "kl": kl, "kl_stderr": 0.001}
+        {"variant": n, "delta_nll": kl / 2, "delta_nll_stderr": 0.01, "kl": kl, "kl_stderr": 0.001}
         for n, (_, kl) in values.items()
     ]
     variants = [
         {
-            "codec": name,
+            "variant": name,
             "bits_per_value": bits,
             "collective": "two-shot" if "@" in name else "one-shot",
         }
@@ -37,7 +37,7 @@ def results() -> dict[str, dict]:
     found = [("recipe", 0.996), ("recipe@two-shot", 0.985)]
     average = [
         {
-            "codec": c,
+            "variant": c,
             "average": 0.4,
             "kept": kept,
             "kept_low": kept - 0.01,
@@ -47,7 +47,7 @@ def results() -> dict[str, dict]:
     ]
     task = {
         **{"name": "boolq", "metric": "acc", "items": 9, "native": {"acc": 0.5}},
-        "results": [{"codec": c, "acc": 0.5} for c, _ in found],
+        "results": [{"variant": c, "acc": 0.5} for c, _ in found],
     }
     tasks = {**_evaluation({}), "texts": [], "tasks": [task]}
     tasks["task_average"] = {"native": 0.41, "results": average}
@@ -86,7 +86,7 @@ def test_fewer_bits_than_any_of_ours_is_no_comparison(results):
 def test_no_recipe_that_matches_and_no_error_of_a_single_sequence(results):
     for scores in results["tp3"]["texts"][0]["results"]:
         scores["delta_nll_stderr"] = None
-        if scores["codec"].startswith("recipe"):
+        if scores["variant"].startswith("recipe"):
             scores["delta_nll"] = 9.0
     text = quality_report.text(results)
     assert "| inf (TP 3 a.txt: inf, TP 8 a.txt: 3.200) | **no** |" in text

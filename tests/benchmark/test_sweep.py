@@ -25,6 +25,7 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     parse_sizes,
     shape_of,
 )
+from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
@@ -290,10 +291,10 @@ def test_plot(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
 
 
-def test_plot_without_matplotlib(monkeypatch):
+def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LowbitError, match=r"needs matplotlib: pip install .*\[bench\]"):
-        sweep_plot.require()
+        check_plot(tmp_path / "plot.png")
 
 
 def test_sizes():
@@ -402,7 +403,7 @@ def test_what_a_rank_says_comes_back_as_one_line(tmp_path, capfd):
 def test_output_is_checked_first(monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sweep, "run", lambda plan: pytest.fail("measured"))
-    with pytest.raises(LowbitError, match=f"{tmp_path} is a directory: give a file"):
+    with pytest.raises(LowbitError, match=f"{tmp_path} is a directory: name a file"):
         sweep_command.run(_options(output=tmp_path))
     with pytest.raises(OSError, match="/proc/none"):
         sweep_command.run(_options(write_tuning=Path("/proc/none/tuning.json")))

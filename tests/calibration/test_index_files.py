@@ -1,5 +1,6 @@
 """Index files: they come back as written, and every kind of damage is named before it is used."""
 
+import hashlib
 import json
 import os
 import resource
@@ -32,6 +33,7 @@ def make_index(layers: int = 2) -> CalibrationIndex:
         records[layer] = {}
         for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
             low, high, mean = torch.randn(3, RANKS, HIDDEN, generator=generator)
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
             square = mean.square() + 1
             index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
             of_sum = (values[0].clone() for values in (low, high, mean, square))
@@ -181,14 +183,14 @@ def test_edited_manifest(directory):
         ({"format_version": 1}, "format version 1, of an older release"),
         ({"format_version": None}, "no format_version"),
         ({"codec": {"name": "mp3", "bits": 4}}, "codec 'mp3'"),
-        ({"codec": 3}, "no valid 'codec'"),
-        ({"tp_size": "3"}, "no valid 'tp_size'"),
+        ({"codec": 3}, "codec: Input should be a valid dictionary"),
+        ({"tp_size": "3"}, r"tp_size: Input should be a valid integer \('3'\)"),
         ({"tp_size": 2}, r"layer_00001.*float32 \[3, 256\], not float32 \[2, 256\]"),
         (
             {"model": {"num_layers": 3, "hidden_size": 256, "fingerprints": {}}},
             "lists layers 1, 2, not 1 to 3",
         ),
-        ({"layers": {"one": {}}}, "bad entry for layer 'one'"),
+        ({"layers": {"one": {}}}, r"layers\.one.*should match pattern"),
     ],
 )
 def test_bad_manifest_that_was_signed_again(directory, changes, message):
@@ -206,6 +208,10 @@ def test_bad_manifest_that_was_signed_again(directory, changes, message):
         ("minimum", torch.full((RANKS, HIDDEN), torch.nan), "minimum is not finite"),
         ("maximum", torch.zeros(RANKS, HIDDEN - 1), r"not float32 \[3, 256\]"),
         ("mean", None, "mean is missing"),
+        ("minimum", torch.full((RANKS, HIDDEN), 99.0), "minimum is above the maximum"),
+        ("second_moment", torch.zeros(RANKS, HIDDEN), "second moment is below the mean's square"),
+        ("maximum", torch.full((RANKS, HIDDEN), 1e20), "which no table can hold"),
+        ("bf16_index", torch.tensor([3], dtype=torch.int32), "has 1 features, the manifest says 2"),
     ],
 )
 def test_bad_tensor_that_was_signed_again(tmp_path, key, value, message):
@@ -220,11 +226,116 @@ def test_bad_tensor_that_was_signed_again(tmp_path, key, value, message):
         read_index(tmp_path / "lowbit")
 
 
+_RECIPE = "recipe.points.1.mlp.linear_fc2"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (f"{_RECIPE}.bf16_features", -1, "greater than or equal to 0 .-1"),
+        (f"{_RECIPE}.bf16_features", 257, "bf16_features 257: a token has 256 features"),
+        (f"{_RECIPE}.bf16_features", 2.0, "valid integer .2.0"),
+        (f"{_RECIPE}.bits", 4.0, "4.0 is neither 1 to 16 bits nor a list of two"),
+        (f"{_RECIPE}.bits", "4", "'4' is neither"),
+        (f"{_RECIPE}.bits", True, "True is neither"),
+        (f"{_RECIPE}.bits", [4], "is neither"),
+        (f"{_RECIPE}.bits", 9, "no 9-bit version"),
+        (f"{_RECIPE}.codec", "native", "unknown codec 'native'"),
+        (f"{_RECIPE}.extra", 1, "Extra inputs"),
+        ("recipe.options[0].bits_per_value", -1.0, "greater than or equal to 0"),
+        ("recipe.options[0].bits_per_value", "4", "valid number"),
+        ("recipe.points.²", {}, "match pattern"),
+        ("recipe.points.01", {}, "match pattern"),
+        ("recipe.points.3", {}, "not the sync points that the layers' files have"),
+        ("recipe.points.1.a\0b", {"codec": "bf16"}, "control character"),
+        ("model.num_layers", 50_000_000, "less than or equal to 16384"),
+        ("model.num_layers", 16_384, "lists layers 1, 2, not 1 to 16384"),
+        ("model.num_layers", 2.0, "valid integer"),
+        ("model.hidden_size", 0, "greater than or equal to 1"),
+        ("model.hidden_size", True, "valid integer"),
+        ("tp_size", 10**9, "less than or equal to"),
+        ("codec.bits", 4.0, "valid integer"),
+        ("codec.bits", False, "valid integer"),
+        ("codec.bf16_features", 257, "a token has 256 features"),
+        ("codec.bf16_features", 3, "has 2 features, the manifest says 3"),
+        ("layers.01", {}, "match pattern"),
+        ("layers.²", {}, "match pattern"),
+        ("layers.2.file", "layer_00001.safetensors", "layers.2.file is .* not layer_00002"),
+        ("layers.2.file", "../layer_00002.safetensors", "layers.2.file is"),
+        ("layers.2.file", "a\0b", "control character"),
+        ("layers.2.sha256", "0", "match pattern"),
+        ("format_version", True, "no format_version"),
+        ("format_version", 3.0, "no format_version"),
+        ("versions", [], "valid dictionary"),
+    ],
+)
+def test_values_behind_the_checksums_are_not_believed(tmp_path, place, value, message):
+    """The path of the bad value is in the message, but for the words of older checks."""
+    directory = tmp_path / "lowbit"
+    write_index(_with_recipe(make_index()), directory)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    at, steps = manifest, place.replace("[0]", ".0").split(".")
+    if "mlp" in steps:
+        steps[3:5] = ["mlp.linear_fc2"]
+    for step in steps[:-1]:
+        at = at[int(step)] if isinstance(at, list) else at[step]
+    at[steps[-1]] = value
+    _edit_manifest(directory, resign=True, **manifest)
+    with pytest.raises(IndexFileError, match=message) as error:
+        read_index(directory)
+    text = str(error.value)
+    assert text.isprintable() and text.endswith("tools/calibrate.py")
+    if "\0" not in place and place not in ("format_version", "codec.bf16_features"):
+        assert steps[0] in text
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "[" * 100_000, "NaN", '"\\ud800"'])
+def test_a_manifest_that_no_reader_should_choke_on(directory, text):
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"tp_size": 3', f'"tp_size": {text}'))
+    with pytest.raises(IndexFileError, match=r"manifest.json is not valid JSON .*calibrate.py"):
+        read_index(directory)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "layer_00002.safetensors"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+def test_what_is_no_file_does_not_hang(directory, name, kind):
+    path = directory / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(IndexFileError, match=f"{name} is not a regular file.*calibrate.py"):
+        read_index(directory)
+
+
+def test_another_layers_file_under_this_layers_name(directory):
+    data = (directory / "layer_00001.safetensors").read_bytes()
+    (directory / "layer_00002.safetensors").write_bytes(data)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["layers"]["2"]["sha256"] = manifest["layers"]["1"]["sha256"]
+    _edit_manifest(directory, resign=True, layers=manifest["layers"])
+    with pytest.raises(IndexFileError, match=r"layer_00002.* is of layer '1', not of layer 2"):
+        read_index(directory)
+
+
+def test_an_index_of_before_that_does_not_say_its_layers(directory):
+    """Format 3 had no numbers in the layers' files; it is read all the same."""
+    layers = json.loads((directory / "manifest.json").read_text())["layers"]
+    for entry in layers.values():
+        path = directory / entry["file"]
+        path.write_bytes(safetensors.torch.save(safetensors.torch.load(path.read_bytes())))
+        entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edit_manifest(directory, resign=True, layers=layers)
+    assert sorted(read_index(directory).layers) == [1, 2]
+
+
 def test_not_safetensors_but_signed(directory):
     data = b"garbage!" * 4
     (directory / "layer_00001.safetensors").write_bytes(data)
-    import hashlib
-
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["layers"]["1"]["sha256"] = hashlib.sha256(data).hexdigest()
     _edit_manifest(directory, resign=True, layers=manifest["layers"])
@@ -267,7 +378,7 @@ def test_what_is_not_an_index_is_not_replaced(tmp_path, content):
 
 
 def test_an_interrupted_write_leaves_the_old_index(directory, monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(safetensors.torch, "save", interrupt)

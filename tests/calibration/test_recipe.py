@@ -53,14 +53,17 @@ def test_what_no_rule_matches_stays(tmp_path):
         ([], "is not a list of rules"),
         (["1.*"], 'rule 1: not an object with a "match"'),
         ([{"bits": 4}], 'rule 1: not an object with a "match"'),
-        ([{"match": "1.*", "bits": 4}, {"match": "2.*", "bit": 4}], "rule 2: unknown key 'bit'"),
+        ([{"match": "1.*", "bits": 4}, {"match": "2.*", "bit": 4}], "rule 2: bit: Extra inputs"),
         ([{"match": "1.*"}], "rule 1: nothing but a match"),
         ([{"match": "1.*", "codec": "mp3"}], "unknown codec 'mp3': choose one of native, bf16"),
         ([{"match": "1.*", "codec": "native", "bits": 4}], "mean nothing to native"),
-        ([{"match": "1.*", "bits": "4"}], "bits cannot be '4'"),
-        ([{"match": "1.*", "bits": True}], "bits cannot be True"),
-        ([{"match": "1.*", "bits": [4]}], r"bits cannot be \[4\]"),
-        ([{"match": "1.*", "bf16_features": -1}], "bf16_features cannot be -1"),
+        ([{"match": "1.*", "bits": "4"}], "rule 1: bits: '4' is neither"),
+        ([{"match": "1.*", "bits": True}], "rule 1: bits: True is neither"),
+        ([{"match": "1.*", "bits": [4]}], r"rule 1: bits: \[4\] is neither 1 to 16 bits nor"),
+        (
+            [{"match": "1.*", "bf16_features": -1}],
+            r"rule 1: bf16_features: .*greater than or equal to 0 \(-1\)",
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):

@@ -8,12 +8,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_lowbit.calibration import calibration_loop
-from megatron_lowbit.calibration.calibration_loop import (
-    Checkpointer,
-    Observations,
-    Progress,
-    calibrate,
-)
+from megatron_lowbit.calibration.calibration_loop import Observations, calibrate
+from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.errors import LowbitError
 
@@ -111,11 +107,35 @@ def _two_by_two(rank: int, directory: str) -> dict:
     }
 
 
-def _damaged(rank: int, directory: str) -> str:
+def _damaged(rank: int, directory: str) -> list[str]:
+    """Messages of resuming from states in which something is not as it was."""
     calibration_loop.SAVE_EVERY = 2
     _calibrate(rank, directory, stop_after=5)
-    state = next(Path(directory).glob("state_*"))
-    state.write_bytes(state.read_bytes()[:-9])
+    state, saved = next(Path(directory).glob("state_*")), Path(directory) / "progress.json"
+    whole, text = state.read_bytes(), saved.read_text()
+    flipped = bytearray(whole)
+    flipped[-100] ^= 4
+    messages = []
+    for data in (whole[:-9], bytes(flipped), whole.replace(b"F64", b"I64")):
+        messages.append(_resume(rank, directory, state, data))
+    state.write_bytes(whole)
+    for old, new in (
+        ('"done": 4', '"done": 5'),
+        ('"done": 4', '"done": 4.0'),
+        ('"done": 4', '"done": "4"'),
+        ('"done": 4', '"done": true'),
+        ('"skipped": []', '"skipped": ["sequence 1: x"]'),
+        ('"skipped": []', '"skipped": 7'),
+        (text, "[" * 100_000),
+        (text, "[]"),
+        (text, "{}"),
+    ):
+        messages.append(_resume(rank, directory, saved, text.replace(old, new).encode()))
+    return messages
+
+
+def _resume(rank: int, directory: str, path: Path, data: bytes) -> str:
+    path.write_bytes(data)
     try:
         _calibrate(rank, directory, resume=True)
     except LowbitError as error:
@@ -167,6 +187,7 @@ def test_tensor_and_data_parallel_ranks_together(alone, tmp_path):
 
 
 def test_a_damaged_state_is_named(tmp_path):
-    message = run_ranks(1, _damaged, tmp_path / "ranks", str(tmp_path / "state"))[0]
-    assert "cannot resume from" in message
-    assert "run without --resume" in message
+    messages = run_ranks(1, _damaged, tmp_path / "ranks", str(tmp_path / "state"))[0]
+    for message in messages:
+        assert "cannot resume from" in message
+        assert "run without --resume" in message and "\n" not in message

@@ -121,7 +121,7 @@ def test_cost_model_chooses_alike_on_all_ranks(results):
         ("ranks", "is for 4 ranks, the group has 2.*write-tuning"),
         ("machine", "is for device 'a 486', this is .*write-tuning"),
         ("codec", r"no times of rotated-hybrid \(4 bits\), only of bf16"),
-        ("none", "cannot read tuning file .*none.json"),
+        ("none", "cannot read .*none.json"),
         ("differs", "ranks differ in their (collective|tuning file)"),
         ("broken", "ranks differ in their collective|is damaged"),
         ("modes", "ranks differ in their collective"),
@@ -187,4 +187,44 @@ def test_bad_points_in_a_tuning_file(points, tmp_path):
     content["times"][0]["points"] = points
     (tmp_path / "t.json").write_text(json.dumps(content))
     with pytest.raises(LowbitError, match="is damaged"):
+        _parse(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("ranks", 2.0, r"ranks: .*valid integer \(2.0"),
+        ("ranks", True, "ranks: .*valid integer"),
+        ("ranks", 0, "ranks: .*greater than or equal to 1"),
+        ("node_size", -1, "node_size: .*greater than or equal to 1"),
+        ("node_size", "2", "node_size: .*valid integer"),
+        ("machine", [], "machine: .*valid dictionary"),
+        ("link", None, "link: .*valid string"),
+        ("extra", 1, "extra: Extra inputs"),
+        ("times", {}, "times: .*valid list"),
+        ("times", [], "no times of native"),
+        ("points", [[8, 1e300]], r"times\[0\].points\[0\]\[1\]: .*less than or equal"),
+        ("points", [[8.5, 1.0]], r"times\[0\].points\[0\]\[0\]: .*valid integer"),
+        ("points", [[8, 1.0], [8, 2.0]], r"times\[0\]: points have a size more than once"),
+    ],
+)
+def test_values_of_a_tuning_file_are_not_believed(place, value, message, tmp_path):
+    from megatron_lowbit.comm.policy.tuning import _parse
+
+    path = tmp_path / "t.json"
+    write_tuning(Tuning(machine={}, ranks=2, node_size=None, link="", times=TIMES), path)
+    content = json.loads(path.read_text())
+    (content["times"][0] if place == "points" else content)[place] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(LowbitError, match=message) as error:
+        _parse(path)
+    assert str(path) in str(error.value) and "write-tuning" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 400, "NaN", '"\\ud800"'])
+def test_a_tuning_file_that_no_reader_should_choke_on(text, tmp_path):
+    from megatron_lowbit.comm.policy.tuning import _parse
+
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(LowbitError, match=r"t.json is not valid JSON .*write-tuning"):
         _parse(tmp_path / "t.json")

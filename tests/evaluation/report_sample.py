@@ -46,7 +46,7 @@ def evaluation(
     worse = 1 + 0.08 * (tp_size - 3)
     texts = ("persuasion.txt", "kjv.txt")
     return {
-        "format": 2,
+        "format": 3,
         "model": "made-up model",
         "tp_size": tp_size,
         "simulated": simulated,
@@ -114,7 +114,7 @@ def without_numbers(content):
 
 
 def _is_in(one: dict, names: set[str]) -> bool:
-    return one.get("codec") is None or one["codec"] in names
+    return one.get("variant") is None or one["variant"] in names
 
 
 def write(content: dict, path: Path) -> Path:
@@ -126,7 +126,7 @@ def write(content: dict, path: Path) -> Path:
 def _variant(name: str, collective: str, bits: float, ranks: int) -> dict:
     sent = 60 * 576 * bits / 8 * (ranks - 1) * (0.67 if collective == "two-shot" else 1)
     return {
-        "codec": name,
+        "variant": name,
         "collective": collective,
         "bits_per_value": bits,
         "wire_bytes_per_token": sent,
@@ -140,7 +140,7 @@ def _text(name: str, factor: float, random_: random.Random) -> dict:
         loss = 0.8 * kl * random_.uniform(0.8, 1.1) - (0.0012 if codec == "bf16" else 0)
         results.append(
             {
-                "codec": codec,
+                "variant": codec,
                 "perplexity": 46.1 * math.exp(loss),
                 "delta_nll": loss,
                 "delta_nll_stderr": 0.002 + 0.03 * abs(loss),
@@ -171,7 +171,7 @@ def _task(name: str, random_: random.Random) -> dict:
         lost = 0.1 * kl
         results.append(
             {
-                "codec": codec,
+                "variant": codec,
                 **_accuracy(base - lost, random_),
                 "kept": 1 - lost / base,
                 "difference": -lost,
@@ -189,7 +189,7 @@ def _average(random_: random.Random) -> dict:
         width = 0.012 + 0.03 * kl
         results.append(
             {
-                "codec": codec,
+                "variant": codec,
                 "average": 0.43 * kept,
                 "average_stderr": 0.011,
                 "kept": kept,
@@ -209,7 +209,7 @@ def _long_context(random_: random.Random) -> dict:
         curve = [kl * (1 + 0.03 * i) * random_.uniform(0.95, 1.05) for i in range(len(buckets))]
         results.append(
             {
-                "codec": codec,
+                "variant": codec,
                 "delta_nll": [0.8 * value for value in curve],
                 "kl": curve,
                 "retrieved": max(0.0, 0.9 - 0.5 * kl),
@@ -229,7 +229,7 @@ def _long_context(random_: random.Random) -> dict:
 def _generation(random_: random.Random) -> dict:
     results = [
         {
-            "codec": codec,
+            "variant": codec,
             "mean_agreement": 64 * math.exp(-3 * kl) * random_.uniform(0.9, 1),
             "mean_agreement_stderr": 2.0,
             "full_agreement": round(16 * math.exp(-8 * kl)) / 16,

@@ -98,8 +98,20 @@ def _interrupted(rank: int, directory: str) -> dict:
     found["resumed"] = _evaluate(path, resume=True)
     found["again"] = _evaluate(path, resume=True)
     found["over"] = _evaluate(path)
-    part.write_bytes(b"x" + part.read_bytes())
+    whole = part.read_text()
+    part.write_text("x" + whole)
     found["damaged"] = _evaluate(path, resume=True)
+    found["wrong"] = []
+    for old, new in (
+        ('"unit": 0', '"unit": 1'),
+        ('"unit": 0', '"unit": "0"'),
+        ('"unit": 0', '"unit": false'),
+        ('"record": {', '"record": {"native": 3, "extra": '),
+        ('"measure": "', '"measure": "\\ud800'),
+        ("{", "[" * 100_000),
+    ):
+        part.write_text(whole.replace(old, new, 1))
+        found["wrong"].append(_evaluate(path, resume=True))
     return found
 
 
@@ -167,8 +179,10 @@ def test_another_evaluation_is_refused_and_what_differs_is_said(tmp_path):
     found = run_ranks(1, _interrupted, tmp_path / "ranks", str(tmp_path))[0]
     assert "another evaluation (text a seq_length: 8 there, 9 here): run" in found["other text"]
     assert "another evaluation (size: 3 there, 8 here): run without" in found["other size"]
-    assert "cannot resume from" in found["damaged"]
-    assert "run without --resume" in found["damaged"]
+    for message in (found["damaged"], *found["wrong"]):
+        assert isinstance(message, str), "it went on"
+        assert "cannot resume from" in message and "run without --resume" in message
+        assert message.isprintable()
 
 
 def test_resuming_with_more_ranks(alone, tmp_path):

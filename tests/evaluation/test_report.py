@@ -1,6 +1,7 @@
 """The report: what the page says, that it stands alone, and what is refused."""
 
 import errno
+import json
 import re
 import subprocess
 import sys
@@ -173,7 +174,7 @@ def test_recipe_in_runs_and_manifest_without_lists(whole):
 
 def _set(content: dict, codec: str, **values) -> None:
     for result in content["texts"][0]["results"]:
-        if result["codec"] == codec:
+        if result["variant"] == codec:
             result.update(values)
 
 
@@ -213,10 +214,10 @@ def test_headline_without_the_paper_or_anything(tmp_path):
 def test_codecs_above_the_budget_cannot_win(tmp_path):
     content = _few()
     for variant in content["variants"]:
-        if variant["codec"] == "rotated-hybrid":
+        if variant["variant"] == "rotated-hybrid":
             variant["bits_per_value"] = 4.25
     (comparison,) = compare(read_results([sample.write(content, tmp_path / "0.json")])[0].data)
-    assert comparison.result.codec == "static-hybrid"
+    assert comparison.result.variant == "static-hybrid"
 
 
 @pytest.mark.parametrize("sync_points", [None, {"sequences": 0, "points": []}])
@@ -280,6 +281,37 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         _page(tmp_path, _texts_only(), recipe={"points": {"1": {"mlp.linear_fc2": entry}}})
 
 
+def _named(content, old: str, new: str):
+    """The same evaluation with a variant of another name."""
+    if isinstance(content, list):
+        return [_named(one, old, new) for one in content]
+    if isinstance(content, dict):
+        return {new if k == old else k: _named(one, old, new) for k, one in content.items()}
+    return new if content == old else content
+
+
+@pytest.mark.parametrize("name", [r"$\bad{$", "$x$", "a$b", r"\frac{1}", "<b>&amp;", "日本 🙂"])
+def test_names_are_plain_text(tmp_path, name):
+    content = _named(_few(model=name), "static-hybrid", f"static-hybrid {name}")
+    content["texts"][0]["name"] = content["long_context"][0]["name"] = name
+    content["sync_points"]["points"][0]["name"] = name
+    assert name in " ".join(_page(tmp_path, content).words)
+
+
+def test_numbers_near_the_end_of_doubles_are_drawn(tmp_path):
+    def huge(value):
+        if isinstance(value, list):
+            return [huge(one) for one in value]
+        if isinstance(value, dict):
+            return {key: huge(one) for key, one in value.items()}
+        return value * 1e308 / max(abs(value), 1e-9) if isinstance(value, float) else value
+
+    made = _page(tmp_path, huge(_few()))
+    assert set(_faults(made)) <= {"Not measured."}
+    large = json.loads(json.dumps(huge(_few())).replace("e+308", "e+29"))
+    assert set(_faults(_page(tmp_path, large))) <= {"Not measured."}
+
+
 def _sections() -> list:
     plot = style.Plot(name="one", caption="a plot", svg="<svg></svg>", png=b"\x89PNG new")
     return [page.Section("headline", "A section", [plot])]
@@ -298,6 +330,41 @@ def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         page.write_report("new", _sections(), output)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_nothing_of_a_report_is_new_where_its_page_cannot_be_written(tmp_path, monkeypatch):
+    output = tmp_path / "report.html"
+    page.write_report("old", _sections(), output)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = page.write
+
+    def full(path, data):
+        if path.suffix != ".png":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(page, "write", full)
+    plot = style.Plot(name="two", caption="a plot", svg="<svg></svg>", png=b"\x89PNG newer")
+    with pytest.raises(OSError, match="No space left"):
+        page.write_report("new", [page.Section("headline", "A section", [plot])], output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_name_that_is_no_unicode_is_shown_as_escapes(tmp_path):
+    output = tmp_path / "report.html"
+    page.write_report("of a\udcff.json", _sections(), output)
+    assert "of a\\udcff.json" in output.read_text()
+
+
+def test_a_lone_surrogate_leaves_nothing(tmp_path):
+    write_index(sample.index(layers=2), tmp_path / "lowbit")
+    sample.write(_texts_only() | {"model": "a\ud800"}, tmp_path / "a.json")
+    command = [sys.executable, TOOL, "--index", tmp_path / "lowbit", "--results"]
+    command += [tmp_path / "a.json", "--output", tmp_path / "out" / "report.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "lone surrogate" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_places_that_are_refused(tmp_path):
@@ -323,7 +390,7 @@ def test_tool_fails_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"report.py: error: {tmp_path / 'a.json'}: format is null, this report reads 2: "
+        f"report.py: error: {tmp_path / 'a.json'}: format is null, this release reads 2 and 3: "
         "write the file again with tools/evaluate.py"
     ]
     assert not (tmp_path / "report.html").exists()

@@ -13,7 +13,7 @@ from megatron_lowbit.model.language_model import LanguageModel
 POINTS = [(1, "a"), (2, "b")]
 
 
-def _summary(errors: dict[str, list[float]]) -> dict:
+def _summary(errors: dict[str, list[float]], *, zeros: bool = False) -> dict:
     """Of two sequences of 3 tokens; a variant's error at a point is a share of the value."""
     observers = []
 
@@ -25,6 +25,8 @@ def _summary(errors: dict[str, list[float]]) -> dict:
     def logits(tokens):
         for point in range(len(POINTS)):
             exact = tokens[0, :, None] * torch.ones(1, 4)
+            if zeros and point == 0:
+                exact = torch.zeros_like(exact)
             sums = {name: exact * (1 + share[point]) for name, share in errors.items()}
             if "worst" in errors:  # one token is ten times as far off
                 sums["worst"][1] = exact[1] * (1 + 10 * errors["worst"][point])
@@ -78,3 +80,19 @@ def test_extreme_sync_points_are_named():
     assert line.endswith("layer 4 p has 5.0 dB and 2 more (median 5.0)")
     (line,) = extremes(_points(math.nan))
     assert line == "x: layer 1 p is not finite (median nan)"
+
+
+def test_a_pruned_layer_does_not_make_the_others_stand_out():
+    """Sums of zeros have no error: most sync points of a pruned model may be like that."""
+    assert extremes(_points(20, 21, *[math.inf] * 5)) == []
+    assert extremes(_points(*[math.inf] * 3)) == []
+    (line,) = extremes(_points(20, 21, 22, 5, *[math.inf] * 5))
+    assert line == "x: layer 4 p has 5.0 dB (median 20.5)"
+
+
+def test_zeros_have_no_error():
+    summary = _summary({"exact": [0, 0.1]}, zeros=True)
+    first, second = summary["points"]
+    assert first["sqnr"]["exact"] == first["worst_token_sqnr"]["exact"] == math.inf
+    assert extremes(summary["points"]) == []
+    assert second["sqnr"]["exact"] == pytest.approx(20, abs=1e-4)

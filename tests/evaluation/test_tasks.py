@@ -130,7 +130,7 @@ def test_summary_by_hand():
     assert summary["native"]["acc"] == 0.75
     assert summary["native"]["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     (result,) = summary["results"]
-    assert result["codec"] == "v"
+    assert result["variant"] == "v"
     assert result["acc"] == 0.25
     assert result["kept"] == pytest.approx(1 / 3)
     assert result["difference"] == -0.5

@@ -11,7 +11,7 @@ from releases import NEWEST
 from releases import environment as environment_of
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
-from megatron_lowbit.calibration.calibration_loop import Progress
+from megatron_lowbit.calibration.saved_state import Progress
 from megatron_lowbit.codecs import get_codec
 
 WORKER = Path(__file__).with_name("core_worker.py")

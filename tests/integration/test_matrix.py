@@ -16,7 +16,7 @@ from matrix_worker import CODECS, RANKS
 from releases import MAIN, RELEASES, describe_main, environment, is_release
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
-from megatron_lowbit.calibration.calibration_loop import Progress
+from megatron_lowbit.calibration.saved_state import Progress
 
 WORKER = Path(__file__).with_name("matrix_worker.py")
 DENSE = ["self_attention.linear_proj", "mlp.linear_fc2"]

@@ -55,11 +55,11 @@ def test_all_that_was_asked_for_is_measured(evaluated):
     assert (long["sequences"], long["needles"]) == (2, 20)
     assert (generated["prompts"], generated["new_tokens"]) == (16, 4)
     for measured in (*summary["tasks"], summary["task_average"], long, generated):
-        assert [result["codec"] for result in measured["results"]] == CODECS
-    kl = {result["codec"]: result["kl"] for result in long["results"]}
+        assert [result["variant"] for result in measured["results"]] == CODECS
+    kl = {result["variant"]: result["kl"] for result in long["results"]}
     assert all(low > high for low, high in zip(kl[CODECS[2]], kl[CODECS[1]], strict=True))
     assert kl["bf16"] == [0, 0], "native is codec bf16 in a simulation"
-    same = {result["codec"]: result["mean_agreement"] for result in generated["results"]}
+    same = {result["variant"]: result["mean_agreement"] for result in generated["results"]}
     assert same["bf16"] == 4 > same["rotated-hybrid-2"]
     for head in ("accuracy on zero-shot", "2 sequences of 1024", "4 tokens generated after each"):
         assert f"ckpt, TP 3, simulated, {head}" in printed
@@ -102,7 +102,7 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     assert "Not measured." not in text
     summary = json.loads(evaluated[1].read_text())
     for result in summary["generation"][0]["results"]:
-        cells = f"{result['codec']} {result['mean_agreement']:.1f} ± "
+        cells = f"{result['variant']} {result['mean_agreement']:.1f} ± "
         assert cells in text, cells
 
 

@@ -79,11 +79,11 @@ def evaluated(calibrated, tmp_path_factory) -> tuple[str, dict]:
 
 def test_evaluation_prints_and_writes_the_tables(evaluated):
     printed, summary = evaluated
-    assert (summary["format"], summary["tp_size"], summary["simulated"]) == (2, 3, False)
+    assert (summary["format"], summary["tp_size"], summary["simulated"]) == (3, 3, False)
     assert [text["name"] for text in summary["texts"]] == [TEXT.name, OTHER.name]
     assert [text["tokens"] for text in summary["texts"]] == [128, 128]
     names = CODECS.split(",")
-    variants = {variant["codec"]: variant for variant in summary["variants"]}
+    variants = {variant["variant"]: variant for variant in summary["variants"]}
     assert list(variants) == names
     for name, variant in variants.items():
         assert len(re.findall(rf"^\| {re.escape(name)} ", printed, re.MULTILINE)) == 2
@@ -98,7 +98,7 @@ def test_evaluation_prints_and_writes_the_tables(evaluated):
     assert 2.3 < variants["recipe-3"]["bits_per_value"] <= 3
     assert summary["native"]["wire_bytes_per_token"] == 4 * 2 * 48 * 2 * 2 / 3
     for text in summary["texts"]:
-        kl = {result["codec"]: result["kl"] for result in text["results"]}
+        kl = {result["variant"]: result["kl"] for result in text["results"]}
         assert list(kl) == names
         assert 0 < kl["bf16"] < kl["rotated-hybrid"] < kl["rotated-hybrid-2"], kl
         assert kl["recipe"] < kl["recipe-3"], kl
@@ -210,6 +210,18 @@ def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
+def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
+    text = tmp_path / "the.txt"
+    text.write_text("the " * 2000)
+    command = ["--simulate-tp", "4", "--load", checkpoint, "--data", text, *SMALL]
+    done = forked(None, CALIBRATE, *command, "--output", tmp_path / "index")
+    assert done.returncode == 0, done.stderr[-4000:]
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "different tokens in" in warnings[0]
+    assert "calibrate on a more varied one" in warnings[0]
+    assert read_index(tmp_path / "index").tp_size == 4
+
+
 def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_path):
     """Calibrated at 3, used at 2: tables that belong to ranks are refused, others work."""
     output = tmp_path / "summary.json"
@@ -223,7 +235,7 @@ def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_
             expected = f"size 3, this run has 2: {more[1:]} has tables per rank, calibrate at 2"
             assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     summary = json.loads(output.read_text())
-    kl = {result["codec"]: result["kl"] for result in summary["texts"][0]["results"]}
+    kl = {result["variant"]: result["kl"] for result in summary["texts"][0]["results"]}
     assert summary["tp_size"] == 2
     assert 0 < kl["shaped-hybrid"] < kl["rotated-hybrid-2"], kl
 

@@ -10,10 +10,11 @@ from megatron_lowbit.benchmark.collectives import sweep, sweep_plot, sweep_repor
 from megatron_lowbit.benchmark.collectives import sweep_plan as plans
 from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import Plan
+from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.tuning import write_tuning
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import check_writable
+from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.runtime.rendezvous import check_environment
 
 
@@ -96,15 +97,13 @@ def _names(text: str | None) -> list[str] | None:
 
 def _prepare(options: Namespace) -> None:
     """Find out now, and not after the work, that something cannot be written."""
-    outputs = [p for p in (options.output, options.plot, options.write_tuning) if p is not None]
-    for path in outputs:
-        if path.is_dir():
-            raise LowbitError(f"{path} is a directory: give a file")
-        check_writable(path.absolute().parent)
+    if options.output is not None:
+        check_output(options.output)
+        check_output(sweep_report.meta_path(options.output))
+    if options.write_tuning is not None:
+        check_output(options.write_tuning, "--write-tuning")
     if options.plot is not None:
-        sweep_plot.require()
-        if options.plot.suffix not in (".png", ".svg", ".pdf"):
-            raise LowbitError(f"{options.plot} is no plot: give a name in .png, .svg or .pdf")
+        check_plot(options.plot)
 
 
 def _finish(options: Namespace, sweeps: list[Measured]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.benchmark.collectives.sweep_report import by_variant, size_text
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
 
 # Colour says the codec, marker and dash the collective. Ours is strong, the others are light; the
@@ -24,16 +23,6 @@ _MORE_COLORS = ("#56B4E9", "#000000", "#8C510A", "#762A83")
 _DASHES = {"one-shot": "-", "two-shot": "--", "hierarchical": "-.", "reduce-scatter": ":"}
 _MARKERS = {"one-shot": "o", "two-shot": "s", "hierarchical": "D", "reduce-scatter": "v"}
 _LEAST, _MOST = 1 / 16, 16  # speedups that are drawn; outside of them a case is at the edge
-
-
-def require() -> None:
-    """Raise one clear error if there is no matplotlib."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise LowbitError(
-            'a plot needs matplotlib: pip install "megatron_lowbit[bench]", or leave out --plot'
-        ) from None
 
 
 def draw(rows: list[dict], path: Path) -> None:

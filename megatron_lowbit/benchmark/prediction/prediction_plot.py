@@ -3,10 +3,12 @@
 matplotlib is needed for this alone.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
     MODELS,
@@ -24,7 +26,7 @@ from megatron_lowbit.benchmark.prediction.prediction import (
 )
 from megatron_lowbit.benchmark.prediction.prediction_report import size
 from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Message
-from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import write_atomic
 
 # Safe for colour-blind readers (Okabe and Ito); native is grey.
 _COLORS = ("#b8b8b8", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -46,12 +48,11 @@ def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
         bits: Of a partial and of the sum.
 
     Raises:
-        LowbitError: matplotlib is missing or does not know the format.
+        LowbitError: See `plots.check_plot`.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise LowbitError("--plot needs matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
+    check_plot(path)
     columns = min(len(links), 3)
     rows = math.ceil(len(links) / columns)
     figure = Figure(figsize=(max(6.2 * columns, 8.5), 2.9 * rows + 1.5), layout="constrained")
@@ -62,10 +63,9 @@ def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
     for ax in axes[len(links) :]:
         ax.set_axis_off()
     _explain(figure, bits, seen)
-    try:
-        figure.savefig(path, dpi=110)
-    except ValueError as error:
-        raise LowbitError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=110)
+    write_atomic(path, drawn.getvalue())
 
 
 def _map(ax, link: str, bits: tuple[int, int]) -> set[str]:

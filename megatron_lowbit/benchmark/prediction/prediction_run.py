@@ -5,11 +5,12 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.benchmark.prediction import prediction_check, prediction_report
 from megatron_lowbit.benchmark.prediction.hardware import LINKS, MODELS, networks, payload_bytes
 from megatron_lowbit.benchmark.prediction.prediction import TP_SIZES, Row, predict
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import write_atomic
+from megatron_lowbit.files import check_output, write_atomic
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,6 +22,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.check:
         return check(options)
+    if options.json:
+        check_output(options.json, "--json")
+    if options.plot:
+        check_plot(options.plot)
     bits = parse_bits(options.bits)
     rows = select(options.link, options.model, options.tp, bits)
     narrowed = options.link or options.model or options.tp

@@ -16,7 +16,9 @@ from megatron_lowbit.benchmark.quality.texts import write_texts
 from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.evaluation.output import read_summary
 from megatron_lowbit.files import ROOT, write_atomic
+from megatron_lowbit.json_files import read_json, shown
 
 BUDGET = "4.2"
 PAPER, OURS, OURS_TWO_SHOT = "static-hybrid", "recipe", "recipe@two-shot"
@@ -103,7 +105,7 @@ def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[s
                 ("--load", str(checkpoint), *where, *codecs, *data, *step.arguments),
                 output,
             )
-        results[step.name] = json.loads(output.read_text())
+        results[step.name] = read_summary(output)
     return results
 
 
@@ -112,8 +114,8 @@ def _check_settings(directory: Path, settings: dict) -> None:
     path = directory / "settings.json"
     if not path.exists():
         write_atomic(path, json.dumps(settings).encode())
-    elif json.loads(path.read_text()) != settings:
-        raise LowbitError(f"{directory} has results of {path.read_text()}: name another directory")
+    elif (found := read_json(path)) != settings:
+        raise LowbitError(f"{directory} has results of {shown(found)}: name another directory")
 
 
 def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:

@@ -39,7 +39,7 @@ def targets(results: dict[str, dict]) -> list[list[str]]:
         _row(f"KL at {BUDGET} bits, of {PAPER}'s", 1 / 6, divergences),
         _row(f"bits that match {PAPER}'s loss at 4.19", 3.2, matched),
     ]
-    kept = {r["codec"]: r for r in results["tp3-tasks"]["task_average"]["results"]}
+    kept = {r["variant"]: r for r in results["tp3-tasks"]["task_average"]["results"]}
     for name, asked in ((OURS, 0.995), (OURS_TWO_SHOT, 0.99)):
         found = kept[name]
         span = f"{found['kept_low']:.1%} to {found['kept_high']:.1%}"
@@ -61,15 +61,15 @@ def _shares(results: list[dict], key: str) -> dict[str, float]:
     shares = {}
     for result in results:
         for text in result["texts"]:
-            by_codec = {r["codec"]: r[key] for r in text["results"]}
+            by_codec = {r["variant"]: r[key] for r in text["results"]}
             shares[f"TP {result['tp_size']} {text['name']}"] = by_codec[OURS] / by_codec[PAPER]
     return shares
 
 
 def _bits_to_match(result: dict, text: dict) -> float:
     """The fewest bits of a recipe whose loss is not above the paper's; infinite if none is."""
-    bits = {variant["codec"]: variant["bits_per_value"] for variant in result["variants"]}
-    loss = {r["codec"]: r["delta_nll"] for r in text["results"]}
+    bits = {variant["variant"]: variant["bits_per_value"] for variant in result["variants"]}
+    loss = {r["variant"]: r["delta_nll"] for r in text["results"]}
     recipes = [name for name in loss if name.startswith("recipe") and "@" not in name]
     matching = [bits[name] for name in recipes if loss[name] <= loss[PAPER]]
     return min(matching, default=math.inf)
@@ -77,11 +77,11 @@ def _bits_to_match(result: dict, text: dict) -> float:
 
 def _behind_peers(results: dict[str, dict]) -> list[str]:
     """Peers that no variant of ours beats at no more bits, by the same collective."""
-    variants = {v["codec"]: v for step in ("tp3", "tp3-peers") for v in results[step]["variants"]}
+    variants = {v["variant"]: v for step in ("tp3", "tp3-peers") for v in results[step]["variants"]}
     behind = []
     for number, text in enumerate(results["tp3-peers"]["texts"]):
         kl = {
-            r["codec"]: r["kl"]
+            r["variant"]: r["kl"]
             for step in ("tp3", "tp3-peers")
             for r in results[step]["texts"][number]["results"]
         }
@@ -113,7 +113,7 @@ def _quality(result: dict) -> str:
     head += [f"{what}, {name}" for name in names for what in ("loss", "KL")]
     rows = []
     for number, variant in enumerate(result["variants"]):
-        row = [variant["codec"], variant["collective"], f"{variant['bits_per_value']:.2f}"]
+        row = [variant["variant"], variant["collective"], f"{variant['bits_per_value']:.2f}"]
         for text in result["texts"]:
             scores = text["results"][number]
             row += [with_error(scores["delta_nll"], scores["delta_nll_stderr"])]
@@ -132,7 +132,7 @@ def _tasks(result: dict) -> str:
         scores = [task["results"][number][task["metric"]] for task in result["tasks"]]
         kept = f"{found['kept']:.1%} ({found['kept_low']:.1%} to {found['kept_high']:.1%})"
         cells = [f"{score:.3f}" for score in scores]
-        rows.append([found["codec"], *cells, f"{found['average']:.3f}", kept])
+        rows.append([found["variant"], *cells, f"{found['average']:.3f}", kept])
     items = ", ".join(f"{task['name']} {task['items']}" for task in result["tasks"])
     return f"{_title(result)}, items: {items}\n\n{_table(head, rows)}"
 

@@ -38,7 +38,7 @@ from megatron_lowbit.evaluation.journal import Journal
 from megatron_lowbit.evaluation.measures.text import Text
 from megatron_lowbit.evaluation.output import write_summary
 from megatron_lowbit.evaluation.variants import Variants, parse_variant
-from megatron_lowbit.files import check_writable
+from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.assignment import check_index
 from megatron_lowbit.integration.loops.calibrate_checkpoint import calibrate_model
 from megatron_lowbit.integration.loops.checks import check_length, megatron_argv, refuse_pipeline
@@ -105,9 +105,7 @@ def _prepare(output: Path, state: Path, resume: bool) -> None:
     """Check, on one rank, where the results go, and remove what is not to be resumed."""
     if dist.get_rank() != 0:
         return
-    if output.is_dir():
-        raise LowbitError(f"--output {output} is a directory: name a file")
-    check_writable(output.parent)
+    check_output(output)
     if not resume:
         shutil.rmtree(state, ignore_errors=True)
 

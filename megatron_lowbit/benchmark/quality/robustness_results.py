@@ -41,7 +41,7 @@ def to_json(
     """
     first = next(iter(indexes.values()))
     by_variant = {
-        (text, result["codec"]): {key: value for key, value in result.items() if key != "codec"}
+        (text, result["variant"]): {key: value for key, value in result.items() if key != "variant"}
         for text, summary in summaries.items()
         for result in summary["results"]
     }

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.json_files import read_json, shown
 
 FORMAT_VERSION = 1
 _REMEDY = "make it with tools/bench_all_reduce.py --write-tuning on this machine"
@@ -116,41 +117,25 @@ def read_tuning(path: Path, *, group: dist.ProcessGroup | None = None) -> Tuning
 
 
 def _parse(path: Path) -> Tuning:
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise LowbitError(f"cannot read tuning file {path} ({error.strerror}): {_REMEDY}") from None
-    except ValueError as error:
-        raise LowbitError(f"{path} is not valid JSON ({error}): {_REMEDY}") from None
+    from megatron_lowbit.comm.policy.tuning_schema import TuningFile
+    from megatron_lowbit.schema import validated
+
+    content = read_json(Path(path), remedy=_REMEDY)
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise LowbitError(
-            f"{path} is not a tuning file of format {FORMAT_VERSION} (found {version}): {_REMEDY}"
+            f"{path} is not a tuning file of format {FORMAT_VERSION} (found {shown(version)}): "
+            f"{_REMEDY}"
         )
-    try:
-        times = {
-            (str(entry["codec"]), str(entry["collective"])): _points(entry["points"])
-            for entry in content["times"]
-        }
-        if ("", "native") not in times:
-            raise ValueError("no times of native")
-        return Tuning(
-            machine=dict(content["machine"]),
-            ranks=int(content["ranks"]),
-            node_size=content["node_size"],
-            link=str(content["link"]),
-            times=times,
-            origin=str(path),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise LowbitError(f"{path} is damaged ({error!r}): {_REMEDY}") from None
-
-
-def _points(raw: list) -> Points:
-    points = sorted((int(size), float(value)) for size, value in raw)
-    if not points or not all(math.isfinite(v) and v > 0 and s > 0 for s, v in points):
-        raise ValueError(f"bad points {raw}")
-    return points
+    found = validated(TuningFile, content, f"{path} is damaged", remedy=_REMEDY)
+    return Tuning(
+        machine=found.machine,
+        ranks=found.ranks,
+        node_size=found.node_size,
+        link=found.link,
+        times={(entry.codec, entry.collective): sorted(entry.points) for entry in found.times},
+        origin=str(path),
+    )
 
 
 def cpu_name() -> str:

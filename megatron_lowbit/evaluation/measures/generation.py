@@ -92,7 +92,7 @@ class Generation:
     def _result(self, variant: str, agree: list[int]) -> dict:
         full = [int(count == self._new_tokens) for count in agree]
         return {
-            "codec": variant,
+            "variant": variant,
             "mean_agreement": mean(agree),
             "mean_agreement_stderr": stderr(agree),
             "median_agreement": statistics.median(agree),

@@ -83,7 +83,7 @@ class LongText:
             if variant != NATIVE:
                 loss = _difference(self._per_token(records, variant, "nll"), native)
                 kl = self._per_token(records, variant, "kl")
-                results.append({"codec": variant, **_means(delta_nll=loss, kl=kl)})
+                results.append({"variant": variant, **_means(delta_nll=loss, kl=kl)})
         return {
             "name": self._source,
             **self.identity,

@@ -52,5 +52,5 @@ class Measure(Protocol):
 
         Returns:
             What was measured (``name`` and, say, ``tokens``), ``native``: results of the native
-            run, and ``results``: a list with a dict for each variant, its name under ``codec``.
+            run, and ``results``: a list with a dict for each variant, its name under ``variant``.
         """

@@ -174,7 +174,7 @@ def _result(records: list[Record], variant: str) -> dict:
         for record in records
     ]
     return {
-        "codec": variant,
+        "variant": variant,
         **_rates(records, variant),
         "lost": sum(now < before for now, before in pairs),
         "gained": sum(now > before for now, before in pairs),

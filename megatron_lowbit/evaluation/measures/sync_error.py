@@ -106,12 +106,13 @@ def extremes(points: list[dict]) -> list[str]:
     lines = []
     for variant in points[0]["sqnr"] if points else ():
         values = {f"layer {p['layer']} {p['name']}": p["sqnr"][variant] for p in points}
-        finite = [value for value in values.values() if not math.isnan(value)]
+        # A sum without error, as of a pruned layer's zeros, tells nothing of the others.
+        finite = [value for value in values.values() if math.isfinite(value)]
         median = statistics.median(finite) if finite else math.nan
         bad = {
             name: value
             for name, value in values.items()
-            if not (value >= LOW_DB and value >= median - BELOW_MEDIAN_DB)
+            if value != math.inf and not (value >= LOW_DB and value >= median - BELOW_MEDIAN_DB)
         }
         if bad:
             lines.append(f"{variant}: {_listed(bad)} (median {median:.1f})")

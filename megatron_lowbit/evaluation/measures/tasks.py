@@ -69,7 +69,7 @@ class Task:
             "metric": self._data.metric,
             "native": native,
             "results": [
-                {"codec": variant, **self._result(chosen[variant], chosen[NATIVE], native)}
+                {"variant": variant, **self._result(chosen[variant], chosen[NATIVE], native)}
                 for variant in chosen
                 if variant != NATIVE
             ],
@@ -232,7 +232,7 @@ def _average_result(
     )
     low, high = interval_95(kept, kept_error)
     return {
-        "codec": rows[0]["codec"],
+        "variant": rows[0]["variant"],
         "average": own,
         "average_stderr": error,
         "difference": difference,

@@ -76,7 +76,7 @@ def _result(records: list[Record], name: str, native_nll: Tensor, tokens: Tensor
     nll, kl = _column(records, name, "nll"), _column(records, name, "kl")
     total = tokens.sum()
     return {
-        "codec": name,
+        "variant": name,
         "perplexity": _perplexity(nll, tokens),
         "delta_nll": ((nll - native_nll).sum() / total).item(),
         "delta_nll_stderr": _standard_error((nll - native_nll) / tokens),

@@ -3,6 +3,7 @@
 Only comparisons of numbers that were measured; where one is missing the finding is None.
 """
 
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def ratio(above: Number, above_error: Number, below: Number, below_error: Number
     value = above / below
     if above_error is None or below_error is None:
         return Ratio(value, None)
-    return Ratio(value, value * ((above_error / above) ** 2 + (below_error / below) ** 2) ** 0.5)
+    return Ratio(value, value * math.hypot(above_error / above, below_error / below))
 
 
 def compare(evaluation: Evaluation) -> list[Comparison]:
@@ -88,13 +89,13 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
     for collective in dict.fromkeys(variant.collective for variant in evaluation.variants):
         for text in evaluation.texts:
             within = [
-                (evaluation.variant(result.codec), result)
+                (evaluation.variant(result.variant), result)
                 for result in text.results
-                if _within(evaluation.variant(result.codec), collective) and result.kl is not None
+                if _within(evaluation.variant(result.variant), collective) and result.kl is not None
             ]
             if within:
                 variant, best = min(within, key=lambda pair: _kl(pair[1]))
-                papers = [result for one, result in within if family_of(one.codec) == PAPER]
+                papers = [result for one, result in within if family_of(one.name) == PAPER]
                 paper = min(papers, key=_kl, default=None)
                 found.append(Comparison(text, variant, best, paper))
     return found
@@ -109,7 +110,7 @@ def _within(variant: Variant, collective: str) -> bool:
     """Whether it can be the best: candidates that were not kept are no codecs to choose."""
     bits = variant.bits_per_value
     affordable = bits is not None and bits <= BUDGET
-    return variant.collective == collective and affordable and family_of(variant.codec) != "try"
+    return variant.collective == collective and affordable and family_of(variant.name) != "try"
 
 
 @dataclass(frozen=True)

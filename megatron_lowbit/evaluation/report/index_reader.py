@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.report.results import first_problem
+from megatron_lowbit.calibration.validation.index_schema import Assigned
+from megatron_lowbit.schema import LayerKey, Name, Strict, validated
 
 
 class _Placed(Protocol):
@@ -86,16 +85,12 @@ def most_extreme(points: list[PointRanges], count: int) -> list[PointRanges]:
     return sorted(points, key=lambda point: point.outlier[2], reverse=True)[:count]
 
 
-class _Entry(BaseModel):
-    codec: str
-    bits: int | None = None
-    bf16_features: int | None = None
+class _Recipe(Strict):
+    points: dict[LayerKey, dict[Name, Assigned]]
 
 
-class _Recipe(BaseModel):
-    """As it stands in the manifest: layer -> sync point -> entry."""
-
-    points: dict[int, dict[str, _Entry]]
+class _Manifest(Strict):
+    recipe: _Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +100,11 @@ class RecipePoint:
     layer: int
     name: str
     codec: str
-    bits: int | None
+    bits: Any
     bf16_features: int | None
 
     @property
-    def setting(self) -> tuple[str, int | None, int | None]:
+    def setting(self) -> tuple[str, Any, int | None]:
         """All that the recipe says of it."""
         return self.codec, self.bits, self.bf16_features
 
@@ -130,14 +125,11 @@ def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
     Raises:
         LowbitError: It has one that cannot be read; the message names the key.
     """
-    if manifest.get("recipe") is None:
+    recipe = validated(_Manifest, manifest, "the index's manifest").recipe
+    if recipe is None:
         return []
-    try:
-        recipe = _Recipe.model_validate(manifest["recipe"])
-    except ValidationError as error:
-        raise LowbitError(f"the index's manifest: recipe.{first_problem(error)}") from None
     points = [
-        RecipePoint(layer, name, entry.codec, entry.bits, entry.bf16_features)
+        RecipePoint(int(layer), name, entry.codec, entry.bits, entry.bf16_features)
         for layer, of_layer in recipe.points.items()
         for name, entry in of_layer.items()
     ]

@@ -1,5 +1,6 @@
 """The page: what it is made of, and how it and its PNGs are written."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.report.style import FAMILIES, INK, MUTED, PAPER, Plot, family_of
-from megatron_lowbit.files import atomic_directory, check_writable, write, write_atomic
+from megatron_lowbit.files import atomic_directory, check_output, flush, write
 
 _TEMPLATE = "page.html.j2"
 # Columns that are no numbers.
@@ -102,7 +103,7 @@ def check_destination(output: Path) -> None:
         raise LowbitError(
             f"{plots}, where the plots go, holds other things than plots: name another --output"
         )
-    check_writable(output.absolute().parent)
+    check_output(output)
 
 
 def render(title: str, sections: list[Section]) -> str:
@@ -125,17 +126,24 @@ def render(title: str, sections: list[Section]) -> str:
 
 
 def write_report(title: str, sections: list[Section], output: Path) -> list[Path]:
-    """Write the PNGs and then the page, each whole or not at all.
+    """Write the PNGs and the page, all of them or none.
 
     Returns:
         What was written, the page first.
     """
     check_destination(output)
-    page = render(title, sections)
+    # What the command line has that is no Unicode, such as a file's name, is shown as escapes.
+    page = render(title, sections).encode(errors="backslashreplace")
     plots = [block for section in sections for block in section.blocks if isinstance(block, Plot)]
     directory = plots_directory(output)
-    with atomic_directory(directory) as staging:
-        for plot in plots:
-            write(staging / f"{plot.name}.png", plot.png)
-    write_atomic(output, page.encode())
+    staged = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        with atomic_directory(directory) as staging:
+            for plot in plots:
+                write(staging / f"{plot.name}.png", plot.png)
+            write(staged, page)
+            flush(staged)
+        os.replace(staged, output)
+    finally:
+        staged.unlink(missing_ok=True)
     return [output, *(directory / f"{plot.name}.png" for plot in plots)]

@@ -48,8 +48,8 @@ def comparison(file: ResultFile, found: list[Comparison]) -> Table:
 
 def _quality(file: ResultFile, result: TextResult) -> list[str]:
     return [
-        result.codec,
-        number(file.data.variant(result.codec).bits_per_value, 2),
+        result.variant,
+        number(file.data.variant(result.variant).bits_per_value, 2),
         with_error(result.delta_nll, result.delta_nll_stderr),
         with_error(result.kl, result.kl_stderr),
     ]
@@ -67,7 +67,7 @@ def tasks(file: ResultFile) -> Table:
     head += ["average", "kept of BF16, % [95 % interval]"]
     native = ["native BF16", *(share(*task.score(task.native)) for task in measured)]
     rows = [[*native, share(average.native, average.native_stderr) if average else NONE, "100"]]
-    averages = {one.codec: one for one in average.results} if average else {}
+    averages = {one.variant: one for one in average.results} if average else {}
     for codec, results in _by_codec(file):
         cells = [
             share(*task.score(result)) if result else NONE
@@ -90,8 +90,8 @@ def task_differences(file: ResultFile) -> Table:
 
 def _by_codec(file: ResultFile) -> list[tuple[str, list[TaskResult | None]]]:
     """The codecs that did any task, and their result of each task."""
-    results = [{one.codec: one for one in task.results} for task in file.data.tasks]
-    codecs = (variant.codec for variant in file.data.variants)
+    results = [{one.variant: one for one in task.results} for task in file.data.tasks]
+    codecs = (variant.name for variant in file.data.variants)
     rows = [(codec, [of_task.get(codec) for of_task in results]) for codec in codecs]
     return [(codec, of_codec) for codec, of_codec in rows if any(of_codec)]
 
@@ -157,7 +157,7 @@ def needles(file: ResultFile, measured: LongContext) -> Table:
     native = measured.native
     rows = [["native BF16", share(native.retrieved, native.retrieved_stderr)]]
     for one in measured.results:
-        rows.append([one.codec, share(one.retrieved, one.retrieved_stderr)])
+        rows.append([one.variant, share(one.retrieved, one.retrieved_stderr)])
     caption = (
         f"{file.label}: passwords that were planted in {measured.name} ({measured.needles} in all) "
         "and are found when asked for at its end, ± standard error over texts."
@@ -171,7 +171,7 @@ def generation(file: ResultFile, measured: Generation) -> Table:
     head += ["prompts without any other, %"]
     rows = [
         [
-            result.codec,
+            result.variant,
             with_error(result.mean_agreement, result.mean_agreement_stderr, digits=1),
             share(result.full_agreement, result.full_agreement_stderr),
         ]
@@ -200,9 +200,9 @@ def raw(file: ResultFile, text: Text) -> Table:
     row = ["native BF16", "native", "16.00", sent, number(text.native.perplexity, 3)]
     rows = [[*row, "0", "0", "100.0"]]
     for result in text.results:
-        variant = file.data.variant(result.codec)
+        variant = file.data.variant(result.variant)
         rows.append(
-            [result.codec, variant.collective, number(variant.bits_per_value, 2)]
+            [result.variant, variant.collective, number(variant.bits_per_value, 2)]
             + [number(variant.wire_bytes_per_token, 0), number(result.perplexity, 3)]
             + [with_error(result.delta_nll, result.delta_nll_stderr)]
             + [with_error(result.kl, result.kl_stderr), share(result.top1)]

@@ -64,7 +64,7 @@ def _panel(axes: Axes, evaluation: Evaluation, text: Text, metric: str) -> None:
     spots = _spots(evaluation, text, metric)
     _join(axes, spots)
     for spot in spots:
-        color, collective = style.color_of(spot.variant.codec), spot.variant.collective
+        color, collective = style.color_of(spot.variant.name), spot.variant.collective
         axes.errorbar(
             spot.x,
             spot.y,
@@ -85,8 +85,8 @@ def _spots(evaluation: Evaluation, text: Text, metric: str) -> list[_Spot]:
     """What a log axis can show: values above zero, of codecs that quantize."""
     spots = []
     for result in text.results:
-        value, variant = getattr(result, metric), evaluation.variant(result.codec)
-        x, is_reference = variant.bits_per_value, result.codec == _REFERENCE
+        value, variant = getattr(result, metric), evaluation.variant(result.variant)
+        x, is_reference = variant.bits_per_value, result.variant == _REFERENCE
         if not is_reference and x is not None and value is not None and value > _LEAST:
             spots.append(_Spot(variant, x, value, getattr(result, f"{metric}_stderr") or 0.0))
     return spots
@@ -96,7 +96,7 @@ def _curves(spots: list[_Spot]) -> dict[tuple[str, str], list[_Spot]]:
     """The versions of one codec that differ in bits only, by family and collective."""
     curves: dict[tuple[str, str], list[_Spot]] = {}
     for spot in spots:
-        family = style.family_of(spot.variant.codec)
+        family = style.family_of(spot.variant.name)
         if family not in _NOT_VERSIONS:
             curves.setdefault((family, spot.variant.collective), []).append(spot)
     return {key: sorted(curve, key=lambda spot: spot.x) for key, curve in curves.items()}
@@ -120,7 +120,7 @@ def _noise(text: Text, metric: str) -> Number:
     """The measurement's own floor: what codec bf16 scores, at the outer end of its error."""
     for result in text.results:
         value = getattr(result, metric)
-        if result.codec == _REFERENCE and value is not None:
+        if result.variant == _REFERENCE and value is not None:
             return abs(value) + (getattr(result, f"{metric}_stderr") or 0.0)
     return None
 
@@ -160,7 +160,7 @@ def _limits(column, spots: list[list[_Spot]], panels, metric: str) -> None:
 
 def _label(axes: Axes, spots: list[_Spot]) -> None:
     points = [
-        Point(s.x, s.y, max(s.y - s.error, s.y / 3), s.y + s.error, s.variant.codec) for s in spots
+        Point(s.x, s.y, max(s.y - s.error, s.y / 3), s.y + s.error, s.variant.name) for s in spots
     ]
     if points:
         curves = [[(spot.x, spot.y) for spot in curve] for curve in _curves(spots).values()]
@@ -169,8 +169,8 @@ def _label(axes: Axes, spots: list[_Spot]) -> None:
 
 def _legend(made, evaluations: list[Evaluation]) -> None:
     """Colours and markers that occur, above the panels."""
-    variants = [v for one in evaluations for v in one.variants if v.codec != _REFERENCE]
-    seen = {style.family_of(variant.codec) for variant in variants}
+    variants = [v for one in evaluations for v in one.variants if v.name != _REFERENCE]
+    seen = {style.family_of(variant.name) for variant in variants}
     handles = [
         Line2D([], [], color=family.color, marker="o", linewidth=0, label=family.title)
         for family in style.FAMILIES
@@ -213,7 +213,7 @@ def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
 def _hidden(evaluation: Evaluation, text: Text) -> list[str]:
     """Results that the plot cannot show, in words."""
     return [
-        f"{result.codec} ({word} {_value(value)})"
+        f"{result.variant} ({word} {_value(value)})"
         for word, metric in (("loss", "delta_nll"), ("KL", "kl"))
         for result in text.results
         if _is_hidden(value := getattr(result, metric), result)
@@ -221,7 +221,7 @@ def _hidden(evaluation: Evaluation, text: Text) -> list[str]:
 
 
 def _is_hidden(value: Number, result: TextResult) -> bool:
-    return result.codec != _REFERENCE and (value is None or value <= _LEAST)
+    return result.variant != _REFERENCE and (value is None or value <= _LEAST)
 
 
 def _value(value: Number) -> str:

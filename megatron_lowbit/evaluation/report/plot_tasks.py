@@ -45,13 +45,13 @@ def _order(files: list[ResultFile]) -> list[str]:
     for file in files:
         for result in _known(file):
             assert result.kept is not None, "see `_known`"
-            kept.setdefault(result.codec, result.kept)
+            kept.setdefault(result.variant, result.kept)
     return sorted(kept, key=lambda codec: kept[codec])
 
 
 def _task_panel(axes: Axes, file: ResultFile, codecs: list[str]) -> None:
     for result in _known(file):
-        at, color = codecs.index(result.codec), style.color_of(result.codec)
+        at, color = codecs.index(result.variant), style.color_of(result.variant)
         if result.kept_low is not None and result.kept_high is not None:
             ends = [100 * result.kept_low, 100 * result.kept_high]
             axes.plot(ends, [at, at], color=color, linewidth=2)
@@ -109,11 +109,11 @@ def _position_panel(
         curve = _curve(measured, getattr(result, metric))
         if not curve:
             continue
-        color = style.color_of(result.codec)
-        dash = (0, (2, 2)) if result.codec == _REFERENCE else "-"
+        color = style.color_of(result.variant)
+        dash = (0, (2, 2)) if result.variant == _REFERENCE else "-"
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.3, linestyle=dash)
         axes.plot(*zip(*curve, strict=True), ".", color=color, markersize=4)
-        ends.append((curve[-1][1], color, result.codec))
+        ends.append((curve[-1][1], color, result.variant))
     style.log_axis(axes)
     end = measured.buckets[-1][1]
     axes.set_xticks([quarter * end // 4 for quarter in range(4)])

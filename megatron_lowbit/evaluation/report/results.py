@@ -1,50 +1,55 @@
 """Evaluation files as tools/evaluate.py writes them (`evaluation.output`): what the report reads.
 
 A key that is missing, or holds another type, is an error that names the
-file and the key. Every number may be null (it was not finite); a section that is null or empty was
-not measured. Keys that the report does not show
-are left out here.
+file and the key. Every number may be null (it was not finite), and what is beyond 1e30 counts as
+such; a section that is null or empty was not measured. Keys that the report does not show are left
+out here.
 """
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.output import FORMAT
+from megatron_lowbit.evaluation.output import FORMAT, read_summary
+from megatron_lowbit.json_files import shown
+from megatron_lowbit.schema import MOST_RANKS, Name, Strict, validated
 
-Number = float | None
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+_MOST = 1e30  # of a number; beyond, it is nothing that can be drawn or compared
 
 
-class Variant(_Part):
+def _drawable(value: float | None) -> float | None:
+    return value if value is not None and abs(value) <= _MOST else None
+
+
+Number = Annotated[float | None, AfterValidator(_drawable)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
+class Variant(Strict):
     """A codec and the collective it was measured by; bytes are what one rank sends for a token."""
 
-    codec: str
-    collective: str
+    name: Name = Field(alias="variant")
+    collective: Name
     bits_per_value: Number
     wire_bytes_per_token: Number
 
 
-class NativeTraffic(_Part):
+class NativeTraffic(Strict):
     wire_bytes_per_token: Number
 
 
-class NativeText(_Part):
+class NativeText(Strict):
     perplexity: Number
 
 
-class TextResult(_Part):
+class TextResult(Strict):
     """Loss (`delta_nll`) and KL in nats a token, against native; `top1` is a share."""
 
-    codec: str
+    variant: Name
     perplexity: Number
     delta_nll: Number
     delta_nll_stderr: Number
@@ -53,16 +58,16 @@ class TextResult(_Part):
     top1: Number
 
 
-class Text(_Part):
-    name: str
-    sha256: str
-    tokens: int
-    seq_length: int
+class Text(Strict):
+    name: Name
+    sha256: Name
+    tokens: Count
+    seq_length: Count
     native: NativeText
     results: list[TextResult]
 
 
-class Accuracy(_Part):
+class Accuracy(Strict):
     """Shares of the items, and their standard errors."""
 
     acc: Number
@@ -72,15 +77,15 @@ class Accuracy(_Part):
 
 
 class TaskResult(Accuracy):
-    codec: str
+    variant: Name
     kept: Number
     difference: Number
     difference_stderr: Number
 
 
-class Task(_Part):
-    name: str
-    items: int
+class Task(Strict):
+    name: Name
+    items: Count
     metric: Literal["acc", "acc_norm"]
     native: Accuracy
     results: list[TaskResult]
@@ -90,10 +95,10 @@ class Task(_Part):
         return getattr(of, self.metric), getattr(of, f"{self.metric}_stderr")
 
 
-class AverageResult(_Part):
+class AverageResult(Strict):
     """`kept` is the share of native's average, with its 95 % confidence interval."""
 
-    codec: str
+    variant: Name
     average: Number
     average_stderr: Number
     kept: Number
@@ -103,32 +108,32 @@ class AverageResult(_Part):
     difference_stderr: Number
 
 
-class TaskAverage(_Part):
+class TaskAverage(Strict):
     native: Number
     native_stderr: Number
     results: list[AverageResult]
 
 
-class NativeRetrieval(_Part):
+class NativeRetrieval(Strict):
     retrieved: Number
     retrieved_stderr: Number
 
 
-class LongContextResult(_Part):
+class LongContextResult(Strict):
     """`delta_nll` and `kl` have an entry for each bucket; `retrieved` is the share of needles."""
 
-    codec: str
+    variant: Name
     delta_nll: list[Number]
     kl: list[Number]
     retrieved: Number
     retrieved_stderr: Number
 
 
-class LongContext(_Part):
-    name: str
-    sequences: int
-    needles: int
-    buckets: list[Annotated[list[int], Field(min_length=2, max_length=2)]]
+class LongContext(Strict):
+    name: Name
+    sequences: Count
+    needles: Count
+    buckets: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
     native: NativeRetrieval
     results: list[LongContextResult]
 
@@ -136,49 +141,49 @@ class LongContext(_Part):
     def _has_all_buckets(self) -> Self:
         for result in self.results:
             if {len(result.delta_nll), len(result.kl)} != {len(self.buckets)}:
-                raise ValueError(f"{result.codec} has not one value for each of the buckets")
+                raise ValueError(f"{result.variant} has not one value for each of the buckets")
         return self
 
 
-class GenerationResult(_Part):
+class GenerationResult(Strict):
     """Tokens up to the first that differs from native's, on average; share without any."""
 
-    codec: str
+    variant: Name
     mean_agreement: Number
     mean_agreement_stderr: Number
     full_agreement: Number
     full_agreement_stderr: Number
 
 
-class Generation(_Part):
-    name: str
-    new_tokens: int
-    prompts: int
+class Generation(Strict):
+    name: Name
+    new_tokens: Count
+    prompts: Count
     results: list[GenerationResult]
 
 
-class PointError(_Part):
+class PointError(Strict):
     """Signal to quantization noise at one sync point, in dB, by codec."""
 
-    layer: int
-    name: str
+    layer: Count
+    name: Name
     sqnr: dict[str, Number]
     worst_token_sqnr: dict[str, Number]
 
 
-class SyncPoints(_Part):
-    sequences: int
+class SyncPoints(Strict):
+    sequences: Count
     points: list[PointError]
 
 
-class Evaluation(_Part):
+class Evaluation(Strict):
     """All of one file."""
 
     format: Literal[FORMAT]  # type: ignore[valid-type]  # a constant, though not a literal
-    model: str
-    tp_size: int
+    model: Name
+    tp_size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
     simulated: bool
-    index_sha256: str
+    index_sha256: Name
     variants: list[Variant]
     native: NativeTraffic
     texts: list[Text]
@@ -188,9 +193,9 @@ class Evaluation(_Part):
     generation: list[Generation]
     sync_points: SyncPoints | None
 
-    def variant(self, codec: str) -> Variant:
-        """The variant of a codec that a result names."""
-        return next(variant for variant in self.variants if variant.codec == codec)
+    def variant(self, name: str) -> Variant:
+        """The variant that a result names."""
+        return next(variant for variant in self.variants if variant.name == name)
 
     @property
     def label(self) -> str:
@@ -226,51 +231,34 @@ def read_results(paths: list[Path]) -> list[ResultFile]:
     labels = [evaluation.label for evaluation in evaluations]
     files = []
     for path, data in zip(paths, evaluations, strict=True):
-        label = data.label if labels.count(data.label) == 1 else f"{data.label}, {path.name}"
+        name = path.name.encode(errors="backslashreplace").decode()  # it may be no Unicode
+        label = data.label if labels.count(data.label) == 1 else f"{data.label}, {name}"
         date = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC)
         files.append(ResultFile(path=path, date=date, label=label, data=data))
     return files
 
 
 def _read(path: Path) -> Evaluation:
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=lambda name: None)
-    except ValueError as error:
-        raise LowbitError(f"{path} is not valid JSON ({error})") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise LowbitError(
-            f"{path}: format is {json.dumps(found)}, this report reads {FORMAT}: "
-            "write the file again with tools/evaluate.py"
-        )
-    try:
-        evaluation = Evaluation.model_validate(content)
-    except ValidationError as error:
-        raise LowbitError(f"{path}: {first_problem(error)}") from None
-    codecs = [variant.codec for variant in evaluation.variants]
-    for codec in codecs:
-        if codecs.count(codec) > 1:
-            raise LowbitError(f"{path}: variants has codec {codec!r} more than once")
-    _check_codecs(content, set(codecs), path)
+    content = read_summary(path)
+    evaluation = validated(Evaluation, content, str(path))
+    names = [variant.name for variant in evaluation.variants]
+    for name in names:
+        if names.count(name) > 1:
+            raise LowbitError(f"{path}: variants has {shown(name)} more than once")
+    _check_variants(content, set(names), path)
     return evaluation
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first key that is wrong, and what is wrong with it: ``texts[0].kl: Field required``."""
-    first = error.errors()[0]
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    return f"{''.join(parts).lstrip('.')}: {first['msg']}"
-
-
-def _check_codecs(value, known: set[str], path: Path) -> None:
-    """Raise if any result, at any depth, is of a codec that `variants` lacks."""
+def _check_variants(value, known: set[str], path: Path) -> None:
+    """Raise if any result, at any depth, is of a variant that `variants` lacks."""
     if isinstance(value, list):
         for one in value:
-            _check_codecs(one, known, path)
+            _check_variants(one, known, path)
     elif isinstance(value, dict):
-        named = {value["codec"]} if "codec" in value else set()
-        for codec in named | set(value.get("sqnr", ())) | set(value.get("worst_token_sqnr", ())):
-            if codec not in known:
-                raise LowbitError(f"{path}: a result is of codec {codec!r}: variants lacks it")
+        named = {value.get("variant")} if isinstance(value.get("variant"), str) else set()
+        for key in ("sqnr", "worst_token_sqnr"):
+            named |= set(value[key]) if isinstance(value.get(key), dict) else set()
+        for name in sorted(str(name) for name in named - known):
+            raise LowbitError(f"{path}: a result is of variant {shown(name)}: variants lacks it")
         for one in value.values():
-            _check_codecs(one, known, path)
+            _check_variants(one, known, path)

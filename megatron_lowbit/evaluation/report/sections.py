@@ -97,7 +97,7 @@ def _sentences(file: ResultFile, found: list[Comparison]) -> list[str]:
         return [f"No codec at no more than {BUDGET:g} bits a value was measured on a text."]
     groups: dict[tuple[str, str], list[Comparison]] = {}
     for one in found:
-        groups.setdefault((one.variant.collective, one.variant.codec), []).append(one)
+        groups.setdefault((one.variant.collective, one.variant.name), []).append(one)
     sentences = [_sentence(group) for group in groups.values()]
     return [*sentences, *_kept(file, [codec for _, codec in groups])]
 
@@ -105,13 +105,13 @@ def _sentences(file: ResultFile, found: list[Comparison]) -> list[str]:
 def _sentence(group: list[Comparison]) -> str:
     variant, paper = group[0].variant, group[0].paper
     where = group[0].text.name if len(group) == 1 else f"{len(group)} texts"
-    start = f"{variant.codec} ({variant.bits_per_value:.2f} bits, {variant.collective})"
+    start = f"{variant.name} ({variant.bits_per_value:.2f} bits, {variant.collective})"
     if all(one.is_paper for one in group):
         return f"On {where} {start}, the paper's method, is the best."
     if paper is None or any(one.paper is None for one in group):
         return f"On {where} {start} is the best; {PAPER} was not measured by this collective."
     kl, loss = (_times([getattr(one, key) for one in group]) for key in ("kl_ratio", "loss_ratio"))
-    return f"On {where} {start} has {kl} the KL and {loss} the loss of {paper.codec}."
+    return f"On {where} {start} has {kl} the KL and {loss} the loss of {paper.variant}."
 
 
 def _times(ratios: list[Ratio | None]) -> str:
@@ -125,7 +125,7 @@ def _times(ratios: list[Ratio | None]) -> str:
 
 def _kept(file: ResultFile, codecs: list[str]) -> list[str]:
     average = file.data.task_average
-    kept = {one.codec: one for one in average.results if one.kept is not None} if average else {}
+    kept = {one.variant: one for one in average.results if one.kept is not None} if average else {}
     words = []
     for codec in dict.fromkeys([*codecs, PAPER]):
         if codec in kept:

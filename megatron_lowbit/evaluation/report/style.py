@@ -54,6 +54,7 @@ _CSS_NAMES |= {family.color: f"family-{family.name}" for family in FAMILIES}
 _RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same widths on every machine
     "font.size": 8.5,
+    "text.parse_math": False,  # names are plain text, whatever is in them
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,

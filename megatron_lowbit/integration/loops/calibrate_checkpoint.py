@@ -15,20 +15,16 @@ from torch import Tensor, nn
 
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.assemble import assemble
-from megatron_lowbit.calibration.calibration_loop import (
-    Checkpointer,
-    Observations,
-    Progress,
-    calibrate,
-)
-from megatron_lowbit.calibration.corpus import Corpus, read_corpus
-from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.calibration.calibration_loop import Observations, calibrate
+from megatron_lowbit.calibration.corpus import Corpus, poverty, read_corpus
+from megatron_lowbit.calibration.index import CalibrationIndex, collapsed
 from megatron_lowbit.calibration.index_files import (
     FORMAT_VERSION,
     check_destination,
     write_index,
 )
 from megatron_lowbit.calibration.planning import with_recipe
+from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
@@ -47,6 +43,8 @@ from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.model.forward import device_of, logits
 from megatron_lowbit.model.summing import Summing
 
+_POOR = "its means and variances say little of other texts: calibrate on a more varied one"
+
 
 def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
@@ -62,6 +60,9 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     corpus, sequences = on_every_rank(lambda: _read(args, options))
     model = session.load_model(args)
     cli.say(f"{options.sequences} sequences of {options.seq_length} tokens")
+    poor = poverty(sequences)
+    if poor:
+        cli.say(f"warning: {poor}; {_POOR}")
     partial = output.with_name(f".{output.name}.partial")
     index, progress = calibrate_model(
         model,
@@ -81,6 +82,9 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     _report(progress, index, output)
+    flat, points = collapsed(index)
+    if not poor and 2 * flat > points:
+        cli.say(f"warning: hardly any variance at {flat} of {points} sync points; {_POOR}")
     session.shutdown()
 
 

@@ -26,7 +26,7 @@ from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.text_tables import tables
 from megatron_lowbit.evaluation.variants import Named, Variants, parse_variant
-from megatron_lowbit.files import check_writable
+from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.assignment import check_index, model_identity
 from megatron_lowbit.integration.loops.checks import megatron_argv, refuse_pipeline
@@ -87,9 +87,7 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Calibr
             "compares as N ranks would"
         )
     if options.output:
-        if options.output.is_dir():
-            raise LowbitError(f"--output {options.output} is a directory: name a file")
-        check_writable(options.output.absolute().parent)
+        check_output(options.output)
     index = read_index(options.index or Path(options.load) / INDEX_NAME)
     return index, read_inputs(
         options,
@@ -125,7 +123,7 @@ def _journal(
         "index": manifest_digest(index.manifest),
         "model": model_identity(model),
         "dtype": str(summing.points[0].module.weight.dtype),  # type: ignore[attr-defined]
-        "codecs": ",".join(variants.reducers),
+        "variants": ",".join(variants.reducers),
         "tensor parallel size": summing.ranks,
         "simulated": summing.is_simulated,
         **{measure.name: measure.identity for group in measures.values() for measure in group},

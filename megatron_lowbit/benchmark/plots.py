@@ -1,0 +1,29 @@
+"""What all plots of benchmarks need: found out before the work, and not after it."""
+
+from pathlib import Path
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.files import check_output
+
+_ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path, flag: str = "--plot") -> None:
+    """Raise unless a plot can be drawn and written to `path`.
+
+    Args:
+        path: Its ending says the format.
+        flag: The option that names it, for messages.
+
+    Raises:
+        LowbitError: matplotlib is missing, the ending is another, or see `files.check_output`.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise LowbitError(
+            f'a plot needs matplotlib: pip install "megatron_lowbit[bench]", or leave out {flag}'
+        ) from None
+    if path.suffix not in _ENDINGS:
+        raise LowbitError(f"{flag} {path}: give a name that ends in {', '.join(_ENDINGS)}")
+    check_output(path, flag)

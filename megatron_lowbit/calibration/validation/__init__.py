@@ -1,0 +1,1 @@
+"""What an index, a recipe and a saved state may hold."""
