@@ -140,17 +140,18 @@ def test_int8_in_groups_example_by_hand():
     assert through(codec, values).tolist() == [[254.0, -254.0, 0.0, 4.0, -8.0]]
 
 
-def test_int8_in_groups_has_gguf_s_blocks():
-    """Scales and codes of the package gguf, but where a half or the scale's rounding tells."""
-    values = sample("heavy-tailed", (64, 4096), 0)
-    payload = get_codec("int8-g32").encode(values, get_codec("int8-g32").tables(4096))
+def test_int8_in_groups_is_ggmls_q8_0():
+    """The scales of ggml's own package, and its codes but where the scale's rounding tells."""
+    gguf = pytest.importorskip("gguf")
+    codec, values = get_codec("int8-g32"), sample("heavy-tailed", (64, 4096), 0)
+    payload = codec.encode(values, codec.tables(4096))
     blocks = gguf.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0).reshape(64, 128, 34)
     blocks = torch.from_numpy(blocks)
     assert torch.equal(payload[:, 4096:].view(64, 128, 2), blocks[:, :, :2])
     codes = payload[:, :4096].int() - 128
     difference = (codes.view(64, 128, 32) - blocks[:, :, 2:].view(torch.int8)).abs()
     assert difference.max() <= 1
-    assert difference.float().mean() < 0.02  # measured
+    assert difference.float().mean() < 0.005  # measured 0.0031
 
 
 def test_fp8_is_torchs_own_cast():

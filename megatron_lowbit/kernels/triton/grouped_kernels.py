@@ -103,8 +103,8 @@ def _butterflies(values, factor, HIDDEN: tl.constexpr, GROUP: tl.constexpr, LOG_
         pairs = tl.reshape(values * factor, [1 << (LOG_TILE - step - 1), 2, 1 << step])
         first, second = tl.split(tl.permute(pairs, [0, 2, 1]))
         pairs = tl.permute(tl.join(first + second, first - second), [0, 2, 1])
-        whole: tl.constexpr = HIDDEN - HIDDEN % (2 << step)
-        values = tl.where(place < whole, tl.reshape(pairs, [1 << LOG_TILE]), values)
+        whole = place < HIDDEN - HIDDEN % (2 << step)
+        values = tl.where(whole, tl.reshape(pairs, [1 << LOG_TILE]), values)
     return tl.reshape(values, [(1 << LOG_TILE) // GROUP, GROUP])
 
 
