@@ -3,7 +3,8 @@
 SDP4Bit (arXiv:2410.15526) compresses weights and gradients in training. COCCL, a fork of NCCL, has
 it as a compressor for all collectives. Read were hpdps-group/SDP4Bit
 (`megatron/quantization_helper.py`, `tools/jet_quant_cuda`), maomaohpp/coccl-dev
-(`src/device/compress/sdp4bit`) and hpdps-group/COCCL (the same, and `src/coccl-extend/configs`):
+(`src/device/compress/sdp4bit`) and hpdps-group/COCCL (`sdp4bit_quan.cu` and the kernels of the
+transform there; `src/coccl-extend/configs`):
 
 - Codes of 4 or 8 bits around zero; the group size is a setting: 128 for gradients, 2048 for
   differences of weights. An fp32 scale, absmax / 7: with all 16 levels training converged worse.
@@ -14,13 +15,19 @@ it as a compressor for all collectives. Read were hpdps-group/SDP4Bit
 - coccl-dev's `ncclAllReduceCompOptim` is two-shot from 1 to 32 MB, a ring above, and compresses
   nothing below; the later COCCL chooses by measuring.
 
-Not followed: they round at random, seeded by the clock. Here it is to nearest, ties to even, or
-ranks and runs would differ. Their groups go through the whole message; here a row stands for
-itself. For 16-bit input COCCL leaves room for a second, unused fp32 a group (4.5 bits; here 4.25).
-SDP4Bit sends sums 8 bits wide inside a node and 4 bits between nodes; here `bits` says it.
+Not followed:
 
-Not verified: the paper's text beyond its abstract, and how COCCL all-reduces with the transform,
-which its fused step of the sum refuses.
+- They round at random, seeded by the clock. Here it is to nearest, ties to even, or ranks and runs
+  would differ.
+- Their groups go through the whole message; here a row stands for itself.
+- For 16-bit input COCCL transforms in that type, and leaves room for a second, unused fp32 a group
+  (4.5 bits). Here it is fp32, and 4.25 bits.
+- SDP4Bit sends 8 bits inside a node, and 4 bits of the node's sum, still transformed, between
+  nodes. Here `bits` says it, and two-shot turns a sum back before it transforms it again: the same
+  but for roundings.
+
+Not verified: the paper's text beyond its abstract; the rounding in the latest COCCL, whose file was
+not to be had; how it all-reduces with the transform on, which its fused step of the sum refuses.
 """
 
 import torch
@@ -62,7 +69,7 @@ def rotate(values: Tensor) -> Tensor:
 
     What is left of a row behind the last block is transformed in blocks of 16, 8, 4 and 2, as far
     as they go. The division, which the sources do at the end, comes first and step by step: so
-    nothing overflows, and but for subnormal numbers it costs no rounding.
+    nothing overflows, and it costs no rounding of numbers that are not subnormal.
     """
     return _butterflies(values, 0.5)
 
