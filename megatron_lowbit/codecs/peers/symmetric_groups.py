@@ -91,7 +91,7 @@ class Int8Group32(Scaled):
 
     Not followed: they divide by the scale before it is rounded to fp16, here by the one that is
     sent. They round halves away from zero; here, as in distributed-llama's AVX2 code, to even.
-    Their scale overflows above 127 * 65504; here it saturates, at -128 * 65504.
+    Their scale overflows above 127 * 65504; here values saturate at 127 and -128 times 65504.
     """
 
     name = "int8-g32"
