@@ -26,6 +26,9 @@ CODECS = [
     ("nvfp4", 4),
     ("int8-token", 8),
     ("fp8-g256", 8),
+    ("int8-g32", 8),
+    ("sdp4bit", 4),
+    ("sdp4bit-plain", 4),
 ]
 
 # No token, one, fewer than ranks, odd sizes, a block of 64, several leading dimensions.

@@ -15,10 +15,12 @@ from megatron_lowbit.codecs.peers.asymmetric_groups import (
     SpikeGroup32,
 )
 from megatron_lowbit.codecs.peers.fp4 import Mxfp4, Nvfp4
+from megatron_lowbit.codecs.peers.sdp4bit import Sdp4Bit, Sdp4BitPlain
 from megatron_lowbit.codecs.peers.symmetric_groups import (
     Fp8Group256,
     Int4Group16,
     Int4Group32,
+    Int8Group32,
     Int8Token,
 )
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
@@ -31,7 +33,7 @@ from megatron_lowbit.errors import LowbitError
 _OWN = (Bf16, StaticHybrid, ScaledHybrid, RotatedHybrid, ShapedHybrid)
 _PEERS = (
     *(Int4Group32, Int4Group16, Int4Group32Asymmetric, Int4Group128Asymmetric, SpikeGroup32),
-    *(Mxfp4, Nvfp4, Fp8Group256, Int8Token),
+    *(Mxfp4, Nvfp4, Fp8Group256, Int8Token, Int8Group32, Sdp4Bit, Sdp4BitPlain),
 )
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (*_OWN, *_PEERS)}
 DEFAULT_CODEC = RotatedHybrid.name  # needs no calibration

@@ -46,6 +46,9 @@ FLOORS = {
     ("nvfp4", 4): (20.1, 20.9, 14.2, 140.9),
     ("int8-token", 8): (42.1, 31.2, 1.0, 140.9),
     ("fp8-g256", 8): (31.4, 33.0, 31.3, 140.9),
+    ("int8-g32", 8): (45.1, 39.8, 13.7, 72.7),
+    ("sdp4bit", 4): (18.3, 18.7, 6.1, 140.9),
+    ("sdp4bit-plain", 4): (18.3, 12.8, 6.1, 140.9),
 }
 
 # Likewise for a sum that is quantized again (2 to 8 ranks, heavy-tailed), by bits of both steps.
@@ -61,12 +64,13 @@ SUM_FLOORS = {
             "int4-g16": 16.5,
         },
         **{"int4-g32-asym": 15.9, "int4-g128-asym": 11.3, "mxfp4": 13.5, "nvfp4": 17.7},
+        **{"sdp4bit": 15.5, "sdp4bit-plain": 10.2},
     },
     (4, 6): {
         **{"rotated-hybrid": 19.0, "shaped-hybrid": 19.0, "scaled-hybrid": 6.4},
         **{"static-hybrid": 9.6, "int4-g32": 17.1},
     },
-    (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4},
+    (8, 8): {"int8-token": 28.8, "fp8-g256": 29.4, "int8-g32": 37.1},
 }
 
 
@@ -179,9 +183,14 @@ def test_layout_in_memory_and_input_stay(codec):
     assert torch.equal(partial, before)
 
 
-# int4-g16's values span 2**-10 to 448: their fp32 sums are exact in any order.
+# int4-g16's values span 2**-10 to 448: their fp32 sums are exact in any order. sdp4bit's sum is
+# turned back after it was taken: test_sdp4bit has it.
 @pytest.mark.parametrize(
-    "name", ["bf16", "static-hybrid", "scaled-hybrid", *sorted(PEERS.keys() - {"int4-g16"})]
+    "name",
+    [
+        *("bf16", "static-hybrid", "scaled-hybrid"),
+        *sorted(PEERS.keys() - {"int4-g16", "sdp4bit"}),
+    ],
 )
 def test_sum_is_in_rank_order(name):
     """fp32 addition is not associative: ((r0 + r1) + r2) + r3, and no other order."""

@@ -1,9 +1,9 @@
 """The frame of the peers' formats: small codes, and a few numbers per group of features.
 
 The peers are here for honest comparison; `codecs.peers.systems` lists them. Nothing is calibrated,
-rotated or, but for `codecs.peers.asymmetric_groups`'s spikes, kept apart: the tables hold nothing,
-and a large feature takes its group's precision. The last group of a token is shorter where the
-group size does not divide the hidden size. A row is laid out as
+rotated but for `sdp4bit`, or kept apart but for `codecs.peers.asymmetric_groups`'s spikes: the
+tables hold nothing, and a large feature takes its group's precision. The last group of a token is
+shorter where the group size does not divide the hidden size. A row is laid out as
 
     packed codes | zero bytes up to a multiple of the first number's size | numbers, kind by kind
 

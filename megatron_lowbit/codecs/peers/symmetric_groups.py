@@ -1,10 +1,11 @@
 """Peers with one scale per group and values around zero: QuickReduce, aiter, SGLang, FlashInfer.
 
-By their sources: QuickReduce as in vLLM, `csrc/quickreduce`; aiter's FlyDSL all-reduce,
-`aiter/ops/flydsl/kernels/quick_allreduce_codec.py` (ROCm/aiter pull requests 4970 and 5555); SGLang
-`npu_communicator.py`; FlashInfer `comm/quantized_allreduce.py`. See `codecs.peers.group_frame` for
-what they share. QuickReduce's two groups in 64 features are the even and the odd ones; here they
-are the first 32 and the last.
+And ggml's blocks, which distributed-llama sums. By their sources: QuickReduce as in vLLM,
+`csrc/quickreduce`; aiter's FlyDSL all-reduce, `aiter/ops/flydsl/kernels/quick_allreduce_codec.py`
+(ROCm/aiter pull requests 4970 and 5555); SGLang `npu_communicator.py`; FlashInfer
+`comm/quantized_allreduce.py`; b4rtaz/distributed-llama `src/nn`; ikawrakow/ik_llama.cpp
+`ggml/src/ggml-cuda`. See `codecs.peers.group_frame` for what they share. QuickReduce's two groups
+in 64 features are the even and the odd ones; here they are the first 32 and the last.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs.peers.group_frame import Scaled, absmax, divide
 
+FP16_MAX = torch.finfo(torch.float16).max
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 _AITER_NAN, _AITER_MAX = 0x7F, 0x7E  # without the sign
 
@@ -73,10 +75,33 @@ class Int8Token(Scaled):
     """SGLang: int8 with an fp32 scale per token, absmax / 127: 8.01 bits at hidden 4096."""
 
     name = "int8-token"
-    format = "int8"
+    format = "absmax"
     supported_bits = (8,)
     group = None
     scale_dtype = torch.float32
+
+
+class Int8Group32(Scaled):
+    """ggml's q8_0: int8 in groups of 32 with an fp16 scale, absmax / 127: 8.5 bits.
+
+    distributed-llama calls it q80 (`nn-quants.cpp`): every node sends its partial to every other,
+    and each sums all of them in fp32 (`llm.cpp`, `nn-network.cpp`): one-shot. ik_llama.cpp
+    (`reduce.cu`, `--graph-reduce-type q8_0`, above 32 tokens; its default is fp16) sums in a ring
+    and quantizes after every addition. None of our collectives does; of 2 ranks it is two-shot.
+
+    Not followed: they divide by the scale before it is rounded to fp16, here by the one that is
+    sent. They round halves away from zero; here, as in distributed-llama's AVX2 code, to even.
+    Their scale overflows above 127 * 65504; here values saturate at 127 and -128 times 65504.
+    """
+
+    name = "int8-g32"
+    format = "absmax-fp16"
+    supported_bits = (8,)
+    group = 32
+    scale_dtype = torch.float16
+
+    def _to_wire(self, scale: Tensor) -> Tensor:
+        return scale.clamp(max=FP16_MAX).to(self.scale_dtype)
 
 
 class Fp8Group256(Scaled):

@@ -31,4 +31,7 @@ PEERS = {
     "nvfp4": Peer("NVIDIA's format", None),
     "fp8-g256": Peer("FlashInfer", "two-shot"),
     "int8-token": Peer("SGLang (NPU)", "one-shot"),
+    "int8-g32": Peer("distributed-llama", "one-shot"),
+    "sdp4bit": Peer("SDP4Bit", "two-shot"),
+    "sdp4bit-plain": Peer("COCCL", "two-shot"),
 }

@@ -65,6 +65,8 @@ def _write(
     if FORMAT == "nvfp4":
         values = _divide_by_token(values, numbers)
         numbers += 4
+    if FORMAT == "absmax-rotated":
+        values = _butterflies(values, 0.5, HIDDEN, GROUP, LOG_TILE)
     if FORMAT == "spikes":
         values = spikes.write(values, numbers + 4 * groups, group, groups)
     low, high = formats.extremes(values, FORMAT)
@@ -90,6 +92,20 @@ def _divide_by_token(values, number):
     scale = tl.div_rn(size, 2688.0)  # the largest of E2M1, 6, times that of E4M3, 448
     parts.store_bytes(number, scale.to(tl.int32, bitcast=True), None, 4)
     return tl.div_rn(values, tl.where(scale == 0, 1.0, scale))
+
+
+@triton.jit
+def _butterflies(values, factor, HIDDEN: tl.constexpr, GROUP: tl.constexpr, LOG_TILE: tl.constexpr):
+    """fp32 [groups, GROUP] in blocks of 32, or less at the end: `codecs.peers.sdp4bit`."""
+    values = tl.reshape(values, [1 << LOG_TILE])
+    place = tl.arange(0, 1 << LOG_TILE)
+    for step in tl.static_range(5):
+        pairs = tl.reshape(values * factor, [1 << (LOG_TILE - step - 1), 2, 1 << step])
+        first, second = tl.split(tl.permute(pairs, [0, 2, 1]))
+        pairs = tl.permute(tl.join(first + second, first - second), [0, 2, 1])
+        whole = place < HIDDEN - HIDDEN % (2 << step)
+        values = tl.where(whole, tl.reshape(pairs, [1 << LOG_TILE]), values)
+    return tl.reshape(values, [(1 << LOG_TILE) // GROUP, GROUP])
 
 
 @triton.jit
@@ -124,6 +140,8 @@ def decode_sum(
     for _ in range(1, ranks):
         payloads += rank_stride
         total += _values(payloads, HIDDEN, GROUP, FORMAT, BITS, BODY_BYTES, SCALE_BYTES, LOG_TILE)
+    if FORMAT == "absmax-rotated":
+        total = _butterflies(total, 1.0, HIDDEN, GROUP, LOG_TILE)
     _, place = _places(GROUP, LOG_TILE)
     parts.store_floats(out + place * out_column_stride, total, place < HIDDEN, NATIVE)
 

@@ -4,15 +4,17 @@
 | --- | --- | --- | --- |
 | signed | int4-g32 | BF16, of the largest magnitude with its sign | integers around 0 |
 | signed-e4m3 | int4-g16 | aiter's E4M3, the same | integers around 0 |
-| int8 | int8-token | fp32, absmax / 127 | integers around 0 |
+| absmax | int8-token, sdp4bit-plain | fp32, absmax / (2**(BITS - 1) - 1) | integers around 0 |
+| absmax-fp16 | int8-g32 | fp16, the same | integers around 0 |
+| absmax-rotated | sdp4bit | as absmax, of rotated values | integers around 0 |
 | fp8 | fp8-g256 | fp32, absmax / 448 | E4M3 |
 | mxfp4 | mxfp4 | E8M0, the exponent of absmax | E2M1 |
 | nvfp4 | nvfp4 | E4M3, of what is divided by the token's fp32 scale | E2M1 |
 | affine | int4-g32-asym and its kin | BF16, and a BF16 zero | integers from 0 |
 | spikes | spike-g32 | as affine, and two BF16 values with their places | integers from 0 |
 
-The bits are those of `codecs.peers.symmetric_groups`, `codecs.peers.asymmetric_groups` and
-`codecs.peers.fp4`, which say whose formats they are and why. Small floats are made and read by
+The bits are those of `symmetric_groups`, `asymmetric_groups`, `fp4` and `sdp4bit` in
+`codecs.peers`, which say whose formats they are and why. Small floats are made and read by
 integer operations: not every GPU has instructions for them, and the interpreter rounds otherwise. A
 tile is ``[groups, features]``.
 """
@@ -23,7 +25,8 @@ import triton.language as tl
 from megatron_lowbit.kernels.triton.parts import values as parts
 
 # Bytes of a group's scale on the wire.
-SCALE_BYTES = {"signed": 2, "signed-e4m3": 1, "int8": 4, "fp8": 4, "mxfp4": 1, "nvfp4": 1}
+SCALE_BYTES = {"signed": 2, "signed-e4m3": 1, "fp8": 4, "mxfp4": 1, "nvfp4": 1}
+SCALE_BYTES |= {"absmax": 4, "absmax-fp16": 2, "absmax-rotated": 4}
 SCALE_BYTES |= {"affine": 2, "spikes": 2, "bf16": 0}
 
 
@@ -54,8 +57,12 @@ def encode_scale(low, high, FORMAT: tl.constexpr, BITS: tl.constexpr):
         bits = parts.bf16_bits(signed * (-1.0 / (1 << (BITS - 1))))
     elif FORMAT == "signed-e4m3":
         bits = _aiter_bits(signed)
-    elif FORMAT == "int8":
-        bits = tl.div_rn(size, 127.0).to(tl.int32, bitcast=True)
+    elif FORMAT == "absmax" or FORMAT == "absmax-rotated":
+        bits = tl.div_rn(size, (1 << (BITS - 1)) - 1.0).to(tl.int32, bitcast=True)
+    elif FORMAT == "absmax-fp16":
+        half = tl.minimum(tl.div_rn(size, (1 << (BITS - 1)) - 1.0), 65504.0).to(tl.float16)
+        bits = half.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = tl.where(size == size, bits, 0x7E00)
     elif FORMAT == "fp8":
         bits = tl.div_rn(size, 448.0).to(tl.int32, bitcast=True)
     elif FORMAT == "mxfp4":
@@ -74,8 +81,10 @@ def decode_scale(bits, FORMAT: tl.constexpr, BITS: tl.constexpr):
     """fp32: the step that the bits of a scale stand for."""
     if FORMAT == "signed-e4m3":
         step = _aiter_value(bits) * (-1.0 / (1 << (BITS - 1)))
-    elif FORMAT == "int8" or FORMAT == "fp8":
+    elif FORMAT == "absmax" or FORMAT == "absmax-rotated" or FORMAT == "fp8":
         step = bits.to(tl.float32, bitcast=True)
+    elif FORMAT == "absmax-fp16":
+        step = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     elif FORMAT == "mxfp4":
         # Code 0 is the subnormal 2**-127.
         step = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
