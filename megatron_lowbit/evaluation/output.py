@@ -25,7 +25,8 @@
                                   "full_agreement"}, ...]}],
      "sync_points": {"sequences": 4,
                      "points": [{"layer": 1, "name": "mlp.linear_fc2", "sqnr": {NAME: dB, ...},
-                                 "worst_token_sqnr": {NAME: dB, ...}}, ...]}}
+                                 "worst_token_sqnr": {NAME: dB, ...},
+                                 "stream_sqnr": {NAME: dB, ...}}, ...]}}
 
 The lists of what was not measured are empty, and ``task_average`` is null. Bits per value and bytes
 per token are those of all units of all measures together, from the real payloads; a token's bytes

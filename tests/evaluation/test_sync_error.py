@@ -58,6 +58,22 @@ def test_decibel():
     assert first["sqnr"]["exact"] == math.inf
 
 
+def test_the_streams_error_is_what_is_left_of_all_sums():
+    """An error that the next sum takes back is gone; two alike have four times the power."""
+    summary = _summary({"piles up": [0.01, 0.01], "repaired": [0.01, -0.01]})
+    first, second = (point["stream_sqnr"] for point in summary["points"])
+    assert first == pytest.approx({"piles up": 40, "repaired": 40}, abs=1e-3)
+    assert second["piles up"] == pytest.approx(40, abs=1e-3)
+    assert second["repaired"] > 100
+
+
+def test_with_feedback_only_what_is_not_finite_is_named():
+    shares = {"plain": [0.001, 0.5], "plain@feedback": [0.001, 0.5]}
+    assert [line.partition(":")[0] for line in extremes(_summary(shares)["points"])] == ["plain"]
+    broken = _summary({"recipe@feedback": [0.001, math.nan]})["points"]
+    assert extremes(broken)[0].startswith("recipe@feedback: layer 2 b is not finite")
+
+
 def test_what_is_not_finite_is_so_in_the_summary():
     summary = _summary({"bad": [math.nan, 0.1], "huge": [math.inf, 0.1]})
     assert math.isnan(summary["points"][0]["sqnr"]["bad"])

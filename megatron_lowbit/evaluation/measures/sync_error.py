@@ -4,6 +4,10 @@ So each number is the error of one quantization (in two-shot: of two) alone, and
 before it in the model. SQNR, the signal to quantization noise ratio, is 10 log10 of the sum of
 squares over the sum of squared errors, in dB, over all tokens of all sequences; the exact sum is
 that of the partials in fp32, the other what the model would get, rounded to its dtype.
+
+What counts is the error of the residual stream behind a sync point: with error feedback an error is
+repaired by the next sum, without it all pile up. Its SQNR is that of all that the sync points have
+added up to there, against the same of the variant's sums.
 """
 
 import math
@@ -61,44 +65,69 @@ class SyncError:
         return len(self._sequences)
 
     def run(self, number: int, model: LanguageModel, native: Any) -> tuple[Scores, Any]:
-        """One sequence: ``signal``, and by variant ``noise`` and ``worst``, each by sync point."""
+        """One sequence: ``signal``, and by variant ``noise`` and ``worst``, each by sync point.
+
+        And the same of the stream: ``added``, and by variant ``drift``.
+        """
         if native is not None:
             return {}, None
         count = len(self._points)
-        scores: Scores = {"signal": [math.nan] * count, "noise": {}, "worst": {}}
+        unknown = [math.nan] * count
+        scores: Scores = {"signal": [*unknown], "noise": {}, "worst": {}}
+        scores |= {"added": [*unknown], "drift": {}}
+        stream: dict[str, Tensor] = {}  # by variant: its error so far; of `NATIVE`: what was added
 
         def observe(point: int, exact: Tensor, sums: dict[str, Tensor]) -> None:
             signal = exact.double().square().sum(dim=-1)
             scores["signal"][point] = signal.sum().item()
+            scores["added"][point] = _grow(stream, NATIVE, exact)
             for variant, total in sums.items():
                 noise = (total.double() - exact.double()).square().sum(dim=-1)
                 ratio = torch.where(noise == 0, torch.inf, signal / noise)
                 noises = scores["noise"].setdefault(variant, [math.nan] * count)
                 worst = scores["worst"].setdefault(variant, [math.nan] * count)
                 noises[point], worst[point] = noise.sum().item(), ratio.min().item()
+                drift = scores["drift"].setdefault(variant, [*unknown])
+                drift[point] = _grow(stream, variant, total.float() - exact)
 
         with self._observing(observe):
             model.logits(self._sequences[number][None])
         return scores, True
 
     def summarize(self, records: list[Record]) -> dict:
-        """``sequences``, and ``points``: layer, name, and dB by variant, over all and the worst."""
+        """``sequences``, and ``points``: layer, name, and dB by variant.
+
+        Over all tokens, of the worst token, and of the stream behind the sync point.
+        """
         scores = [record[NATIVE] for record in records]
         points = []
         for number, (layer, name) in enumerate(self._points):
             signal = sum(one["signal"][number] for one in scores)
-            sqnr, worst = {}, {}
+            added = sum(one["added"][number] for one in scores)
+            sqnr, worst, behind = {}, {}, {}
             for variant in scores[0]["noise"]:
                 noise = sum(one["noise"][variant][number] for one in scores)
                 sqnr[variant] = _decibel(signal / noise) if noise else math.inf
                 worst[variant] = _decibel(_least([s["worst"][variant][number] for s in scores]))
+                drift = sum(one["drift"][variant][number] for one in scores)
+                behind[variant] = _decibel(added / drift) if drift else math.inf
             entry = {"layer": layer, "name": name, "sqnr": sqnr, "worst_token_sqnr": worst}
+            entry["stream_sqnr"] = behind
             points.append(entry)
         return {"sequences": len(records), "points": points}
 
 
+def _grow(stream: dict[str, Tensor], key: str, values: Tensor) -> float:
+    """Add `values` to what is in the stream: the sum of squares of all that is there."""
+    stream[key] = values.double() + stream.get(key, 0.0)
+    return stream[key].square().sum().item()
+
+
 def extremes(points: list[dict]) -> list[str]:
     """A line for each variant with sync points that are far worse than others, or not finite.
+
+    A variant with error feedback sends there what the last sync point missed, too: of its sums only
+    those that are not finite are named.
 
     Args:
         points: Of `SyncError.summarize`.
@@ -112,7 +141,9 @@ def extremes(points: list[dict]) -> list[str]:
         bad = {
             name: value
             for name, value in values.items()
-            if value != math.inf and not (value >= LOW_DB and value >= median - BELOW_MEDIAN_DB)
+            if value != math.inf
+            and not (value >= LOW_DB and value >= median - BELOW_MEDIAN_DB)
+            and (math.isnan(value) or "@feedback" not in variant)
         }
         if bad:
             lines.append(f"{variant}: {_listed(bad)} (median {median:.1f})")

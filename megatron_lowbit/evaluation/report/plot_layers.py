@@ -110,6 +110,41 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
         )
 
 
+def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
+    """SQNR of the residual stream behind each sync point, in call order."""
+    measured = file.data.sync_points
+    assert measured is not None, "the page asks only where they were measured"
+    variants = [v for v in measured.points[0].stream_sqnr if v != _REFERENCE]
+    if not variants:
+        return None
+    with style.figure(4.6) as made:
+        axes = made.subplots()
+        made.get_layout_engine().set(rect=(0, 0, 0.82, 1))
+        ends: list[tuple[float, str, str]] = []
+        seen: dict[str, int] = {}
+        for variant in variants:
+            values = [point.stream_sqnr.get(variant) for point in measured.points]
+            curve = [(n, value) for n, value in enumerate(values, 1) if value is not None]
+            if not curve:
+                continue
+            family, color = style.family_of(variant), style.color_of(variant)
+            seen[family] = seen.get(family, -1) + 1
+            dash = _DASHES[seen[family] % len(_DASHES)]
+            axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.2, linestyle=dash)
+            ends.append((curve[-1][1], color, variant))
+        axes.set_xlabel("sync point, in call order")
+        axes.set_ylabel("SQNR of the stream, dB")
+        style.freeze(made)
+        label_ends(axes, ends)
+        return style.finish(
+            made,
+            name,
+            f"{file.label}: the error of the residual stream behind each sync point, which is what "
+            "the next block sees: signal to noise of all that the sync points have added so far. "
+            "Without feedback errors pile up; with it the next sum repairs each.",
+        )
+
+
 def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError], what: str) -> list:
     """Draw a line a codec; give the labels of their ends."""
     key = "sqnr" if what == _ALL else "worst_token_sqnr"

@@ -169,6 +169,7 @@ class PointError(Strict):
     name: Name
     sqnr: dict[str, Number]
     worst_token_sqnr: dict[str, Number]
+    stream_sqnr: dict[str, Number] = {}  # files of format 2 have none
 
 
 class SyncPoints(Strict):
@@ -256,7 +257,7 @@ def _check_variants(value, known: set[str], path: Path) -> None:
             _check_variants(one, known, path)
     elif isinstance(value, dict):
         named = {value.get("variant")} if isinstance(value.get("variant"), str) else set()
-        for key in ("sqnr", "worst_token_sqnr"):
+        for key in ("sqnr", "worst_token_sqnr", "stream_sqnr"):
             named |= set(value[key]) if isinstance(value.get(key), dict) else set()
         for name in sorted(str(name) for name in named - known):
             raise LowbitError(f"{path}: a result is of variant {shown(name)}: variants lacks it")

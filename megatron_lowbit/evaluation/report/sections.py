@@ -170,6 +170,7 @@ def _errors(files: list[ResultFile]) -> list[Block | None]:
     for number, file in enumerate(files, 1):
         if file.data.sync_points and file.data.sync_points.points:
             blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file))
+            blocks.append(plot_layers.draw_stream(f"stream-{number}", file))
             blocks.append(page_tables.errors(file))
     return blocks
 
