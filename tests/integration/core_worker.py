@@ -348,15 +348,14 @@ def simulated(out: Path) -> dict:
     result["native"] = logits(model, tokens)[0]
     for name, bits, mode in [*((n, b, "one-shot") for n, b in CODECS), *COLLECTIVES[:3]]:
         codec = get_codec(name, bits=bits)
-        reducers = [
-            summing.reducer(
-                point,
-                codec,
-                index.tables(point.layer, point.name, codec, ranks=summing.ranks),
-                mode,
-            )
+        tables = [
+            index.tables(point.layer, point.name, codec, ranks=summing.ranks)
             for point in summing.points
         ]
+        # As `apply` does by default.
+        feedback = codec.carries
+        codecs = [codec] * len(tables)
+        reducers = summing.reducers(codecs, tables, mode, feedback=feedback)
         with summing.using(reducers):
             got = logits(model, tokens)[0]
         traffic = [reducer.traffic.total() for reducer in reducers]

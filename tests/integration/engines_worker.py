@@ -198,7 +198,7 @@ def leave_engine_mode() -> None:
 @contextlib.contextmanager
 def counted(model) -> Iterator[list]:
     """What goes through the model: (tokens, collective) of each sum, or "forward" of each pass."""
-    module = importlib.import_module("megatron_lowbit.integration.handle")
+    module = importlib.import_module("megatron_lowbit.integration.sums.reducer")
     original, seen = module.all_reduce, []
 
     def recording(partial, **call):

@@ -167,7 +167,7 @@ def speculative(out: Path) -> dict:
 
 def waiting(index) -> str:
     """What a capture says of a sum that looks at a value."""
-    module = importlib.import_module("megatron_lowbit.integration.handle")
+    module = importlib.import_module("megatron_lowbit.integration.sums.reducer")
     original = module.all_reduce
 
     def looking(partial, **call):
