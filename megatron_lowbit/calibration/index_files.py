@@ -1,7 +1,8 @@
 """Index files: reading, writing and validating an index directory.
 
     DIR/manifest.json             format version, model shape, TP size, codec, recipe if there is
-                                  one (`calibration.plan`), corpus, versions,
+                                  one (`calibration.plan`), corpus, versions, chain: why each
+                                  sync point carries no errors on, empty if it does,
                                   file and sha256 of each layer, sha256 of the manifest itself
     DIR/layer_NNNNN.safetensors   per sync point NAME: NAME/bf16_index int32 [k] and
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
@@ -173,6 +174,9 @@ def _check_schema(manifest: dict[str, Any], path: Path) -> None:
     if manifest["codec"]["name"] not in CODECS:
         name = manifest["codec"]["name"]
         raise IndexFileError(f"{path} names codec {name!r}: known are {', '.join(CODECS)}")
+    chain = manifest.get("chain", {})
+    if not isinstance(chain, dict) or not all(isinstance(why, str) for why in chain.values()):
+        raise IndexFileError(f"{path} has no valid 'chain' (reasons by sync point): {_REMEDY}")
     if "recipe" in manifest:
         _check_recipe(manifest["recipe"], path)
     for layer, entry in manifest["layers"].items():
