@@ -296,7 +296,9 @@ def planning(out: Path) -> dict:
             tokenize=list,
             detokenize=str,
         )
-        planner = Planner(index, language_model, summing, sequences, options, groups["dp_group"])
+        planner = Planner(
+            index, language_model, summing, sequences, options, groups["dp_group"], feedback=False
+        )
         for bits in (3, 4, 5):
             recipe = dict.fromkeys(options, Assignment("shaped-hybrid", bits, 0))
             predicted = predicted_divergence(options, recipe)

@@ -90,7 +90,7 @@ def eager_and_graphed(index, *, options: dict = DECODE_ONLY, config=None, eager=
     handle = megatron_lowbit.apply(model, index, collective="one-shot", **wishes)
     engine = engine_of(model, options=options)
     result["stats of the capture"] = handle.stats()
-    result |= watched(model, engine) | {"stats": handle.stats()}
+    result |= watched(model, engine) | {"stats": handle.stats(), "feedback": handle.feedback()}
     return result
 
 
