@@ -393,6 +393,19 @@ def experts(out: Path) -> None:
         assert reasons(handle) == ["carried"] * POINTS
         assert len(handle.native) == POINTS // 2
         assert_follows_chain(model, handle)
+    overlapped = {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True}
+    model = build(torch.bfloat16, **{**MOE, **overlapped}, **DEEP)
+    index = index_of(model, out)
+    assert set(index.manifest["chain"].values()) == {""}
+    with low(model, index) as handle:
+        assert reasons(handle) == ["carried"] * POINTS
+        assert_follows_chain(model, handle)
+    model.decoder.layers[1].mlp._inference_token_dispatcher = None  # as NVLS has one: calls whole
+    with low(model, index) as handle:
+        assert reasons(handle) == ["carried"] * (POINTS - 1)
+        whole = handle.native["layer 2 mlp.shared_experts.linear_fc2"]
+        assert whole == "shared experts that the inference dispatcher calls whole"
+    model = build(torch.bfloat16, **MOE, **DEEP)
     shared = model.decoder.layers[1].mlp.shared_experts
     shared.use_shared_expert_gate = True
     shared.gate_weight = nn.Parameter(torch.randn(1, HIDDEN, dtype=torch.bfloat16))
@@ -455,6 +468,16 @@ def zero_bits(out: Path) -> None:
     assert said.startswith(lost), said
     said = message(lambda: megatron_lowbit.apply(model, index, **skipping("2.mlp.*", fold=True)))
     assert said.startswith(lost), said
+    for rule, text in (
+        ({"codec": "static-hybrid", "bits": 0}, "codec static-hybrid has no 0-bit version"),
+        ({"bits": [0, 4]}, "shaped-hybrid cannot have bits 0,4: 0 bits send no message at all"),
+        ({"bits": [4, 0]}, "shaped-hybrid cannot have bits 4,0: 0 bits send no message at all"),
+        ({"bits": -1}, "codec shaped-hybrid has no -1-bit version"),
+    ):
+        path.write_text(json.dumps([{"match": "2.mlp.*", **rule}]))
+        said = message(lambda: megatron_lowbit.apply(model, index, recipe=path))
+        assert text in said, said
+        assert "'2.mlp.*' at 2.mlp.linear_fc2: " in said, said
     _post_norm_child(model.decoder.layers[1])
     index = without_chain(index)
     said = message(lambda: megatron_lowbit.apply(model, index, **skipping("2.mlp.*")))
@@ -545,22 +568,30 @@ def simulated_ranks(out: Path) -> None:
     model = build(torch.bfloat16, **DEEP)
     index = index_of(model, out)
     real = {}
-    cases = [(mode, bits) for mode in ("one-shot", "two-shot") for bits in (1, 2, 4)]
+    cases = [(mode, bits) for mode in ("one-shot", "two-shot") for bits in (1, 2, 4, 0)]
+    skip = out / f"rules{dist.get_rank()}.json"
+    skip.write_text('[{"match": "2.mlp.*", "bits": 0}]')
     for mode, bits in cases:
-        with low(model, index, collective=mode, bits=bits):
+        with low(model, index, collective=mode, bits=bits or 4, recipe=None if bits else skip):
             real[mode, bits] = whole_logits(model)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(1)
     model = build(torch.bfloat16, **DEEP)
     summing, _ = find_summing(model, 2)
     for mode, bits in cases:
-        codecs = [get_codec("shaped-hybrid", bits=bits)] * POINTS
-        assignment = Assignment("shaped-hybrid", bits)
-        tables = [index.tables_at(point, assignment, 2) for point in summing.points]
+        given = [Assignment("shaped-hybrid", bits or 4)] * POINTS
+        if not bits:  # one sync point alone
+            given[3] = Assignment("shaped-hybrid", 0)
+        codecs = [assignment.make() for assignment in given]
+        each = zip(summing.points, given, strict=True)
+        tables = [index.tables_at(point, assignment, 2) for point, assignment in each]
         with summing.using(summing.reducers(codecs, tables, mode, feedback=True)):
             assert torch.equal(whole_logits(model), real[mode, bits]), (mode, bits)
         with summing.using(summing.reducers(codecs, tables, mode)):
-            assert not torch.equal(whole_logits(model), real[mode, bits]), (mode, bits)
+            if bits:
+                assert not torch.equal(whole_logits(model), real[mode, bits]), (mode, bits)
+            else:
+                assert "sends nothing: it needs error" in message(lambda: whole_logits(model))
 
 
 def main() -> None:

@@ -88,6 +88,15 @@ def test_sums_are_those_of_the_codec(results, model):
             assert torch.equal(result[codec]["logits"], first[codec]["logits"])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_layer_carries_errors(results, model):
+    """The worker holds each sum against the specification; numbers say the same as structure."""
+    points, _ = MODELS[model]
+    for rank in results[2]:
+        assert rank[model]["feedback"] == ["carried"] * len(points)
+        assert rank[model]["chain"] == {f"layer {n} {name}": "" for n, name in points}
+
+
 @pytest.mark.parametrize("model", [name for name in MODELS if not name.endswith("_sp")])
 def test_nothing_else_leaves_megatrons_own_sum(results, model):
     """Of the all-reduces by the name that layers import, low bits take the sync points' alone."""
