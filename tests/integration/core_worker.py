@@ -511,6 +511,10 @@ def folding(model, index) -> dict:
     }
     if dist.get_world_size() == 1:
         return result
+    # Folded weights carry no errors.
+    handle = megatron_lowbit.apply(model, index, collective="one-shot", feedback=False)
+    result["plain"] = whole_logits(model)
+    handle.remove()
     for mode in ("one-shot", "two-shot"):
         handle = fold(collective=mode)
         result[mode] = whole_logits(model)
