@@ -511,6 +511,11 @@ def by_numbers(out: Path) -> None:
         assert reasons(handle) == [*["carried"] * 2, *[outside] * 2, *["carried"] * 2]
         assert f"(2: {CHANGED})" in str(handle)
         assert_follows_chain(model, handle)
+    model.config.enable_mhc_connections = True
+    assert set(index_of(model, out).manifest["chain"].values()) == {
+        "hyper-connections mix the stream"
+    }
+    model.config.enable_mhc_connections = False
     said = message(lambda: write_index(_chained(index, {"layer 1": 3}), where) or read_index(where))
     assert "has no valid 'chain'" in said, said
     scaled.remove()
@@ -521,7 +526,8 @@ def by_numbers(out: Path) -> None:
     assert set(index.manifest["chain"].values()) == {MOVED}
     moving.remove()
     with low(model, index) as handle:
-        assert "errors are not carried" in str(handle)
+        assert f"errors are not carried (6: {MOVED})" in str(handle)
+        assert reasons(handle) == [f"off: {MOVED}"] * POINTS
 
 
 def _chained(index, chain: dict):

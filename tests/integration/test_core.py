@@ -372,6 +372,8 @@ def test_simulated_calibration_finds_what_real_ranks_find(ranks):
     """Bit for bit at the first sync point; behind it native sums differ by BF16's rounding."""
     real, index = ranks[0]["index"], ranks[0]["simulated"]["index"]
     assert index.tp_size == 3
+    chain = {f"layer {layer} {name}": "" for layer, name in POINTS}
+    assert index.manifest["chain"] == chain
     first = POINTS[0]
     for layer, name in POINTS:
         for field, value in vars(index.record(layer, name)).items():

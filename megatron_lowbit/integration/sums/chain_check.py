@@ -76,7 +76,9 @@ class _Layer:
         self._parts: list[Tensor] = []
         # What a mixture's shared expert sums is in the mixture's output.
         inside = set() if mixture is None else set(mixture.modules())
-        self._counted = {p.module for p in points if p.layer == number} - inside
+        here = [point for point in points if point.layer == number]
+        self._counted = {point.module for point in here} - inside
+        self._is_outside = all(point.apart for point in here)  # what it adds may be anything
         self._hooks = [
             layer.register_forward_pre_hook(self._enter, with_kwargs=True),
             layer.register_forward_hook(self._leave),
@@ -113,16 +115,20 @@ class _Layer:
     def _leave(self, layer: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
         left = output if isinstance(output, Tensor) else output[0]
         self._left = left.detach().clone()
-        expected = self._given.float()
-        size, coarsest = expected.abs(), torch.finfo(left.dtype).eps
+        if not self._is_outside:
+            self.differs = left.shape != self._given.shape or self._adds_more(left)
+        self._parts.clear()
+
+    def _adds_more(self, left: Tensor) -> bool:
+        expected, coarsest = self._given.float(), torch.finfo(left.dtype).eps
+        size = expected.abs()
         for part in self._parts:
             mine = _like(part, left)
             expected, size = expected + mine, size + mine.abs()
             coarsest = max(coarsest, torch.finfo(part.dtype).eps)
         # Each addition rounds by half an eps of what it gives, at most.
         most = (len(self._parts) + 1) * coarsest / 2 * size
-        self.differs = bool(((left.float() - expected).abs() > most).any())
-        self._parts.clear()
+        return bool(((left.float() - expected).abs() > most).any())
 
 
 def _like(part: Tensor, stream: Tensor) -> Tensor:
@@ -132,7 +138,7 @@ def _like(part: Tensor, stream: Tensor) -> Tensor:
         return part.reshape(stream.shape)
     from megatron.core import parallel_state
 
-    ranks = part.numel() // stream.numel()
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
     return part.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()].reshape(stream.shape)
 
 
