@@ -1,7 +1,8 @@
 """Index files: reading, writing and validating an index directory.
 
     DIR/manifest.json             format version, model shape, TP size, codec, recipe if there is
-                                  one (`calibration.plan`), corpus, versions,
+                                  one (`calibration.plan`), corpus, versions, chain: why each
+                                  sync point carries no errors on, empty if it does,
                                   file and sha256 of each layer, sha256 of the manifest itself
     DIR/layer_NNNNN.safetensors   per sync point NAME: NAME/bf16_index int32 [k] and
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]

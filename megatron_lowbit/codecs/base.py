@@ -65,6 +65,11 @@ class Codec(abc.ABC):
                 raise LowbitError(
                     f"codec {self.name} has no {asked}-bit version: choose from {supported}"
                 )
+        if self.bits != self.sum_bits and 0 in (self.bits, self.sum_bits):
+            raise LowbitError(
+                f"codec {self.name} cannot have bits {self.bits},{self.sum_bits}: 0 bits send no "
+                "message at all, and stand alone"
+            )
 
     @property
     def takes_symmetric_memory(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_lowbit.comm.feedback.chain import Step
 from megatron_lowbit.comm.feedback.ways import SKIPPED, TWO_SHOT
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.transport import chunks, owned, share
+from megatron_lowbit.errors import LowbitError
 
 
 def simulated_all_reduce(
@@ -40,7 +41,12 @@ def simulated_all_reduce(
 
     Returns:
         ``[..., hidden]`` of `partials`' dtype: the bits that the collective gives on every rank.
+
+    Raises:
+        LowbitError: A codec of 0 bits without feedback.
     """
+    if codec.bits == 0 and not steps:
+        raise LowbitError(f"{codec} sends nothing: it needs error feedback")
     clock = Clock(partials.device)
     ranks, rows = len(partials), partials.flatten(1, -2)
     tokens, width = rows.shape[1:]

@@ -135,8 +135,9 @@ def _agreed_policy(
         return None
     group, weight = points[0].group, points[0].module.weight
     codecs = sorted({repr(codec) for codec in assigned.codecs})
-    agreed = (codecs, wanted, str(weight.dtype), assigned.digest())
-    require_equal("codec, dtype or index", agreed, group=group)
+    feedback = "errors carried" if assigned.has_feedback else "errors not carried"
+    agreed = (codecs, feedback, wanted, str(weight.dtype), assigned.digest())
+    require_equal("codec, feedback, dtype or index", agreed, group=group)
     require_equal(ROTATION_SWITCH, rotation_on(weight.device), group=group)
     require_equal(CHECK_SWITCH, is_checking(), group=group)
     if not assigned.points:

@@ -213,8 +213,8 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
     """Raise LowbitError for an argument that the others leave without effect."""
     mode = args.lowbit_collective or DEFAULT_MODE
     if mode == "native":
-        for name in ("codec", "bits", "recipe"):
-            if getattr(args, f"lowbit_{name}") is not None:
+        for name in ("codec", "bits", "recipe", "no-feedback"):
+            if getattr(args, f"lowbit_{name}".replace("-", "_")) is not None:
                 raise LowbitError(f"--lowbit-{name} means nothing to native: leave one of them out")
     if mode == "one-shot" and "," in (args.lowbit_bits or ""):
         raise LowbitError(f"--lowbit-bits {args.lowbit_bits}: one-shot sends no sums: give one")

@@ -18,6 +18,7 @@ from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables, get_codec
 from megatron_lowbit.errors import IndexFileError, LowbitError
+from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import members
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
 
@@ -93,19 +94,23 @@ def assign(
     index = index_dir if isinstance(index_dir, CalibrationIndex) else read_index(Path(index_dir))
     recipe, origin = _recipe(index, codec, bits)
     own = index.recipe is recipe or (codec, bits) == (None, None)
-    if own and feedback is not False:
-        recipe = with_strong_ends(recipe, points)
+    ruled = _ruled(recipe, rules)
     if rules is not None:
-        recipe = override(recipe, read_rules(rules), origin=str(rules))
         origin += f" and {Path(rules).name}"
     if not points:
         return AssignedPoints([], [], [], {}, origin)
     ranks = dist.get_world_size(points[0].group)
-    used = {assignment for assignment in recipe.values() if not assignment.is_native}
-    check_index(index, model, [assignment.make() for assignment in used], ranks)
+    used = [a.make() for a in set(ruled.values()) if not a.is_native]
+    check_index(index, model, used, ranks)
+    if feedback is None:
+        feedback = any(codec.carries for codec in used)
+    if feedback:
+        points = agree(points, index.manifest, index.origin)
+        recipe = with_strong_ends(recipe, points) if own else recipe
+        ruled = _ruled(recipe, rules)
     low, codecs, tables, native = [], [], [], {}
     for point in points:
-        assignment = index.assigned(recipe, point)
+        assignment = index.assigned(ruled, point)
         if assignment.is_native:
             assert rules is not None, "nothing else leaves a point native"
             native[str(point)] = f"left native by {Path(rules).name}"
@@ -113,11 +118,15 @@ def assign(
         low.append(point)
         codecs.append(assignment.make())
         tables.append(index.tables_at(point, assignment, ranks))
-    carries = any(codec.carries for codec in codecs) if feedback is None else feedback
-    check_skips(low, codecs, carries)
-    if carries and index.recipe is not None and not index.has_feedback:
+    check_skips(low, codecs, feedback)
+    if feedback and index.recipe is not None and not index.has_feedback:
         origin += ", planned without feedback (tools/calibrate.py --budget plans it anew)"
-    return AssignedPoints(low, codecs, tables, native, origin, carries)
+    return AssignedPoints(low, codecs, tables, native, origin, feedback)
+
+
+def _ruled(recipe: Recipe, rules: Path | None) -> Recipe:
+    """`recipe` with a recipe file on top."""
+    return recipe if rules is None else override(recipe, read_rules(rules), origin=str(rules))
 
 
 def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
@@ -150,7 +159,7 @@ def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool
     if skipped and not has_feedback:
         raise LowbitError(
             f"{points[min(skipped)]} has 0 bits, which only error feedback makes good: leave "
-            "--lowbit-no-feedback out, or plan a recipe without --skip"
+            "--lowbit-no-feedback and --lowbit-fold out, or plan a recipe without --skip"
         )
     for chain in members(points, [True] * len(points)):
         for number, following in zip(chain, [*chain[1:], None], strict=True):

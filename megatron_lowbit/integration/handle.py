@@ -102,6 +102,7 @@ class Handle:
         self._extras, folding = extras, extras.folding
         tables = assigned.tables if folding is None else folding.tables
         carrying = links(assigned.points, assigned.codecs)
+        self._has_feedback = assigned.has_feedback
         self._links = carrying if assigned.has_feedback else [None] * len(carrying)
         self._reducers = [
             CodecReducer(
@@ -132,7 +133,7 @@ class Handle:
     def _feedback_at(self, point: SyncPoint, reducer: CodecReducer) -> str:
         if reducer.link is not None:
             return "carried"
-        if not any(self._links):
+        if not self._has_feedback:
             return "off"
         return f"off: {point.apart or 'it is alone'}"
 
@@ -198,15 +199,16 @@ class Handle:
     def _carried(self) -> str:
         """How many sync points carry their errors, at what cost, and which do not and why."""
         carrying = sum(link is not None for link in self._links)
+        apart = _listed({str(p): p.apart for p in self._points if p.apart and self._has_feedback})
         if not carrying:
-            return "errors are not carried"
+            return "errors are not carried" + apart
         first = self._reducers[0]
         ranks = dist.get_world_size(first.group)
         size = bytes_a_token(
             self._points, ranks, sums=first.policy.mode not in ("one-shot", "native")
         )
         text = f"errors carried between {carrying} sync points, {size / 1024:.1f} KB a token"
-        return text + _listed({str(p): p.apart for p in self._points if p.apart})
+        return text + apart
 
 
 def _codecs(reducers: list[CodecReducer]) -> str:

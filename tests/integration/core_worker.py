@@ -50,13 +50,6 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps)
 
 
-def apply_plainly(model, index, **wishes):
-    """`apply` without error feedback, which is what tests/integration/test_chains.py is about."""
-    import megatron_lowbit
-
-    return megatron_lowbit.apply(model, index, feedback=False, **wishes)
-
-
 def layer_spec(config: dict):
     """The local spec, with norms that take sequence parallelism where it is asked for."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -194,10 +187,14 @@ def count_native_calls(model) -> int:
 
 def run_codecs(model, out: Path) -> dict:
     """Logits, status and traffic of each codec, and what is left after each."""
+    import megatron_lowbit
+
     results = {"native": whole_logits(model), "native_calls": count_native_calls(model)}
     state = {key: value for key, value in model.state_dict().items() if value is not None}
     for name, bits in CODECS:
-        handle = apply_plainly(model, out / "lowbit", codec=name, bits=bits, collective="one-shot")
+        handle = megatron_lowbit.apply(
+            model, out / "lowbit", codec=name, bits=bits, collective="one-shot"
+        )
         first = whole_logits(model)
         results[name, bits] = {
             "logits": first,
@@ -224,9 +221,13 @@ def run_codecs(model, out: Path) -> dict:
 
 def run_collectives(model, out: Path) -> dict:
     """Logits, statistics and start-up line by collective."""
+    import megatron_lowbit
+
     results = {}
     for name, bits, mode in COLLECTIVES:
-        handle = apply_plainly(model, out / "lowbit", codec=name, bits=bits, collective=mode)
+        handle = megatron_lowbit.apply(
+            model, out / "lowbit", codec=name, bits=bits, collective=mode
+        )
         results[name, bits, mode] = {
             "logits": whole_logits(model),
             "stats": handle.stats(),
@@ -238,20 +239,22 @@ def run_collectives(model, out: Path) -> dict:
 
 def sequence_parallel(out: Path) -> dict:
     """A model with sequence parallelism: reduce-scatters at its sync points, and all-gathers."""
+    import megatron_lowbit
+
     if dist.get_world_size() == 1:
         return {}
     model = build(torch.bfloat16, sequence_parallel=True)
     index, _ = make_index(model, out)
     result = {"native": whole_logits(model), "exact": fp32_accumulation(model)}
     for name, gather in (("bf16", None), ("rotated-hybrid", None), ("rotated-hybrid", 6)):
-        handle = apply_plainly(
+        handle = megatron_lowbit.apply(
             model, index, codec=name, collective="two-shot", all_gather_bits=gather
         )
         result[name, gather] = whole_logits(model)
         result["stats", name, gather] = handle.stats()
         handle.remove()
     result["restored"] = torch.equal(whole_logits(model), result["native"])
-    handle = apply_plainly(model, index, collective="one-shot", all_gather_bits=6)
+    handle = megatron_lowbit.apply(model, index, collective="one-shot", all_gather_bits=6)
     switched = [m for m in model.modules() if getattr(m, "sequence_parallel", False) is True]
     for module in switched:  # as inference engines do for the steps of decoding
         module.sequence_parallel = False
@@ -308,11 +311,13 @@ def planning(out: Path) -> dict:
 
 def variant_model(out: Path, **config) -> dict:
     """Another kind of model: its sync points, what stays native, and how it runs with codecs."""
+    import megatron_lowbit
+
     model = build(torch.bfloat16, **config)
     index, _ = make_index(model, out)
     result = {"native_logits": whole_logits(model), "exact": fp32_accumulation(model)}
     for codec in ("bf16", "rotated-hybrid"):
-        handle = apply_plainly(model, index, codec=codec, collective="one-shot")
+        handle = megatron_lowbit.apply(model, index, codec=codec, collective="one-shot")
         result[codec] = whole_logits(model)
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["native"], result["text"] = handle.native, str(handle)
@@ -350,7 +355,10 @@ def simulated(out: Path) -> dict:
             index.tables(point.layer, point.name, codec, ranks=summing.ranks)
             for point in summing.points
         ]
-        reducers = summing.reducers([codec] * len(tables), tables, mode)
+        # As `apply` does by default.
+        feedback = codec.carries
+        codecs = [codec] * len(tables)
+        reducers = summing.reducers(codecs, tables, mode, feedback=feedback)
         with summing.using(reducers):
             got = logits(model, tokens)[0]
         traffic = [reducer.traffic.total() for reducer in reducers]
@@ -371,11 +379,15 @@ def message(step) -> str:
 
 def gradients(model, out: Path) -> dict:
     """Weight gradients with and without the low-bit path."""
+    import megatron_lowbit
+
     tokens = (torch.arange(LENGTH) % VOCAB)[None]
     mask = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
     result = {}
     for codec in (None, "bf16", "rotated-hybrid"):
-        handle = codec and apply_plainly(model, out / "lowbit", codec=codec, collective="one-shot")
+        handle = codec and megatron_lowbit.apply(
+            model, out / "lowbit", codec=codec, collective="one-shot"
+        )
         model.zero_grad()
         model(tokens, torch.arange(LENGTH)[None], mask).float().square().mean().backward()
         result[codec] = model.decoder.layers[0].mlp.linear_fc1.weight.grad.clone()
@@ -400,6 +412,7 @@ def errors(model, index, out: Path) -> dict[str, str]:
     """Messages of everything that must be refused, none of which may change the model."""
     import dataclasses
 
+    import megatron_lowbit
     from megatron_lowbit.comm.policy.policy import Settings
     from megatron_lowbit.integration.sums.sync_points import find_sync_points
     from megatron_lowbit.kernels import switches
@@ -408,7 +421,7 @@ def errors(model, index, out: Path) -> dict[str, str]:
         return dataclasses.replace(index, manifest={**index.manifest, **changes})
 
     def apply(*args, **kwargs):
-        return lambda: apply_plainly(model, *args, **kwargs)
+        return lambda: megatron_lowbit.apply(model, *args, **kwargs)
 
     found = {
         "none": message(apply(out / "no-such-index")),
@@ -431,7 +444,7 @@ def errors(model, index, out: Path) -> dict[str, str]:
         setattr(point.module, attribute, value)
         found[name] = message(lambda: found.update(muted_list=find_sync_points(model)[1]))
         setattr(point.module, attribute, before)
-    handle = apply_plainly(model, index)
+    handle = megatron_lowbit.apply(model, index)
     found["twice"] = message(apply(index))
     handle.remove()
     found["gather"] = message(apply(index, all_gather_bits=6))
@@ -455,18 +468,20 @@ def errors(model, index, out: Path) -> dict[str, str]:
     point.module.__class__ = type("TERowParallelLinear", (torch.nn.Module,), {})
     found["te"] = message(apply(index))
     point.module.__class__ = original
-    found["not_megatron"] = message(lambda: apply_plainly(torch.nn.Linear(2, 2), index))
+    found["not_megatron"] = message(lambda: megatron_lowbit.apply(torch.nn.Linear(2, 2), index))
     return found
 
 
 def with_rules(model, index, out: Path) -> dict:
     """A codec of its own for some sync points, one of them native."""
+    import megatron_lowbit
+
     rules = out / f"rules{dist.get_rank()}.json"
     rules.write_text(
         '[{"match": "1.mlp.*", "codec": "native"}, {"match": "1.*", "bits": [3, 6]},'
         ' {"match": "2.mlp.*", "codec": "shaped-hybrid", "bits": 6, "bf16_features": 3}]'
     )
-    handle = apply_plainly(model, index, recipe=rules, collective="two-shot")
+    handle = megatron_lowbit.apply(model, index, recipe=rules, collective="two-shot")
     result = {"text": str(handle), "native": handle.native, "logits": whole_logits(model)}
     result["status"] = [
         (p.layer, p.name, repr(p.codec), p.bf16_features, p.traffic.calls) for p in handle.status()
@@ -479,8 +494,12 @@ def folding(model, index) -> dict:
     """Rotations folded into the weights: logits, what is saved, what is left, what is refused."""
     from megatron.core import parallel_state
 
+    import megatron_lowbit
+
     def fold(**wishes):
-        return apply_plainly(model, index, **{"collective": "one-shot", **wishes}, fold=True)
+        return megatron_lowbit.apply(
+            model, index, **{"collective": "one-shot", **wishes}, fold=True
+        )
 
     groups = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     layer = model.decoder.layers[0].mlp
@@ -493,6 +512,10 @@ def folding(model, index) -> dict:
     }
     if dist.get_world_size() == 1:
         return result
+    # Folded weights carry no errors.
+    handle = megatron_lowbit.apply(model, index, collective="one-shot", feedback=False)
+    result["plain"] = whole_logits(model)
+    handle.remove()
     for mode in ("one-shot", "two-shot"):
         handle = fold(collective=mode)
         result[mode] = whole_logits(model)
@@ -557,7 +580,9 @@ def main() -> None:
         "after_errors": whole_logits(model),
     }
     try:
-        apply_plainly(other, index)
+        import megatron_lowbit
+
+        megatron_lowbit.apply(other, index)
         results["other_weights"] = "no error"
     except LowbitError as error:
         results["other_weights"] = str(error)

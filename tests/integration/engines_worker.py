@@ -198,7 +198,7 @@ def leave_engine_mode() -> None:
 @contextlib.contextmanager
 def counted(model) -> Iterator[list]:
     """What goes through the model: (tokens, collective) of each sum, or "forward" of each pass."""
-    module = importlib.import_module("megatron_lowbit.integration.handle")
+    module = importlib.import_module("megatron_lowbit.integration.sums.reducer")
     original, seen = module.all_reduce, []
 
     def recording(partial, **call):
@@ -279,7 +279,7 @@ def low_bits(model, index, run) -> dict:
     with counted(model) as seen:
         result = run(model)
     result["forwards"] = seen.count("forward")
-    result["stats"] = handle.stats()
+    result["stats"], result["feedback"] = handle.stats(), handle.feedback()
     handle.remove()
     return result
 
@@ -361,6 +361,7 @@ def speculative(out: Path) -> dict:
     result["accepted"] = int(engine._spec_tokens_accepted_per_pos.sum())
     result["proposed"] = int(engine._spec_tokens_proposed_per_pos.sum())
     result["alone"] = alone(dynamic_engine(model, num_speculative_tokens=1))
+    result["feedback"] = handle.feedback()
     handle.remove()
     return result
 
@@ -376,7 +377,7 @@ def sequence_parallel(index) -> dict:
         handle = megatron_lowbit.apply(model, index, collective="one-shot", all_gather_bits=gather)
         result[gather] = greedy(dynamic_engine(model))
         result[gather, "alone"] = alone(dynamic_engine(model))
-        result[gather, "stats"] = handle.stats()
+        result[gather, "stats"], result["feedback"] = handle.stats(), handle.feedback()
         handle.remove()
     return result
 

@@ -90,7 +90,7 @@ def eager_and_graphed(index, *, options: dict = DECODE_ONLY, config=None, eager=
     handle = megatron_lowbit.apply(model, index, collective="one-shot", **wishes)
     engine = engine_of(model, options=options)
     result["stats of the capture"] = handle.stats()
-    result |= watched(model, engine) | {"stats": handle.stats()}
+    result |= watched(model, engine) | {"stats": handle.stats(), "feedback": handle.feedback()}
     return result
 
 
@@ -167,7 +167,7 @@ def speculative(out: Path) -> dict:
 
 def waiting(index) -> str:
     """What a capture says of a sum that looks at a value."""
-    module = importlib.import_module("megatron_lowbit.integration.handle")
+    module = importlib.import_module("megatron_lowbit.integration.sums.reducer")
     original = module.all_reduce
 
     def looking(partial, **call):

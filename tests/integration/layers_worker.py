@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kernel_stand_ins
 import torch
 import torch.distributed as dist
+from chain_oracle import follows_chain, recorded
 from core_worker import message
 from torch import Tensor, nn
 
@@ -332,7 +333,10 @@ def exercise(model: nn.Module, out: Path, **options) -> dict:
     result = {"native_run": seen(model), "exact": exact_sums(model)}
     for codec in ("bf16", "rotated-hybrid"):
         handle = megatron_lowbit.apply(model, index, codec=codec, collective="one-shot", **options)
-        result[codec] = seen(model)
+        with recorded() as calls:
+            result[codec] = seen(model)
+        result["feedback"] = [status.feedback for status in handle.status()]
+        follows_chain(calls, [found == "carried" for found in result["feedback"]], out.name)
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["native"], result["text"], result["stats"] = (
             handle.native,
@@ -342,6 +346,7 @@ def exercise(model: nn.Module, out: Path, **options) -> dict:
         handle.remove()
     result["restored"] = torch.equal(whole_logits(model), result["native_run"]["logits"])
     result["index"] = {n: sorted(points) for n, points in index.layers.items()}
+    result["chain"] = index.manifest["chain"]
     return result
 
 
@@ -631,7 +636,8 @@ def pipeline(chunks: list[nn.Module], index) -> dict:
         return whole_vocabulary(hidden[0])
 
     result = {"native": run()}
-    handle = megatron_lowbit.apply(chunks, index, collective="one-shot")
+    # Carried errors end with a chunk: matrix_worker.py shows where.
+    handle = megatron_lowbit.apply(chunks, index, collective="one-shot", feedback=False)
     result |= {"low": run(), "text": str(handle)}
     result["points"] = [(status.layer, status.name) for status in handle.status()]
     handle.remove()

@@ -8,6 +8,7 @@ rank they write what they saw, or the error that ended a row, to OUT/rankN.pt.
 import argparse
 import json
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from core_worker import (
 )
 
 import megatron_lowbit
+from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu.device import enable_cpu
+from megatron_lowbit.integration.sums.over_ranks import OverRanks
+from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
 RANKS, LAYERS = 4, 4
 CODECS = ("bf16", "rotated-hybrid")
@@ -91,7 +95,9 @@ def staged(out: Path, virtual: int | None) -> dict:
 
     whole = build(torch.bfloat16, num_layers=LAYERS)
     index, _ = make_index(whole, out)
-    result = {"whole": with_codecs(whole, index)}
+    # Errors that are carried end with a chunk: without them the split is not seen in the bits.
+    result = {"whole": with_codecs(whole, index, feedback=False)}
+    result["whole"]["carried"] = carried_by_chunk(whole, index, virtual or 1)
     handle = megatron_lowbit.apply(whole, index, collective="one-shot", fold=True)
     result["whole"]["folded"] = whole_logits(whole)
     handle.remove()
@@ -100,7 +106,9 @@ def staged(out: Path, virtual: int | None) -> dict:
     chunks = build_chunks(virtual or 1, whole)
     result["native"] = run_schedule(chunks)
     for codec in CODECS:
-        handle = megatron_lowbit.apply(chunks, index, codec=codec, collective="one-shot")
+        handle = megatron_lowbit.apply(
+            chunks, index, codec=codec, collective="one-shot", feedback=False
+        )
         result[codec] = run_schedule(chunks)
         result["points"] = [(status.layer, status.name) for status in handle.status()]
         result["text"] = str(handle)
@@ -108,11 +116,42 @@ def staged(out: Path, virtual: int | None) -> dict:
     handle = megatron_lowbit.apply(chunks, index, collective="one-shot", fold=True)
     result["folded"] = run_schedule(chunks)
     handle.remove()
+    result |= carried(chunks, index)
     result["half"] = half_native(chunks, index, out)
     result["refused"] = refused_on_one_stage(chunks, index)
     result["after"] = run_schedule(chunks)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(2)
+    return result
+
+
+def shaped(index):
+    """The index, for the codec whose chains get more bits at their ends."""
+    codec = {"name": "shaped-hybrid", "bits": 4, "bf16_features": 2}
+    return replace(index, manifest={**index.manifest, "codec": codec})
+
+
+def carried_by_chunk(whole, index, chunks: int) -> torch.Tensor:
+    """Logits of the whole model whose chain is cut where the pipeline's chunks end."""
+    points, codecs, tables = find_sync_points(whole)[0], [], []
+    layers = LAYERS // (2 * chunks)
+    points = [replace(point, chunk=(point.layer - 1) // layers) for point in points]
+    for point, following in zip(points, [*points[1:], None], strict=True):
+        is_end = following is None or following.chunk != point.chunk
+        assignment = Assignment("shaped-hybrid", 6 if is_end else 4)
+        codecs.append(assignment.make())
+        tables.append(shaped(index).tables_at(point, assignment, 2))
+    summing = OverRanks(points)
+    with summing.using(summing.reducers(codecs, tables, "one-shot", feedback=True)):
+        return whole_logits(whole)
+
+
+def carried(chunks: list, index) -> dict:
+    """The same by `apply`, over the stages."""
+    handle = megatron_lowbit.apply(chunks, shaped(index), collective="one-shot")
+    result = {"carried": run_schedule(chunks), "bits": [s.codec.bits for s in handle.status()]}
+    result |= {"feedback": handle.feedback(), "carrying text": str(handle)}
+    handle.remove()
     return result
 
 

@@ -45,6 +45,7 @@ def test_bits():
     [
         (["--lowbit-bits", "4"], "--lowbit-bits does nothing without --lowbit-tp-comm"),
         (["--lowbit-stats", "f"], "--lowbit-stats does nothing without"),
+        (["--lowbit-no-feedback"], "--lowbit-no-feedback does nothing without --lowbit-tp-comm"),
         (["--lowbit-collective", "auto"], "--lowbit-collective does nothing without"),
         (["--lowbit-tp-comm", "x", "--lowbit-bits", "4,6,8"], "4,6,8: give one number, or two"),
         (["--lowbit-tp-comm", "x", "--lowbit-bits", "four"], "--lowbit-bits four: not a positive"),
@@ -60,6 +61,7 @@ def test_bits():
         (["--lowbit-tp-comm", "x"], "no low-bit index at x"),
         ([*ON, "native", "--lowbit-codec", "mxfp4"], "--lowbit-codec means nothing to native"),
         ([*ON, "native", "--lowbit-bits", "4"], "--lowbit-bits means nothing to native"),
+        ([*ON, "native", "--lowbit-no-feedback"], "--lowbit-no-feedback means nothing to native"),
         ([*ON, "native", "--lowbit-recipe", "f"], "--lowbit-recipe means nothing to native"),
         ([*ON, "one-shot", "--lowbit-bits", "4,6"], "4,6: one-shot sends no sums: give one"),
         (

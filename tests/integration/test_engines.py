@@ -123,6 +123,19 @@ def test_tokens_do_not_depend_on_the_batch(ranks):
         assert low["dynamic alone"] == low["dynamic"][:ALONE]
 
 
+@pytest.mark.support("error feedback")
+def test_errors_are_carried_in_every_step(ranks):
+    """So all tokens of this page are with it: chunked, padded, cached, guessed, split alike."""
+    for rank in ranks:
+        found = [rank["low"], rank["sequence_parallel"], rank.get("bf16", {})]
+        found.append(rank.get("speculative", {}))
+        for result in filter(None, found):
+            carried = result["feedback"]
+            assert carried["sync_points"] == 2 * LAYERS
+            assert carried["bytes"] > 0
+            assert carried["dropped"] == 0
+
+
 def test_bf16(all_of_it):
     for rank in all_of_it:
         result = rank["bf16"]
@@ -253,6 +266,7 @@ def test_graphed_decode(graphed):
         assert captured == _captured(result["stats of the capture"]), "replays are not counted"
         assert (captured["calls"], captured["seconds"]) == (sums, 0)
         assert result["sent_bytes"] == replayed * captured["sent_bytes"] > 0
+        assert (result["feedback"]["sync_points"], result["feedback"]["dropped"]) == (sums, 0)
 
 
 def _captured(stats: dict) -> dict:

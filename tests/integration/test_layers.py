@@ -83,9 +83,19 @@ def test_sums_are_those_of_the_codec(results, model):
         result = rank[model]
         assert result["restored"]
         assert sqnr(result["exact"], result["bf16"]["logits"]) > 60
-        assert 8 < sqnr(result["exact"], result["rotated-hybrid"]["logits"]) < 40
+        # Up to 41 dB where errors are carried over five layers.
+        assert 8 < sqnr(result["exact"], result["rotated-hybrid"]["logits"]) < 45
         for codec in ("bf16", "rotated-hybrid"):
             assert torch.equal(result[codec]["logits"], first[codec]["logits"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kind_of_layer_carries_errors(results, model):
+    """The worker holds each sum against the specification; numbers say the same as structure."""
+    points, _ = MODELS[model]
+    for rank in results[2]:
+        assert rank[model]["feedback"] == ["carried"] * len(points)
+        assert rank[model]["chain"] == {f"layer {n} {name}": "" for n, name in points}
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if not name.endswith("_sp")])
@@ -123,7 +133,8 @@ def test_routed_experts_in_low_bits(results, case):
         assert 25 < sqnr(native, result["low"]["logits"]) < 50
         assert torch.equal(result["low"]["logits"], first["low"]["logits"])
         assert result["native"] == {}
-        assert "2 token dispatchers in rotated-hybrid (6 bits); 0 stay native" in result["text"]
+        assert "; 2 token dispatchers in rotated-hybrid (6 bits); " in result["text"]
+        assert result["text"].endswith("; 0 stay native")
         for layer, one in enumerate(result["stats"]["experts"], start=1):
             assert (one["layer"], one["name"]) == (layer, "mlp.token_dispatcher")
             (choice,) = one["choices"]

@@ -145,15 +145,24 @@ def check_stages(results: list[dict], layers: dict[int, tuple[int, int]]) -> Non
         assert sorted(result["points"]) == sorted((n, name) for n in here for name in DENSE)
         text = f"4 sync points of layers {here[0]}, {here[1]} use rotated-hybrid"
         assert text in result["text"]
-        for case in ("native", "after", "folded", *CODECS):
+        for case in ("native", "after", "folded", "carried", *CODECS):
             assert len(result[case]) == (2 if rank // 2 else 0), "two micro-batches, last stage"
         if rank // 2:
-            for case in ("native", "folded", *CODECS):
+            for case in ("native", "folded", "carried", *CODECS):
                 assert torch.equal(result[case][0], result["whole"][case]), case
                 assert torch.equal(result[case][1], results[2][case][1]), case
             assert torch.equal(result["after"][0], result["native"][0])
             assert not torch.equal(result["native"][0], result["native"][1])
+        check_carried(result, is_interleaved=here[1] > here[0] + 1)
         check_half_native(result, here, is_last=rank > 1)
+
+
+def check_carried(result: dict, *, is_interleaved: bool) -> None:
+    """A chunk is a chain of its own, and its last sync point gives to nobody: it has more bits."""
+    assert result["bits"] == ([4, 6, 4, 6] if is_interleaved else [4, 4, 4, 6])
+    assert result["feedback"]["sync_points"] == 4
+    assert result["feedback"]["dropped"] == 0
+    assert "errors carried between 4 sync points" in result["carrying text"]
 
 
 def check_half_native(result: dict, here: tuple[int, int], *, is_last: bool) -> None:

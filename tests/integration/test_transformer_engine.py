@@ -57,6 +57,7 @@ def test_low_bits_are_those_of_the_local_spec(ranks):
         assert result["sent"] == local["sent"]
         assert all(calls == 1 and sent > 0 for calls, sent in result["sent"])
         assert f"{2 * ranks[0]['layers']} sync points use rotated-hybrid" in result["text"]
+        assert f"errors carried between {2 * ranks[0]['layers']} sync points" in result["text"]
 
 
 def test_te_sends_nothing_for_as_long_as_it_is_muted(ranks):

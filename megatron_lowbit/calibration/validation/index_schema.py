@@ -96,6 +96,7 @@ class Manifest(Exact):
     codec: CalibratedCodec
     corpus: Corpus
     versions: dict[Name, str] = {}
+    chain: dict[Name, str] | None = None  # why a sync point carries no error; empty if it does
     recipe: PlannedRecipe | None = None
     layers: Annotated[dict[LayerKey, LayerFile], Field(min_length=1, max_length=MOST_LAYERS)]
     sha256: Sha256

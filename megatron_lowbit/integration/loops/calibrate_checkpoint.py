@@ -39,6 +39,7 @@ from megatron_lowbit.integration.loops.checks import (
 )
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.sums.chain_check import check_chain
 from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.model.forward import device_of, logits
 from megatron_lowbit.model.summing import Summing
@@ -98,7 +99,7 @@ def _plan(
     """The index with the recipe that was asked for."""
     from megatron.core import parallel_state
 
-    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp))
+    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, index))
     tokenizer = session.build_tokenizer(args)
     return with_recipe(
         index,
@@ -165,7 +166,9 @@ def calibrate_model(
     require_equal("model, corpus or arguments", checkpointer.identity)
     progress = _start(checkpointer, statistics, resume)
     _observe_all(model, summing, sequences, statistics, checkpointer, progress, groups)
-    return assemble(summing, statistics, identity, progress, codec, bf16_features), progress
+    index = assemble(summing, statistics, identity, progress, codec, bf16_features)
+    index.manifest["chain"] = check_chain(model, summing, sequences[0].to(device_of(model)))
+    return index, progress
 
 
 def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Corpus, Tensor]:

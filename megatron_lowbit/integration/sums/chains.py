@@ -32,7 +32,7 @@ _CHILDREN = {
     *_ADDED_BY.values(),
     *("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm", "norm"),
 }
-_METHODS = ("forward", "_forward_attention", "_forward_mlp", "_forward_post_mlp")
+_METHODS = ("__call__", "forward", "_forward_attention", "_forward_mlp", "_forward_post_mlp")
 # Whose code is known. A method of ours is that of simulated ranks.
 _KNOWN = ("megatron.core", "transformer_engine", "torch.nn", "megatron_lowbit")
 

@@ -68,9 +68,12 @@ class OverlapRoute:
         return False  # its owner sums
 
     def group(self, module: nn.Module) -> dist.ProcessGroup:
+        from megatron.core import parallel_state
+
         owner = _owners[module]()
         assert owner is not None, "it has its linear"
-        return owner.tp_group
+        # Before 0.16 it has none of its own.
+        return getattr(owner, "tp_group", None) or parallel_state.get_tensor_model_parallel_group()
 
     def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
         from megatron.core.transformer.moe import shared_experts

@@ -23,11 +23,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.codecs.tables import sum_in_rank_order
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import SimulatedLink, simulated_links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
@@ -36,13 +38,19 @@ from megatron_lowbit.integration.sums.sync_points import SyncPoint, find_sync_po
 from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Summing, Watch
 
 
-def find_summing(model: nn.Module, simulate_tp: int | None) -> tuple[Summing, dict[str, str]]:
+def find_summing(
+    model: nn.Module, simulate_tp: int | None, index: CalibrationIndex | None = None
+) -> tuple[Summing, dict[str, str]]:
     """How `model` sums, simulated if `simulate_tp` is given, and what is no sync point and why.
 
+    With `index` its chain is what calibration found (`chain_check`).
+
     Raises:
-        LowbitError: See `find_sync_points` and `Simulated`.
+        LowbitError: See `find_sync_points`, `agree` and `Simulated`.
     """
     points, native = find_sync_points(model)
+    if index is not None:
+        points = agree(points, index.manifest, index.origin)
     return (Simulated(points, simulate_tp) if simulate_tp else OverRanks(points)), native
 
 

@@ -79,7 +79,8 @@ class SyncPoint:
     @property
     def hidden(self) -> int:
         """Features of its sum."""
-        return self.module.output_size
+        # Transformer Engine's linears have the other name.
+        return getattr(self.module, "output_size", None) or self.module.out_features
 
     @property
     def device(self) -> torch.device:
