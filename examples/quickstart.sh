@@ -52,7 +52,7 @@ ranks "$ROOT/examples/generate.py" --load "$OUT/ckpt" --prompts "${PROMPTS[@]}" 
 
 step "4. measure on Persuasion"
 ranks "$ROOT/tools/evaluate.py" --load "$OUT/ckpt" --data "$DATA/persuasion.txt" --tokens 2048 \
-    --codecs bf16,int4,int4-random,static-hybrid,rotated-hybrid,shaped-hybrid,recipe,recipe@two-shot \
+    --codecs bf16,int4,int4-random,static-hybrid,static-hybrid@feedback,rotated-hybrid,shaped-hybrid,shaped-hybrid@feedback,recipe,recipe@feedback,recipe@two-shot,recipe@feedback@two-shot \
     --name SmolLM2-135M-Instruct --output "$OUT/summary.json"
 
 step "5. make a page of the index and the results"

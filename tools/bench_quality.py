@@ -7,6 +7,7 @@ quickstart's (examples/quickstart.sh makes it). An interrupted run goes on where
 
 example:
   python tools/bench_quality.py --output out/quality
+  python tools/bench_quality.py --output out/feedback --feedback
 """
 
 import argparse
@@ -50,6 +51,9 @@ def parse() -> argparse.Namespace:
         help="of each text, rounded up to sequences of 512 (default: 4096)",
     )
     parser.add_argument(
+        "--feedback", action="store_true", help="measure error feedback, and what it is to reach"
+    )
+    parser.add_argument(
         "--limit", type=cli.positive, default=200, metavar="N", help="items a task (default: 200)"
     )
     return parser.parse_args()
@@ -58,12 +62,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure and report."""
     options = parse()
-    from megatron_lowbit.benchmark.quality import quality, quality_report
+    from megatron_lowbit.benchmark.quality import feedback, quality, quality_report
 
     if not options.load.is_dir():
         raise LowbitError(f"{options.load} is missing: run examples/quickstart.sh, or name another")
-    results = quality.run(options.load, options.output, tokens=options.tokens, limit=options.limit)
-    cli.say(quality_report.text(results))
+    settings = {"tokens": options.tokens, "limit": options.limit}
+    steps, text = quality.steps, quality_report.text
+    if options.feedback:
+        steps, text = feedback.steps, feedback.text
+    results = quality.run(options.load, options.output, steps(**settings), settings)
+    cli.say(text(results))
 
 
 if __name__ == "__main__":

@@ -115,3 +115,9 @@ def _percent_of(row: dict, key: str) -> str:
     """A share and its standard error, in percent."""
     error = row[f"{key}_stderr"]
     return with_error(100 * row[key], None if error is None else 100 * error, digits=1)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

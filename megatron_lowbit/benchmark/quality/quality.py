@@ -21,6 +21,7 @@ from megatron_lowbit.files import ROOT, write_atomic
 from megatron_lowbit.json_files import read_json, shown
 
 BUDGET = "4.2"
+KINDS = ("prose", "code", "dialogue")
 PAPER, OURS, OURS_TWO_SHOT = "static-hybrid", "recipe", "recipe@two-shot"
 _OWN = (
     *("bf16", "int4", "int4-random", PAPER, "static-hybrid@two-shot", "scaled-hybrid"),
@@ -66,25 +67,32 @@ class Step:
 def steps(tokens: int, limit: int) -> list[Step]:
     """What is measured: `tokens` of each text, `limit` items of each task."""
     length = ("--tokens", str(tokens))
-    kinds = ("prose", "code", "dialogue")
     tried = ("rotated-hybrid", "shaped-hybrid", *CANDIDATES)
     return [
-        Step("tp3", 3, _OWN, kinds, length),
-        Step("tp3-peers", 3, (*_peers(), *_at_their_bits()), kinds, length),
-        Step("tp8", 8, _SHORT, kinds, length),
+        Step("tp3", 3, _OWN, KINDS, length),
+        Step("tp3-peers", 3, (*_peers(), *_at_their_bits()), KINDS, length),
+        Step("tp8", 8, _SHORT, KINDS, length),
         Step("tp3-candidates", 3, tried, ("prose",), length),
         Step("tp3-tasks", 3, _TASKS, (), ("--tasks", "all", "--limit", str(limit))),
     ]
 
 
-def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[str, dict]:
+def run(
+    checkpoint: Path, directory: Path, plan: list[Step], settings: dict[str, int]
+) -> dict[str, dict]:
     """Run the steps whose results are not in `directory` yet; step -> its results.
+
+    Args:
+        checkpoint: The model.
+        directory: Of the results.
+        plan: What is measured.
+        settings: What `plan` was made with, so that results of others are not taken.
 
     Raises:
         LowbitError: A step failed; what is finished stays, and the next call goes on.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _check_settings(directory, {"load": str(checkpoint), "tokens": tokens, "limit": limit})
+    _check_settings(directory, {"load": str(checkpoint), **settings})
     texts = write_texts(directory / "texts")
     files = {
         "prose": ROOT / "examples/data/persuasion.txt",
@@ -92,7 +100,7 @@ def run(checkpoint: Path, directory: Path, *, tokens: int, limit: int) -> dict[s
         "dialogue": texts["dialogue_held_out"],
     }
     results = {}
-    for step in steps(tokens, limit):
+    for step in plan:
         output = directory / f"{step.name}.json"
         if not output.exists():
             index = _calibrated(checkpoint, directory, step.ranks)

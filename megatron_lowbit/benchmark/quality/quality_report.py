@@ -7,7 +7,7 @@ import math
 
 from megatron_lowbit.benchmark.quality.quality import BUDGET, OURS, OURS_TWO_SHOT, PAPER
 from megatron_lowbit.codecs.peers.systems import PEERS
-from megatron_lowbit.evaluation.text_tables import with_error
+from megatron_lowbit.evaluation.text_tables import markdown, with_error
 
 
 def text(results: dict[str, dict]) -> str:
@@ -16,9 +16,9 @@ def text(results: dict[str, dict]) -> str:
     Args:
         results: Step -> its JSON (`benchmark.quality.quality.run`).
     """
-    parts = [_table(["measure", "asked", "measured", "met"], targets(results))]
+    parts = [markdown(["measure", "asked", "measured", "met"], targets(results))]
     for name in ("tp3", "tp8", "tp3-peers", "tp3-candidates"):
-        parts.append(f"{_title(results[name])}:\n\n{_quality(results[name])}")
+        parts.append(f"{title(results[name])}:\n\n{quality_table(results[name])}")
     parts.append(_tasks(results["tp3-tasks"]))
     return "\n\n".join(parts)
 
@@ -106,10 +106,10 @@ def _row(work: str, asked: float, measured: dict[str, float]) -> list[str]:
     return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", _met(worst <= asked)]
 
 
-def _quality(result: dict) -> str:
+def quality_table(result: dict) -> str:
     """Loss and KL of every variant on every text."""
     names = [text["name"] for text in result["texts"]]
-    head = ["codec", "collective", "bits/value"]
+    head = ["variant", "collective", "bits/value"]
     head += [f"{what}, {name}" for name in names for what in ("loss", "KL")]
     rows = []
     for number, variant in enumerate(result["variants"]):
@@ -119,13 +119,13 @@ def _quality(result: dict) -> str:
             row += [with_error(scores["delta_nll"], scores["delta_nll_stderr"])]
             row += [with_error(scores["kl"], scores["kl_stderr"])]
         rows.append(row)
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def _tasks(result: dict) -> str:
     """Accuracy of every variant on every task, and the average."""
     average = result["task_average"]
-    head = ["codec", *(task["name"] for task in result["tasks"]), "average", "kept (95 %)"]
+    head = ["variant", *(task["name"] for task in result["tasks"]), "average", "kept (95 %)"]
     native = [f"{task['native'][task['metric']]:.3f}" for task in result["tasks"]]
     rows = [["native", *native, f"{average['native']:.3f}", "100 %"]]
     for number, found in enumerate(average["results"]):
@@ -134,10 +134,11 @@ def _tasks(result: dict) -> str:
         cells = [f"{score:.3f}" for score in scores]
         rows.append([found["variant"], *cells, f"{found['average']:.3f}", kept])
     items = ", ".join(f"{task['name']} {task['items']}" for task in result["tasks"])
-    return f"{_title(result)}, items: {items}\n\n{_table(head, rows)}"
+    return f"{title(result)}, items: {items}\n\n{markdown(head, rows)}"
 
 
-def _title(result: dict) -> str:
+def title(result: dict) -> str:
+    """Model, tensor-parallel size and texts."""
     size = f"TP {result['tp_size']}" + (", simulated" if result["simulated"] else "")
     tokens = [f"{text['tokens']} tokens of {text['name']}" for text in result["texts"]]
     return ", ".join([result["model"], size, *tokens])
@@ -145,8 +146,3 @@ def _title(result: dict) -> str:
 
 def _met(met: bool) -> str:
     return "yes" if met else "**no**"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
