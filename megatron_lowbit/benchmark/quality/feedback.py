@@ -120,13 +120,10 @@ def _top1(result: dict) -> list[list[str]]:
 
 
 def _long(result: dict) -> list[list[str]]:
-    known = [m for m in result["long_context"] if m["results"][0].get("retrieved") is not None]
-    measured = known[0]
-        one for one in result["long_context"] if one["results"][0].get("retrieved") is not None
-    )
-    found = {"native": measured["native"]["retrieved"] * measured["needles"]}
-    for one in measured["results"]:
-        found[one["variant"]] = one["retrieved"] * measured["needles"]
+    needles = [one for one in result["long_context"] if one["needles"]]
+    found = {"native": needles[0]["native"]["retrieved"] * needles[0]["needles"]}
+    for one in needles[0]["results"]:
+        found[one["variant"]] = one["retrieved"] * needles[0]["needles"]
     met = found[OURS] >= found[TODAY]
     return [_cells("planted facts found, of 20", f"as {TODAY}", found, met, "{:.0f}")]
 
