@@ -24,6 +24,7 @@ from megatron_lowbit.integration.handle import Handle
 from megatron_lowbit.integration.stats import write_stats
 
 _BESIDE_CHECKPOINT = ""
+_SWITCHES = ("lowbit_tp_comm", "lowbit_fold", "lowbit_no_feedback")
 INDEX_NAME = "lowbit"
 
 
@@ -193,7 +194,7 @@ def completed(args: argparse.Namespace) -> argparse.Namespace:
 def _typed(name: str, value: object) -> object:
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, bool) and name in ("lowbit_tp_comm", "lowbit_fold"):
+    if isinstance(value, bool) and name in _SWITCHES:
         chosen = _BESIDE_CHECKPOINT if name == "lowbit_tp_comm" else True
         return chosen if value else None
     if isinstance(value, int | Path) and not isinstance(value, bool):

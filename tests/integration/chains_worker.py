@@ -472,12 +472,12 @@ def zero_bits(out: Path) -> None:
         ({"codec": "static-hybrid", "bits": 0}, "codec static-hybrid has no 0-bit version"),
         ({"bits": [0, 4]}, "shaped-hybrid cannot have bits 0,4: 0 bits send no message at all"),
         ({"bits": [4, 0]}, "shaped-hybrid cannot have bits 4,0: 0 bits send no message at all"),
-        ({"bits": -1}, "codec shaped-hybrid has no -1-bit version"),
+        ({"bits": -1}, "-1 is neither 0 to 16 bits nor"),
     ):
         path.write_text(json.dumps([{"match": "2.mlp.*", **rule}]))
         said = message(lambda: megatron_lowbit.apply(model, index, recipe=path))
         assert text in said, said
-        assert "'2.mlp.*' at 2.mlp.linear_fc2: " in said, said
+        assert path.name in said, said
     _post_norm_child(model.decoder.layers[1])
     index = without_chain(index)
     said = message(lambda: megatron_lowbit.apply(model, index, **skipping("2.mlp.*")))
@@ -517,7 +517,7 @@ def by_numbers(out: Path) -> None:
     }
     model.config.enable_mhc_connections = False
     said = message(lambda: write_index(_chained(index, {"layer 1": 3}), where) or read_index(where))
-    assert "has no valid 'chain'" in said, said
+    assert "chain.layer 1: Input should be a valid string" in said, said
     scaled.remove()
     moving = model.decoder.layers[1].register_forward_pre_hook(
         theirs(lambda module, inputs, named: (inputs, _doubled(named))), with_kwargs=True
