@@ -254,7 +254,8 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     first, *texts = low.stdout.splitlines()
     assert first.startswith("> low-bit communication: 4 sync points use shaped-hybrid, 0 of 48")
     assert "3.33 bits a value (6.33 for sums)" in first
-    assert "(one codec, the index's recipe set aside), two-shot over 3 ranks; 0 stay" in first
+    assert "(one codec, the index's recipe set aside), two-shot over 3 ranks; errors carri" in first
+    assert first.endswith("; 0 stay native")
     (total,) = json.loads(stats.read_text())["total"]
     assert (total["collective"], total["why"]) == ("two-shot", "fixed")
     assert total["calls"] % 4 == 0
