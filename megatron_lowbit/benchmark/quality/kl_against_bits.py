@@ -18,13 +18,13 @@ from megatron_lowbit.files import write_atomic
 
 PICTURE = Path(__file__).with_suffix(".svg")
 PAGE = PICTURE.parents[1] / "README.md"
-SECTIONS = ("### Codecs and recipes", "### Peers' formats")
-_HEIGHT = 5.2  # inches
+SECTIONS = ("### Error feedback", "### Codecs and recipes", "### Peers' formats")
+_HEIGHT = 6.2  # inches
 
 
 def read_rows(page: str) -> list[Point]:
-    """The one-shot rows of the first table of each section, but for bf16, which loses nothing."""
-    points = []
+    """The one-shot rows of each section's first such table, each name once; not bf16, at zero."""
+    points: list[Point] = []
     for section in SECTIONS:
         lines = page.split(section, 1)[1].splitlines()
         start = next(n for n, line in enumerate(lines) if line.startswith("| variant |"))
@@ -35,18 +35,24 @@ def read_rows(page: str) -> list[Point]:
                 cell.strip() for cell in line.strip("|").split("|")
             )
             mean, error = map(float, kl.split(" ± "))
-            if collective == "one-shot" and mean > 0:
+            is_new = name not in {point.text for point in points}
+            if collective == "one-shot" and mean > 0 and is_new:
                 points.append(Point(float(bits), mean, mean - error, mean + error, name))
     return points
 
 
 def draw(points: list[Point]) -> bytes:
-    """The picture as SVG. A line joins the recipes, which differ in their budget of bits only."""
+    """The picture as SVG. Lines join the recipes, which differ in their budget of bits only."""
     names = {point.text for point in points}
-    recipes = sorted((p.x, p.y) for p in points if style.family_of(p.text) == "recipe")
+    recipes = [p for p in points if style.family_of(p.text) == "recipe"]
+    lines = [
+        sorted((p.x, p.y) for p in recipes if p.text.endswith("@feedback") == carries)
+        for carries in (False, True)
+    ]
     with style.figure(_HEIGHT) as made:
         axes = made.subplots()
-        axes.plot(*zip(*recipes, strict=True), color=style.color_of("recipe"), alpha=0.45)
+        for line in lines:
+            axes.plot(*zip(*line, strict=True), color=style.color_of("recipe"), alpha=0.45)
         for point in points:
             color, error = style.color_of(point.text), point.y - point.low
             axes.errorbar(point.x, point.y, yerr=error, color=color, marker="o", markersize=5.5)
@@ -61,7 +67,7 @@ def draw(points: list[Point]) -> bytes:
         axes.legend(dots, [f.title for f in families], loc="upper right")
         style.log_axis(axes)
         style.freeze(made)
-        label_points(axes, points, [recipes], size=8)
+        label_points(axes, points, lines, size=8)
         buffer = io.BytesIO()
         with rc_context({"svg.fonttype": "path", "svg.hashsalt": PICTURE.stem}):
             made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
