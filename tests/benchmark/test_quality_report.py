@@ -96,7 +96,7 @@ def test_no_recipe_that_matches_and_no_error_of_a_single_sequence(results):
 def test_results_of_other_settings_are_not_taken(tmp_path):
     (tmp_path / "settings.json").write_text('{"load": "other", "tokens": 512, "limit": 1}')
     with pytest.raises(LowbitError, match="has results of .*other.*: name another directory"):
-        quality.run(tmp_path, tmp_path, tokens=512, limit=1)
+        quality.run(tmp_path, tmp_path, [], {"tokens": 512, "limit": 1})
 
 
 def test_every_variant_is_in_the_text(results):

@@ -235,7 +235,7 @@ _RECIPE = "recipe.points.1.mlp.linear_fc2"
         (f"{_RECIPE}.bf16_features", -1, "greater than or equal to 0 .-1"),
         (f"{_RECIPE}.bf16_features", 257, "bf16_features 257: a token has 256 features"),
         (f"{_RECIPE}.bf16_features", 2.0, "valid integer .2.0"),
-        (f"{_RECIPE}.bits", 4.0, "4.0 is neither 1 to 16 bits nor a list of two"),
+        (f"{_RECIPE}.bits", 4.0, "4.0 is neither 0 to 16 bits nor a list of two"),
         (f"{_RECIPE}.bits", "4", "'4' is neither"),
         (f"{_RECIPE}.bits", True, "True is neither"),
         (f"{_RECIPE}.bits", [4], "is neither"),

@@ -59,7 +59,7 @@ def test_what_no_rule_matches_stays(tmp_path):
         ([{"match": "1.*", "codec": "native", "bits": 4}], "mean nothing to native"),
         ([{"match": "1.*", "bits": "4"}], "rule 1: bits: '4' is neither"),
         ([{"match": "1.*", "bits": True}], "rule 1: bits: True is neither"),
-        ([{"match": "1.*", "bits": [4]}], r"rule 1: bits: \[4\] is neither 1 to 16 bits nor"),
+        ([{"match": "1.*", "bits": [4]}], r"rule 1: bits: \[4\] is neither 0 to 16 bits nor"),
         (
             [{"match": "1.*", "bf16_features": -1}],
             r"rule 1: bf16_features: .*greater than or equal to 0 \(-1\)",

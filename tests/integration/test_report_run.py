@@ -91,7 +91,9 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     plots = sorted(path.name for path in (tmp_path / "report_plots").iterdir())
-    expected = "long-context-1-1 quality-1-persuasion-txt ranges recipe sqnr-1 tasks".split()
+    expected = (
+        "long-context-1-1 quality-1-persuasion-txt ranges recipe sqnr-1 stream-1 tasks".split()
+    )
     assert plots == [f"{name}.png" for name in expected]
     page = _Page(output.read_text())
     text = re.sub(r"\s+", " ", " ".join(page.words))

@@ -300,7 +300,7 @@ def _check_one_line(done: subprocess.CompletedProcess, message: str) -> None:
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-codec", "bf16", "--lowbit-bits", "4"], "4-bit"),
         (GENERATE, ["--lowbit-tp-comm", "--lowbit-recipe", "no.json"], "cannot read no.json"),
         (CALIBRATE, ["--codec", "bf16", "--budget", "4"], "a recipe chooses codec and BF16"),
-        (CALIBRATE, ["--simulate-tp", "2", "--budget", "2"], "--budget 2 is below what .* 2.33 or"),
+        (CALIBRATE, ["--simulate-tp", "2", "--budget", "1"], "--budget 1 is below what .* 1.33 or"),
         (CALIBRATE, ["--simulate-tp", "1", "--target-loss", "1"], "a recipe needs ranks"),
         (EVALUATE, ["--codecs", "bf16,rotated-hybrid-9"], "has no 9-bit version"),
         (EVALUATE, ["--data", str(TEXT), str(TEXT)], "a file is named twice"),
@@ -313,7 +313,9 @@ def _check_one_line(done: subprocess.CompletedProcess, message: str) -> None:
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, arguments, message):
     command = _command(script, checkpoint, *arguments)
-    _check_one_line(forked(None, *command, env={**environment(), "RANK": "0"}), message)
+    _check_one_line(
+        forked(None, *command, env={**environment(), "RANK": "0", "WORLD_SIZE": "1"}), message
+    )
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
         (EVALUATE, ["--data", TEXT, "--index", "EMPTY"], "no low-bit index at"),
         (CALIBRATE, ["--data", TEXT, "--simulate-tp", "5"], "5 does not divide the 48 inputs of"),
         (CALIBRATE, ["--data", TEXT, "--bf16-features", "7.5"], "not within 0 and the hidden size"),
-        (CALIBRATE, ["--data", TEXT, *SMALL, "--budget", "2"], "below what the codecs can do here"),
+        (CALIBRATE, ["--data", TEXT, *SMALL, "--budget", "1"], "below what the codecs can do here"),
     ],
 )
 def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arguments, message):
