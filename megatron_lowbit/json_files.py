@@ -7,6 +7,7 @@ a double, lone surrogates (they cannot be printed or written again) and values n
 handled. A byte order mark is left out.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -152,6 +153,12 @@ def _number(text: str) -> float:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def digest(content: dict[str, Any]) -> str:
+    """sha256 of a JSON object in canonical form, without the digest of its own under ``sha256``."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _check(value: Any, surrogates: bool) -> None:

@@ -31,7 +31,7 @@ from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.calibration.validation.index_schema import FORMAT_VERSION, Assigned, Manifest
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.files import atomic_directory, check_writable, write
-from megatron_lowbit.json_files import read_json, shown
+from megatron_lowbit.json_files import digest, read_json, shown
 from megatron_lowbit.schema import validated
 
 MANIFEST = "manifest.json"
@@ -106,12 +106,8 @@ def _layer_file(layer: int) -> str:
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """sha256 of the manifest without its own digest, in canonical JSON.
-
-    It covers the digests of all layer files, so it identifies the whole index.
-    """
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Of the manifest: it covers the digests of all layer files, so it identifies the index."""
+    return digest(manifest)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from megatron_lowbit.calibration.validation.index_schema import SavedProgress
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
-from megatron_lowbit.json_files import parse_json, read_json, read_regular
+from megatron_lowbit.json_files import digest, parse_json, read_json, read_regular
 from megatron_lowbit.schema import validated
 
 _PROGRESS = "progress.json"
@@ -60,8 +60,7 @@ class Checkpointer:
         tp_group: dist.ProcessGroup | None,
     ):
         self._directory = directory
-        text = json.dumps(identity, sort_keys=True)
-        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.identity = digest(identity)
         self._part = dist.get_rank(tp_group) if tp_group else 0
         self._writes = dist.get_rank(dp_group) == 0
 
@@ -91,24 +90,24 @@ class Checkpointer:
         self._directory.mkdir(parents=True, exist_ok=True)
         counts = torch.tensor([statistics.sequences, statistics.tokens])
         tensors = {"state": statistics.state, "counts": counts}
-        digest = {"sha256": self._digest(tensors, progress)}
-        data = safetensors.torch.save(tensors, metadata=digest)
+        own = {"sha256": self._digest(tensors, progress)}
+        data = safetensors.torch.save(tensors, metadata=own)
         write_atomic(self._state_file(progress), data)
 
     def _digest(self, tensors: dict[str, Tensor], progress: Progress) -> str:
         """Of the run, of this part of it, of where it stands, and of what it knows."""
         text = json.dumps([self.identity, self._part, vars(progress)])
-        digest = hashlib.sha256(text.encode())
+        found = hashlib.sha256(text.encode())
         for name in ("state", "counts"):
-            digest.update(tensors[name].contiguous().numpy().tobytes())
-        return digest.hexdigest()
+            found.update(tensors[name].contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def _write_progress(self, progress: Progress) -> None:
         """Make the states just written the valid ones, then remove the older."""
         if dist.get_rank() != 0:
             return
         content = {"identity": self.identity, **vars(progress)}
-        content["sha256"] = _digest(content)
+        content["sha256"] = digest(content)
         write_atomic(self._directory / _PROGRESS, json.dumps(content).encode())
         for path in self._directory.glob("state_*"):
             if not path.name.startswith(f"state_{progress.done}_"):
@@ -120,7 +119,7 @@ class Checkpointer:
             return Progress()
         try:
             saved = validated(SavedProgress, read_json(path), path.name)
-            if saved.sha256 != _digest(saved.model_dump()):
+            if saved.sha256 != digest(saved.model_dump()):
                 raise LowbitError(f"{path.name} is damaged: its checksum is another")
             progress = Progress(saved.done, list(saved.skipped))
             if saved.identity == self.identity:
@@ -157,9 +156,3 @@ class Checkpointer:
 
     def _state_file(self, progress: Progress) -> Path:
         return self._directory / f"state_{progress.done}_part{self._part}.safetensors"
-
-
-def _digest(content: dict) -> str:
-    """sha256 of progress.json without its own."""
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,6 @@ scores, and all ranks read all parts: an evaluation can go on with another numbe
 ranks. A line that was cut off in the middle is left out, and its unit measured again.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.measure import Record
 from megatron_lowbit.files import write_atomic
-from megatron_lowbit.json_files import check_regular, parse_json, read_json
+from megatron_lowbit.json_files import check_regular, digest, parse_json, read_json
 from megatron_lowbit.schema import Exact, Sha256, validated
 
 _IDENTITY = "identity.json"
@@ -49,14 +48,14 @@ class Entry:
     def to_json(self) -> str:
         """One line, with a checksum: a flipped bit would go unseen into the results."""
         content = asdict(self)
-        return json.dumps({**content, "sha256": _digest(content)})
+        return json.dumps({**content, "sha256": digest(content)})
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "a finished unit") -> "Entry":
         """Of one line; LowbitError with `where` if it is none."""
         line = validated(_Line, parse_json(text, where, constant=float), where)
         content = line.model_dump(exclude={"sha256"})
-        if _digest(content) != line.sha256:
+        if digest(content) != line.sha256:
             raise LowbitError(f"{where} is damaged: its checksum is another")
         return cls(**content)
 
@@ -67,10 +66,6 @@ class _Line(Exact):
     record: dict[str, dict[str, Any]]
     traffic: dict[str, dict[str, int]]
     sha256: Sha256
-
-
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:

@@ -1,8 +1,6 @@
 """Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step."""
 
 import argparse
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from megatron_lowbit.integration.loops.checks import megatron_argv, refuse_pipel
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.sums.simulate import find_summing
+from megatron_lowbit.json_files import digest
 from megatron_lowbit.model.summing import Summing
 
 SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
@@ -128,8 +127,7 @@ def _journal(
         "simulated": summing.is_simulated,
         **{measure.name: measure.identity for group in measures.values() for measure in group},
     }
-    text = json.dumps(identity, sort_keys=True)
-    require_equal("model, data or arguments", hashlib.sha256(text.encode()).hexdigest())
+    require_equal("model, data or arguments", digest(identity))
     if not options.output:
         return None
     output = options.output.absolute()
