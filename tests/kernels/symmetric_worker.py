@@ -174,7 +174,7 @@ def run_opened(rank: int, directory: Path, fault: str) -> dict:
             memory = mapped(rank, ranks, directory, programs=2, seconds=60)
             if fault == "wrong block" and rank == 0:
                 memory.peers[1] = memory.peers[0] + SIZE // 2
-            self.opened = symmetric_memory.Symmetric(memory, group=lambda: group)
+            self.opened = symmetric_memory.SymmetricMemory(memory, group=lambda: group)
 
     symmetric_memory._Opening, symmetric_memory._TRIAL_HIDDEN, symmetric_memory._TRIAL_KEPT = (
         Opening,
