@@ -50,9 +50,10 @@ static float *new_row(int64_t hidden, int64_t *padded) {
     return row;
 }
 
-/* Scale and codes of a rotated row of `new_row`, into an `out` that has its BF16 features. */
-static void write_row(float *row, int64_t hidden, const struct search *search, struct layout to,
-                      uint8_t *out, struct soon soon) {
+/* Scale and codes of a rotated row of `new_row`, into an `out` that has its BF16 features. With
+ * `levels` the row becomes what the payload stands for; `scaled` is room for their products. */
+INLINE void write_row(float *row, int64_t hidden, const struct search *search, struct layout to,
+                      uint8_t *out, struct soon soon, const float *levels, float *scaled) {
     int64_t size = tree_size(hidden);
     float scale = sqrtf(sum_of_squares(row, size, row + size) / (float)hidden);
     int finite = isfinite(scale);
@@ -63,7 +64,8 @@ static void write_row(float *row, int64_t hidden, const struct search *search, s
     scale = from_bf16(wire);
     float inverse = scale == 0 ? 0 : 1 / scale;
     if (to.body % 2) out[to.body] = 0;
-#define CALL(bits) write_codes(row, hidden, inverse, search, bits, out, to.body, soon)
+    for (int i = 0; levels && i < 1 << to.bits; i++) scaled[i] = levels[i] * scale;
+#define CALL(bits) write_codes(row, hidden, inverse, search, bits, out, to.body, soon, scaled)
     WITH_BITS(to.bits, CALL)
 #undef CALL
 }
@@ -137,7 +139,7 @@ int encode(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens, in
         }
         rotate(row, padded, block);
         struct soon next = {partial + stride, GROUP * size_of(dtype)};
-        write_row(row, hidden, &search, to, payload, next);
+        write_row(row, hidden, &search, to, payload, next, NULL, NULL);
     }
     free(row);
     return 0;
@@ -155,24 +157,46 @@ struct carry {
     float largest; /* of a row: its error is kept within */
 };
 
-/* wanted - sent, within its bound, as BF16. Both rows are of `new_row`. */
-static void keep(float *wanted, float *sent, int64_t hidden, const struct carry *carry,
+/* The partial and what is taken, and the same centered and scaled. */
+INLINE void load_wanted(const void *partial, enum dtype dtype, const void *taken,
+                        enum dtype taken_dtype, const float *center, const float *scale,
+                        int64_t hidden, float *restrict wanted, float *restrict row) {
+    for (int64_t i = 0; i < hidden; i++) {
+        float x = load(partial, i, dtype);
+        if (taken) x += load(taken, i, taken_dtype);
+        wanted[i] = x;
+        row[i] = (center ? x - center[i] : x) * scale[i];
+    }
+}
+
+/* A row that was turned back becomes its error: wanted less what was sent. */
+INLINE void to_error(float *restrict row, const float *restrict wanted, const float *center,
+                     const float *scale, int64_t hidden) {
+    if (!center)
+        for (int64_t i = 0; i < hidden; i++) row[i] = wanted[i] - row[i] * scale[i];
+    else
+        for (int64_t i = 0; i < hidden; i++) row[i] = wanted[i] - (row[i] * scale[i] + center[i]);
+}
+
+/* An error within its bound, as BF16. Both rows are of `new_row`. */
+static void keep(float *wanted, float *error, int64_t hidden, const struct carry *carry,
                  uint16_t *restrict given) {
     int64_t size = tree_size(hidden);
-    for (int64_t i = 0; i < hidden; i++) sent[i] = wanted[i] - sent[i];
     float most = carry->largest * sqrtf(sum_of_squares(wanted, size, wanted + size));
-    float large = sqrtf(sum_of_squares(sent, size, sent + size));
+    float large = sqrtf(sum_of_squares(error, size, error + size));
     if (large > most) {
         float part = most / large;
-        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(sent[i] * part);
+        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(error[i] * part);
         if (carry->bounded) __atomic_fetch_add(carry->bounded, 1, __ATOMIC_RELAXED);
+    } else if (isfinite(large)) { /* and so all of it, which saves a third of the loop */
+        for (int64_t i = 0; i < hidden; i++) given[i] = number_to_bf16(error[i]);
     } else {
-        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(sent[i]);
+        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(error[i]);
     }
 }
 
 /* `encode` of the partial and what is taken, and the error that is given: one row at a time, all of
- * it in the cache. The payload's row is read back as its receivers read it. */
+ * it in the cache. */
 int encode_with_carry(const uint8_t *partial, int dtype, int64_t stride, int64_t tokens,
                       int64_t hidden, int64_t block, const float *center, const float *scale,
                       const float *decode_scale, const int64_t *index, int64_t kept,
@@ -180,43 +204,42 @@ int encode_with_carry(const uint8_t *partial, int dtype, int64_t stride, int64_t
                       uint8_t *payload, const struct carry *carry) {
     int64_t padded;
     float *wanted = new_row(hidden, &padded), *row = new_row(hidden, &padded);
-    float *sent = new_row(hidden, &padded);
-    table *scaled = aligned_alloc(64, sizeof(table));
-    int failed = !wanted || !row || !sent || !scaled;
+    table scaled;
+    int failed = !wanted || !row;
     struct layout to = layout_of(body, kept, bits);
     struct search search = plan_search(thresholds, bits);
     const uint8_t *taken = carry->taken;
     uint8_t *given = carry->given;
     for (int64_t t = 0; t < tokens && !failed; t++, partial += stride, payload += to.bytes) {
-#define CALL(dtype) for (int64_t i = 0; i < hidden; i++) wanted[i] = load(partial, i, dtype)
+#define TAKEN(dtype, of) load_wanted(partial, dtype, taken, of, center, scale, hidden, wanted, row)
+#define CALL(dtype) \
+    if (!taken) load_wanted(partial, dtype, NULL, dtype, center, scale, hidden, wanted, row); \
+    else switch (carry->taken_dtype) { \
+        case FP32: TAKEN(dtype, FP32); break; \
+        case BF16: TAKEN(dtype, BF16); break; \
+        default: TAKEN(dtype, FP16); \
+    }
         WITH_DTYPE(dtype, CALL)
 #undef CALL
-        if (taken) {
-#define CALL(dtype) for (int64_t i = 0; i < hidden; i++) wanted[i] += load(taken, i, dtype)
-            WITH_DTYPE(carry->taken_dtype, CALL)
-#undef CALL
-            taken += carry->taken_stride;
-        }
-        load_row(wanted, center, scale, hidden, FP32, row);
+#undef TAKEN
+        if (taken) taken += carry->taken_stride;
         for (int64_t j = 0; j < kept; j++) {
             put16(payload + to.floats + 2 * j, to_wire(wanted[index[j]]));
             row[index[j]] = 0;
         }
         rotate(row, padded, block);
         struct soon next = {partial + stride, GROUP * size_of(dtype)};
-        write_row(row, hidden, &search, to, payload, next);
-        struct soon target = {given, GROUP * 2};
-        sum_rows(payload, 0, 1, levels, scaled, to, hidden, padded, row, target);
+        write_row(row, hidden, &search, to, payload, next, levels, scaled);
+        memset(row + hidden, 0, sizeof(float) * (padded - hidden));
         rotate(row, padded, block);
-        store_row(row, center, decode_scale, hidden, FP32, sent);
-        for (int64_t j = 0; j < kept; j++) sent[index[j]] = sum_kept(payload, 0, 1, to, j);
-        keep(wanted, sent, hidden, carry, (uint16_t *)given);
+        to_error(row, wanted, center, decode_scale, hidden);
+        for (int64_t j = 0; j < kept; j++)
+            row[index[j]] = wanted[index[j]] - from_bf16(get16(payload + to.floats + 2 * j));
+        keep(wanted, row, hidden, carry, (uint16_t *)given);
         given += carry->given_stride;
     }
     free(wanted);
     free(row);
-    free(sent);
-    free(scaled);
     return failed;
 }
 
@@ -265,7 +288,7 @@ int reduce_encode(const uint8_t *payloads, int64_t rank_stride, int64_t ranks, i
                   to_wire(sum_kept(payloads, rank_stride, ranks, from, j)));
         payloads += from.bytes;
         struct soon next = {payloads, PACKED(bits)};
-        write_row(row, hidden, &search, to, payload, next);
+        write_row(row, hidden, &search, to, payload, next, NULL, NULL);
         payload += to.bytes;
     }
     int failed = !row || !scaled;
