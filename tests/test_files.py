@@ -38,6 +38,7 @@ def test_places_that_do_not(tmp_path):
         assert str(error.value).startswith("--json ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
     [

@@ -134,6 +134,7 @@ def test_without_root(monkeypatch):
         emulated_links(2, RATE).__enter__()
 
 
+@pytest.mark.slow
 def test_exchange(two_ranks, capfd):
     two_ranks.run([sys.executable, "-c", EXCHANGE])
     seconds = float(capfd.readouterr().out)

@@ -61,6 +61,7 @@ def measured():
     return sweep.run(TINY, quiet=True)
 
 
+@pytest.mark.slow
 def test_rows(measured):
     for row in measured.rows:
         assert list(row) == KEYS
@@ -81,6 +82,7 @@ def test_rows(measured):
     assert min(measured.calls) >= 5
 
 
+@pytest.mark.slow
 def test_speedup_is_against_the_same_kind_of_native(measured):
     times = {(r["bytes"], r["codec"], r["collective"]): r["median_ms"] for r in measured.rows}
     for row in measured.rows:
@@ -260,6 +262,7 @@ def test_tables():
     assert third.startswith("all-reduce, 4 ranks, 1gbit")
 
 
+@pytest.mark.slow
 def test_json_and_its_sidecar(measured, tmp_path):
     path = tmp_path / "results.json"
     sweep_report.write(
@@ -277,6 +280,7 @@ def test_json_and_its_sidecar(measured, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_tuning_needs_one_setting_and_a_whole_codec(measured):
     with pytest.raises(ValueError, match="for one number of ranks"):
         sweep_report.tuning(sweep.Measured(ROWS, {}, {}))
@@ -395,6 +399,7 @@ def _options(**given):
     return sweep_command.Namespace(**(defaults | given))
 
 
+@pytest.mark.slow
 def test_what_a_rank_says_comes_back_as_one_line(tmp_path, capfd):
     variants, missing = (Variant("rotated-hybrid", "auto"),), tmp_path / "no.json"
     with pytest.raises(LowbitError, match=f"^cannot read {missing}: .*make it with"):
@@ -413,6 +418,7 @@ def test_output_is_checked_first(monkeypatch, tmp_path):
         sweep_command.run(_options(write_tuning=Path("/proc/none/tuning.json")))
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(tmp_path):
     arguments = ["--ranks", "2", "--sizes", "4K,64M", "--output", str(tmp_path / "results.json")]
     command = [sys.executable, str(TOOL), *arguments, "--seconds", "0.01"]

@@ -37,6 +37,7 @@ def _work(rank: int, directory: str, collective: str) -> None:
     os._exit(0)  # no goodbye to a rank that is gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collective", ["one-shot", "two-shot"])
 def test_a_dead_rank_ends_the_others(collective, tmp_path):
     context = mp.get_context("spawn")
