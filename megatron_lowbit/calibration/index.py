@@ -99,7 +99,7 @@ class CalibrationIndex:
 
     manifest: dict[str, Any]
     layers: dict[int, dict[str, SyncPointRecord]]
-    origin: str = field(default="index", compare=False)
+    origin: str = field(default="the calibration index", compare=False)
 
     @property
     def tp_size(self) -> int:

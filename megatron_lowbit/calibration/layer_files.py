@@ -67,7 +67,7 @@ def read_layer(
     try:
         return _records(tensors, manifest)
     except ValueError as error:
-        raise IndexFileError(f"{path}: {error}: {remedy}") from None
+        raise IndexFileError(f"{path}: {error}; {remedy}") from None
 
 
 def _read(path: Path, manifest: Manifest, remedy: str) -> bytes:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     refuse_pipeline(args)
     session.initialize(args)
     index, inputs = on_every_rank(lambda: _read(args, options))
-    require_equal("index or text", _digests(index, inputs))
+    require_equal("calibration index or text", _digests(index, inputs))
     model = session.load_model(args)
     summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, index))
     on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
@@ -189,7 +189,7 @@ def _report(content: dict) -> None:
     for table in tables(content):
         cli.say(table + "\n")
     for line in extremes(content["sync_points"]["points"]):
-        cli.say(f"far off at sync points: {line}")
+        cli.say(f"largest errors at sync points: {line}")
 
 
 def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
