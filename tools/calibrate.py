@@ -7,7 +7,7 @@ partials of N ranks itself.
 
 examples:
   torchrun --nproc-per-node 3 tools/calibrate.py --load CKPT --data TEXT.txt
-  python tools/calibrate.py --simulate-tp 8 --load CKPT --data TEXT.txt
+  python tools/calibrate.py --simulate-tp 8 --load CKPT --data TEXT.txt --output lowbit-8
 
 Every other argument goes to Megatron (e.g. --tensor-model-parallel-size, --bf16); the model's
 shape, its tokenizer and the tensor-parallel size are read from the checkpoint.
@@ -48,7 +48,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "--bf16-features",
         metavar="K",
         help="features that travel in BF16: a count (12), or a fraction of the hidden size (0.01) "
-        "(default: hidden/64 for static- and scaled-hybrid, hidden/128 for shaped- and rotated-)",
+        "(default: hidden/64 for static-hybrid and scaled-hybrid, hidden/128 for shaped-hybrid and "
+        "rotated-hybrid)",
     )
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument(

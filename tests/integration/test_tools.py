@@ -212,6 +212,15 @@ def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
+def test_an_evaluation_without_a_list_measures_what_is_served(calibrated, tmp_path):
+    output = tmp_path / "summary.json"
+    command = ["--simulate-tp", "3", "--load", calibrated, "--data", TEXT, "--tokens", "32"]
+    done = forked(None, EVALUATE, *command, "--seq-length", "32", "--output", output)
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = [variant["variant"] for variant in json.loads(output.read_text())["variants"]]
+    assert measured[-3:] == ["recipe", "recipe@feedback", "recipe@feedback@two-shot"]
+
+
 def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
     text = tmp_path / "the.txt"
     text.write_text("the " * 2000)

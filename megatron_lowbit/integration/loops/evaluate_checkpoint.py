@@ -23,7 +23,7 @@ from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.text_tables import tables
-from megatron_lowbit.evaluation.variants import Named, Variants, parse_variant
+from megatron_lowbit.evaluation.variants import Named, Variants, default_variants, parse_variant
 from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.assignment import check_index, model_identity
@@ -39,7 +39,7 @@ SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
 def run(options: argparse.Namespace, argv: list[str]) -> None:
     """Evaluate as `options` of tools/evaluate.py say, print the tables, write the JSON."""
-    chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
+    chosen = _named(options.codecs.split(",")) if options.codecs is not None else {}
     if options.resume and not options.output:
         raise LowbitError("--resume needs --output: what was measured is kept beside it")
     check_options(options)
@@ -48,6 +48,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     session.initialize(args)
     index, inputs = on_every_rank(lambda: _read(args, options))
     require_equal("calibration index or text", _digests(index, inputs))
+    chosen = chosen or _named(default_variants(index))
     model = session.load_model(args)
     summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, index))
     on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
@@ -94,6 +95,10 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Calibr
         tokenize=session.build_tokenizer(args).tokenize,
         tokenizer=session.build_tokenizer(args, special_tokens=False),
     )
+
+
+def _named(variants: list[str]) -> dict[str, Named]:
+    return {name: parse_variant(name) for name in variants}
 
 
 def _digests(index: CalibrationIndex, inputs: Inputs) -> tuple:
