@@ -117,6 +117,20 @@ class RotatedHybrid(Codec):
             return self._reference_reduce_encode(payloads, tables)
         return module.reduce_encode(payloads, **self._reduction(tables))
 
+    def reduce_encode_with_carry(self, payloads: Tensor, tables: Tables, carry: Carry) -> Tensor:
+        module = self.kernels(payloads, tables)
+        has_carry = module is not None and hasattr(module, "reduce_encode_with_carry")
+        if module is None or not has_carry or carry.given is None:
+            return super().reduce_encode_with_carry(payloads, tables, carry)
+        return module.reduce_encode_with_carry(
+            payloads,
+            taken=carry.taken,
+            given=carry.given,
+            bounded=carry.bounded,
+            largest=LARGEST,
+            **self._carried_reduction(tables),
+        )
+
     def all_reduce_in(
         self,
         memory: PeerMemory,
@@ -214,6 +228,19 @@ class RotatedHybrid(Codec):
             "thresholds": codebook.thresholds(self.sum_bits, device),
             "sum_bits": self.sum_bits,
             "sum_body_bytes": wire.packed_bytes(tables.hidden, self.sum_bits),
+        }
+
+    def _carried_reduction(self, tables: Tables) -> dict:
+        """What kernels take to sum payloads and encode the sum with a carry, besides these."""
+        reduction = self._reduction(tables)
+        del reduction["hidden"], reduction["kept"]
+        return reduction | {
+            "center": tables.center_sum,
+            "scale": tables.encode_scale,
+            "decode_scale": tables.decode_scale,
+            "bf16_index": tables.bf16_index,
+            "block": rotation.block_size(tables.hidden),
+            "sum_levels": codebook.levels(self.sum_bits, tables.encode_scale.device),
         }
 
     def kernels(

@@ -549,7 +549,8 @@ def another_chain(out: Path) -> None:
     index = index_of(model, out)
     asked = (
         ": error feedback needs the model that was calibrated; calibrate this one with "
-        "tools/calibrate.py, or use --lowbit-no-feedback"
+        "tools/calibrate.py, or do without (--lowbit-no-feedback; no NAME@feedback in "
+        "tools/evaluate.py)"
     )
     other = _chained(index, {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"})
     assert message(lambda: megatron_lowbit.apply(model, other)) == (

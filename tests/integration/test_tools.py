@@ -19,7 +19,7 @@ import pytest
 from forks import forked
 from releases import ROOT, environment, torchrun
 
-from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.calibration.index_files import read_index, write_index
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
 OTHER = TEXT.with_name("kjv.txt")
@@ -249,6 +249,19 @@ def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_
     kl = {result["variant"]: result["kl"] for result in summary["texts"][0]["results"]}
     assert summary["tp_size"] == 2
     assert 0 < kl["shaped-hybrid"] < kl["rotated-hybrid-2"], kl
+
+
+def test_another_chain_is_refused_for_variants_that_carry_only(calibrated, tmp_path):
+    index = read_index(calibrated / "lowbit")
+    chain = {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"}
+    index.manifest["chain"] = chain
+    write_index(index, tmp_path / "index")
+    command = [EVALUATE, "--simulate-tp", "3", "--load", calibrated, "--data", TEXT]
+    command += ["--index", tmp_path / "index", "--tokens", "64", "--seq-length", "32"]
+    for variant, ends in (("shaped-hybrid", 0), ("shaped-hybrid@feedback", 1)):
+        done = forked(None, *command, "--codecs", variant)
+        assert done.returncode == ends, done.stderr[-4000:]
+    assert "layer 2 mlp.linear_fc2 is in the chain here, and outside of it" in done.stderr
 
 
 def test_generation_with_and_without_the_flag(calibrated, tmp_path):

@@ -55,6 +55,8 @@ class Step:
         codecs: Variants.
         texts: Kinds of held-out text.
         arguments: More arguments.
+        skipped: Sync points of its calibration index's recipe that send nothing.
+        budget: Bits a value of that recipe.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Step:
     codecs: tuple[str, ...]
     texts: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    skipped: int = 0
+    budget: str = BUDGET
 
 
 def steps(tokens: int, limit: int) -> list[Step]:
@@ -103,7 +107,7 @@ def run(
     for step in plan:
         output = directory / f"{step.name}.json"
         if not output.exists():
-            index = _calibrated(checkpoint, directory, step.ranks)
+            index = _calibrated(checkpoint, directory, step)
             codecs = ("--codecs", ",".join(step.codecs), "--resume")
             data = ("--data", *(str(files[kind]) for kind in step.texts)) if step.texts else ()
             where = ("--index", str(index), "--simulate-tp", str(step.ranks))
@@ -126,14 +130,15 @@ def _check_settings(directory: Path, settings: dict) -> None:
         raise LowbitError(f"{directory} has results of {shown(found)}: name another directory")
 
 
-def _calibrated(checkpoint: Path, directory: Path, ranks: int) -> Path:
-    """The index of a tensor-parallel size, with a recipe."""
-    index = directory / f"index-tp{ranks}"
+def _calibrated(checkpoint: Path, directory: Path, step: Step) -> Path:
+    """The calibration index of a step, with a recipe."""
+    index = directory / f"index-tp{step.ranks}{f'-skip{step.skipped}' * bool(step.skipped)}"
     if not index.exists():
         cli.say(f"-- {index.name}")
         data = ("--data", str(ROOT / "examples/data/emma.txt"), "--seq-length", "128")
-        where = ("--load", str(checkpoint), "--simulate-tp", str(ranks), "--budget", BUDGET)
-        _tool("calibrate", (*where, *data, "--resume"), index)
+        where = ("--load", str(checkpoint), "--simulate-tp", str(step.ranks))
+        recipe = ("--budget", step.budget, *(("--skip", str(step.skipped)) if step.skipped else ()))
+        _tool("calibrate", (*where, *recipe, *data, "--resume"), index)
     return index
 
 

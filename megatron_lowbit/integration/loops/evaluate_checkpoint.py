@@ -50,7 +50,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     require_equal("calibration index or text", _digests(index, inputs))
     chosen = chosen or _named(default_variants(index))
     model = session.load_model(args)
-    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, index))
+    # Only errors that are carried need the chain that calibration found.
+    chained = index if any(named.has_feedback for named in chosen.values()) else None
+    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, chained))
     on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
     measures = make_measures(options, inputs, variants)

@@ -113,8 +113,8 @@ def _open(compiler: list[str], path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: list[str], output: str) -> None:
-    source = str(_SOURCES / "rotated_hybrid.c")
-    command = [*compiler, *_FLAGS, source, "-o", output, "-lm"]
+    sources = sorted(map(str, _SOURCES.glob("*.c")))
+    command = [*compiler, *_FLAGS, *sources, "-o", output, "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     if done.returncode:
         lines = done.stderr.splitlines() or ["no message"]

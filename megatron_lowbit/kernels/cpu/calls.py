@@ -27,6 +27,10 @@ _ARGUMENTS = {
     ],
     "decode_sum": [*_ROWS, _INT64, *_FEATURES, *_CODES, _POINTER, _INT, _INT64],
     "reduce_encode": [*_ROWS, _INT64, *_CODES, *_CODES, _POINTER],
+    "reduce_encode_with_carry": [
+        *[*_ROWS, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, *_CODES],
+        *[_POINTER, _POINTER, _INT, _INT64, _POINTER, _POINTER],
+    ],
 }
 
 
@@ -45,6 +49,16 @@ def readable(values: Tensor, width: int) -> Tensor:
     if values.dtype not in DTYPES:
         values = values.float()
     return values if values.stride(1) == 1 else values.contiguous()
+
+
+def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
+    """The payloads with the rows of a rank side by side; the ranks may lie anywhere."""
+    shape = payloads.shape
+    if payloads.dtype != torch.uint8 or len(shape) != 3 or shape[2] != row_bytes or not shape[0]:
+        wanted = f"uint8 [ranks, tokens, {row_bytes}]"
+        raise LowbitError(f"payloads are {wanted}, got {payloads.dtype} {list(shape)}")
+    together = payloads.stride(2) == 1 and payloads.stride(1) == row_bytes
+    return payloads if together else payloads.contiguous()
 
 
 def function(name: str) -> Callable[..., int]:

@@ -1,22 +1,30 @@
-"""Encoding with error feedback on CPUs: the work in ``rotated_hybrid.c``, a row at a time.
+"""Encoding with error feedback on CPUs: the work in ``carrying.c``, a row at a time.
 
 The bits are those of `codecs.carry` and `codecs.rotated_hybrid`, the plain torch.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels.cpu.calls import DTYPES, function, pointer, readable, run_rows
+from megatron_lowbit.kernels.cpu.calls import (
+    DTYPES,
+    check_payloads,
+    function,
+    pointer,
+    readable,
+    run_rows,
+)
 from megatron_lowbit.kernels.layout import row_bytes
 
 _INT, _INT64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
 class _Carry(ctypes.Structure):
-    """`struct carry` of rotated_hybrid.c."""
+    """`struct carry` of carrying.c."""
 
     _fields_ = (
         ("taken", _POINTER),
@@ -58,11 +66,9 @@ def encode_with_carry(
     scale, index = encoding["scale"], encoding["bf16_index"]
     hidden, kept = scale.numel(), index.numel()
     partial = readable(partial, encoding["width"])
-    if taken is not None:
-        taken = readable(taken, hidden)
     tokens = len(partial)
-    size = (tokens, row_bytes(encoding["body_bytes"], kept + 1))
-    payload = torch.empty(size, dtype=torch.uint8)
+    payload = _payload(tokens, encoding["body_bytes"], kept)
+    carry_of = _carries(taken, given, bounded, largest)
     call = function("encode_with_carry")
     settings: tuple = (hidden, encoding["block"], pointer(encoding["center"]), scale.data_ptr())
     settings += (decode_scale.data_ptr(), index.data_ptr(), kept)
@@ -70,6 +76,92 @@ def encode_with_carry(
     settings += (encoding["bits"], encoding["body_bytes"])
 
     def part(first: int, last: int) -> int:
+        rows, stride = partial[first:], partial.stride(0) * partial.element_size()
+        begin = (rows.data_ptr(), DTYPES[partial.dtype], stride, last - first)
+        return call(*begin, *settings, payload[first:].data_ptr(), carry_of(first))
+
+    run_rows(part, tokens, hidden)
+    return payload
+
+
+def reduce_encode_with_carry(
+    payloads: Tensor,
+    *,
+    taken: Tensor | None,
+    given: Tensor,
+    bounded: Tensor | None,
+    largest: float,
+    center: Tensor | None,
+    scale: Tensor,
+    decode_scale: Tensor,
+    bf16_index: Tensor,
+    block: int,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+    thresholds: Tensor,
+    sum_levels: Tensor,
+    sum_bits: int,
+    sum_body_bytes: int,
+) -> Tensor:
+    """`reduce_encode` with error feedback of the sum, which is turned back to features for it.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        taken: As for `encode_with_carry`, of the sum.
+        given: The same.
+        bounded: The same.
+        largest: The same.
+        center: fp32 ``[hidden]``, contiguous: the mean of the sum; nothing is if None.
+        scale: fp32 ``[hidden]``, contiguous, as for `encode`.
+        decode_scale: fp32 ``[hidden]``, contiguous, as for `decode_sum`.
+        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
+        block: Values that the rotation mixes.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: Of a value in `payloads`, 1 to 6.
+        body_bytes: Bytes of the packed codes of a row in `payloads`.
+        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
+        sum_levels: fp32 ``[2**sum_bits]``, ascending.
+        sum_bits: Of a value in the result, 1 to 6.
+        sum_body_bytes: Bytes of the packed codes of a row in the result.
+
+    Returns:
+        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
+
+    Raises:
+        LowbitError: `payloads` has another shape or type.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
+    ranks, tokens, row = payloads.shape
+    payload = _payload(tokens, sum_body_bytes, kept)
+    carry_of = _carries(taken, given, bounded, largest)
+    call = function("reduce_encode_with_carry")
+    settings: tuple = (hidden, block, pointer(center), scale.data_ptr(), decode_scale.data_ptr())
+    settings += (bf16_index.data_ptr(), kept, levels.data_ptr(), bits, body_bytes)
+    settings += (thresholds.data_ptr(), sum_levels.data_ptr(), sum_bits, sum_body_bytes)
+    source, rank_stride = payloads.data_ptr(), payloads.stride(0)
+
+    def part(first: int, last: int) -> int:
+        begin = (source + first * row, rank_stride, ranks, last - first)
+        return call(*begin, *settings, payload[first:].data_ptr(), carry_of(first))
+
+    run_rows(part, tokens, hidden * ranks)
+    return payload
+
+
+def _payload(tokens: int, body_bytes: int, kept: int) -> Tensor:
+    return torch.empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)
+
+
+def _carries(
+    taken: Tensor | None, given: Tensor, bounded: Tensor | None, largest: float
+) -> Callable[[int], Any]:
+    """First row -> the `struct carry` of the rows from there on, for a call."""
+    if taken is not None:
+        taken = readable(taken, given.shape[1])
+
+    def carry_of(first: int) -> Any:
         carry = _Carry(
             taken=None if taken is None else taken[first:].data_ptr(),
             taken_stride=0 if taken is None else taken.stride(0) * taken.element_size(),
@@ -79,9 +171,6 @@ def encode_with_carry(
             taken_dtype=0 if taken is None else DTYPES[taken.dtype],
             largest=largest,
         )
-        rows, stride = partial[first:], partial.stride(0) * partial.element_size()
-        begin = (rows.data_ptr(), DTYPES[partial.dtype], stride, last - first)
-        return call(*begin, *settings, payload[first:].data_ptr(), ctypes.byref(carry))
+        return ctypes.byref(carry)
 
-    run_rows(part, tokens, hidden)
-    return payload
+    return carry_of

@@ -48,14 +48,16 @@ INLINE uint64_t spread(uint64_t x, int bits) {
 #endif
 }
 
-/* Quantize a group of values, of which `valid` are of the row. */
-INLINE void write_group(const float *row, float inverse, const struct search *search,
-                        int bits, int64_t valid, uint8_t *out) {
+/* Quantize a group of values, of which `valid` are of the row. With `scaled` each value becomes what
+ * its code stands for: the products of level and scale. */
+INLINE void write_group(float *row, float inverse, const struct search *search, int bits,
+                        int64_t valid, uint8_t *out, const float *scaled) {
     uint8_t codes[GROUP];
 #pragma GCC unroll 4
     for (int i = 0; i < GROUP; i += W) {
         vi code = count_below(*(const vf *)(row + i) * inverse, search, bits);
         if (valid < GROUP) code &= LANES + i < (int)valid;
+        if (scaled) *(vf *)(row + i) = pick(scaled, code, bits);
         if (bits == 4) { /* the default: two codes are one byte */
             vhalf bytes = __builtin_convertvector((vq)code | (vq)code >> 28, vhalf);
             memcpy(out + i / 2, &bytes, W / 2);
@@ -108,17 +110,17 @@ INLINE void read_group(const uint8_t *group, int bits, vi *codes) {
         codes[i / W] = bits == 4 ? read_nibbles(group + i / 2) : WIDEN32(bytes + i);
 }
 
-INLINE void write_codes(const float *row, int64_t hidden, float inverse,
+INLINE void write_codes(float *row, int64_t hidden, float inverse,
                         const struct search *restrict search, int bits, uint8_t *restrict out,
-                        int64_t body, struct soon soon) {
+                        int64_t body, struct soon soon, const float *scaled) {
     uint8_t last[GROUP];
     int64_t done = 0;
     for (; done + GROUP <= hidden; done += GROUP, out += PACKED(bits), body -= PACKED(bits)) {
         fetch(&soon, 0);
-        write_group(row + done, inverse, search, bits, GROUP, out);
+        write_group(row + done, inverse, search, bits, GROUP, out, scaled);
     }
     if (done == hidden) return;
-    write_group(row + done, inverse, search, bits, hidden - done, last);
+    write_group(row + done, inverse, search, bits, hidden - done, last, scaled);
     memcpy(out, last, body);
 }
 

@@ -70,11 +70,14 @@ INLINE uint32_t to_bits(float f) {
 
 INLINE float from_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
 
-/* To the nearest, ties to even; every NaN is 0xffff, as torch writes it on x86. */
-INLINE uint16_t to_bf16(float f) {
+/* What is no NaN: to the nearest, ties to even. */
+INLINE uint16_t number_to_bf16(float f) {
     uint32_t u = to_bits(f);
-    return f != f ? 0xffff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
+
+/* Every NaN is 0xffff, as torch writes it on x86. */
+INLINE uint16_t to_bf16(float f) { return f != f ? 0xffff : number_to_bf16(f); }
 
 /* BF16 on the wire: a finite value saturates, an infinity is NaN. */
 INLINE uint16_t to_wire(float f) {

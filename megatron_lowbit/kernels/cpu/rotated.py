@@ -14,9 +14,18 @@ A call costs about 10 us before the first value.
 import torch
 from torch import Tensor
 
-from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels.cpu.calls import DTYPES, function, pointer, readable, run_rows
+from megatron_lowbit.kernels.cpu.calls import (
+    DTYPES,
+    check_payloads,
+    function,
+    pointer,
+    readable,
+    run_rows,
+)
 from megatron_lowbit.kernels.cpu.carrying import encode_with_carry as encode_with_carry
+from megatron_lowbit.kernels.cpu.carrying import (
+    reduce_encode_with_carry as reduce_encode_with_carry,
+)
 from megatron_lowbit.kernels.layout import row_bytes
 
 
@@ -104,7 +113,7 @@ def decode_sum(
         LowbitError: `payloads` has another shape or type.
     """
     hidden, kept = scale.numel(), bf16_index.numel()
-    payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     if out is not None and _writable(out, tokens, hidden):
         total = out
@@ -145,10 +154,10 @@ def reduce_encode(
         hidden: Features in a token.
         kept: Features that travel in BF16.
         levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 2 to 6.
+        bits: Of a value in `payloads`, 1 to 6.
         body_bytes: Bytes of the packed codes of a row in `payloads`.
         thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_bits: Of a value in the result, 2 to 6.
+        sum_bits: Of a value in the result, 1 to 6.
         sum_body_bytes: Bytes of the packed codes of a row in the result.
 
     Returns:
@@ -157,7 +166,7 @@ def reduce_encode(
     Raises:
         LowbitError: `payloads` has another shape or type.
     """
-    payloads = _check_payloads(payloads, row_bytes(body_bytes, kept + 1))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     payload = torch.empty((tokens, row_bytes(sum_body_bytes, kept + 1)), dtype=torch.uint8)
     call = function("reduce_encode")
@@ -172,16 +181,6 @@ def reduce_encode(
 
     run_rows(part, tokens, hidden * ranks)
     return payload
-
-
-def _check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
-    """The payloads with the rows of a rank side by side; the ranks may lie anywhere."""
-    shape = payloads.shape
-    if payloads.dtype != torch.uint8 or len(shape) != 3 or shape[2] != row_bytes or not shape[0]:
-        wanted = f"uint8 [ranks, tokens, {row_bytes}]"
-        raise LowbitError(f"payloads are {wanted}, got {payloads.dtype} {list(shape)}")
-    together = payloads.stride(2) == 1 and payloads.stride(1) == row_bytes
-    return payloads if together else payloads.contiguous()
 
 
 def _writable(out: Tensor, tokens: int, hidden: int) -> bool:
