@@ -4,7 +4,8 @@
 #   examples/quickstart.sh
 #
 # Makes or reuses the environment .venv (see tools/setup_env.sh) and writes to out/quickstart/:
-# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its index),
+# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its
+# calibration index),
 # stats.json (what generation sent), summary.json (the table) and report.html with report_plots/.
 # Takes 8 to 12 minutes on 2 cores once packages are cached.
 
@@ -55,7 +56,7 @@ ranks "$ROOT/tools/evaluate.py" --load "$OUT/ckpt" --data "$DATA/persuasion.txt"
     --codecs bf16,int4,int4-random,static-hybrid,static-hybrid@feedback,rotated-hybrid,shaped-hybrid,shaped-hybrid@feedback,recipe,recipe@feedback,recipe@two-shot,recipe@feedback@two-shot \
     --name SmolLM2-135M-Instruct --output "$OUT/summary.json"
 
-step "5. make a page of the index and the results"
+step "5. make a page of the calibration index and the results"
 "$ENV_PYTHON" "$ROOT/tools/report.py" --index "$OUT/ckpt/lowbit" --results "$OUT/summary.json" \
     --output "$OUT/report.html"
 

@@ -6,7 +6,7 @@
 # Serves the checkpoint that examples/quickstart.sh makes (run that first), asks for 16 tokens after
 # each prompt, prints the answers, and stops the server.
 #
-#   CKPT=DIR   another checkpoint for TP 3, with an index in DIR/lowbit
+#   CKPT=DIR   another checkpoint for TP 3, with a calibration index in DIR/lowbit
 #   ARGS=...   more arguments of Megatron's, for what --use-checkpoint-args forgets
 #   PORT=N     default: 5000
 #   KEEP=1     leave the server running, until Ctrl-C
@@ -27,7 +27,7 @@ PROMPTS=("$@")
 
 die() { echo "serve: $*" >&2; exit 1; }
 command -v curl >/dev/null || die "curl is not installed"
-[[ -d "$CKPT/lowbit" ]] || die "no index in $CKPT/lowbit: run examples/quickstart.sh first"
+[[ -d "$CKPT/lowbit" ]] || die "no calibration index in $CKPT/lowbit: run examples/quickstart.sh first"
 if curl -s -o /dev/null "http://127.0.0.1:$PORT/"; then
     die "something listens on port $PORT already: set PORT to another"
 fi

@@ -86,8 +86,8 @@ def add_simulate_tp(parser: argparse.ArgumentParser) -> None:
         "--simulate-tp",
         type=positive,
         metavar="N",
-        help="be as N tensor-parallel ranks in one process: partials, payloads and sums as real, "
-        "no communication",
+        help="simulate N tensor-parallel ranks in one process: everything but the communication is "
+        "real",
     )
 
 

@@ -57,7 +57,7 @@ def read_regular(
     Raises:
         LowbitError: It is missing, not a regular file, larger, or cannot be read.
     """
-    behind = f": {remedy}" if remedy else ""
+    behind = f"; {remedy}" if remedy else ""
     try:
         check_regular(path, error=error, remedy=remedy)
         with Path(path).open("rb") as file:

@@ -63,7 +63,7 @@ def validated(
     try:
         return model.model_validate(value)
     except ValidationError as failure:
-        behind = f": {remedy}" if remedy else ""
+        behind = f"; {remedy}" if remedy else ""
         raise error(f"{where}: {first_problem(failure)}{behind}") from None
 
 

@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         required=True,
-        help="indices, texts and results; a step whose result is there is not run again",
+        help="calibration indexes, texts, results; a step whose result is there is not run again",
     )
     parser.add_argument(
         "--tokens",

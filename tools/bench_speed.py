@@ -33,8 +33,8 @@ def parse() -> argparse.Namespace:
         type=Path,
         metavar="CKPT",
         default=ROOT / "out/quickstart/ckpt",
-        help="for the time to first token: a checkpoint for TP 3 with its index (default: the "
-        "quickstart's)",
+        help="for the time to first token: a checkpoint for TP 3 with its calibration index "
+        "(default: the quickstart's)",
     )
     parser.add_argument(
         "--data",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Collect activation ranges of a Megatron checkpoint and write its low-bit index.
+"""Collect statistics of a Megatron checkpoint's partials and write its calibration index.
 
 Run it under torchrun with as many ranks as inference will use for tensor parallelism; a multiple
 of that shares the corpus among data-parallel groups. With --simulate-tp N one process makes the
@@ -7,7 +7,7 @@ partials of N ranks itself.
 
 examples:
   torchrun --nproc-per-node 3 tools/calibrate.py --load CKPT --data TEXT.txt
-  python tools/calibrate.py --simulate-tp 8 --load CKPT --data TEXT.txt
+  python tools/calibrate.py --simulate-tp 8 --load CKPT --data TEXT.txt --output lowbit-8
 
 Every other argument goes to Megatron (e.g. --tensor-model-parallel-size, --bf16); the model's
 shape, its tokenizer and the tensor-parallel size are read from the checkpoint.
@@ -36,18 +36,20 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         help='.txt, or .jsonl with {"text": ...} a line',
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="index directory (default: CKPT/lowbit)"
+        "--output", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)"
     )
     parser.add_argument(
         "--codec",
         metavar="CODEC",
-        help=f"codec that the index is for: {', '.join(CODECS)} (default: {CALIBRATED_CODEC})",
+        help=f"codec that the calibration index is for: {', '.join(CODECS)} (default: "
+        f"{CALIBRATED_CODEC})",
     )
     parser.add_argument(
         "--bf16-features",
         metavar="K",
         help="features that travel in BF16: a count (12), or a fraction of the hidden size (0.01) "
-        "(default: hidden/64 for static-hybrid, hidden/128 for shaped- and rotated-hybrid)",
+        "(default: hidden/64 for static-hybrid and scaled-hybrid, hidden/128 for shaped-hybrid and "
+        "rotated-hybrid)",
     )
     recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument(
@@ -93,7 +95,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-    """Calibrate and write the index."""
+    """Calibrate and write the calibration index."""
     options, megatron_argv = parse()
     codec = get_codec(options.codec)
     from megatron_lowbit.integration.loops import calibrate_checkpoint

@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from megatron_lowbit import cli
 
-DEFAULT = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,shaped-hybrid,shaped-hybrid@two-shot"
-
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
@@ -41,13 +39,16 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help=".txt or .jsonl, a table for each; for all but tasks",
     )
-    parser.add_argument("--index", type=Path, metavar="DIR", help="default: CKPT/lowbit")
+    parser.add_argument(
+        "--index", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)"
+    )
     parser.add_argument(
         "--codecs",
-        default=DEFAULT,
         metavar="LIST",
-        help="comma-separated, also with bits as in rotated-hybrid-3, or with bits of partials and "
-        f"sums as in rotated-hybrid-4+6, which is measured two-shot (default: {DEFAULT})",
+        help="comma-separated variants, such as recipe@feedback,recipe@feedback@two-shot or, with "
+        "bits, rotated-hybrid-3 (megatron_lowbit/evaluation/README.md has all names; default: "
+        "the paper's codec and its baselines, rotated- and shaped-hybrid, and what is served by "
+        "the calibration index, with error feedback, without it, and two-shot)",
     )
     parser.add_argument(
         "--tokens",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make one HTML page, and PNG plots beside it, from an index and evaluations.
+"""Make one HTML page, and PNG plots beside it, from a calibration index and evaluations.
 
 The page needs no other file and no network. The PNGs go into a folder named after it:
 report.html, report_plots/. Evaluations are what tools/evaluate.py writes with --output; several,
@@ -26,7 +26,13 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--index", required=True, type=Path, metavar="DIR", help="CKPT/lowbit")
+    parser.add_argument(
+        "--index",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the calibration index, such as CKPT/lowbit",
+    )
     parser.add_argument(
         "--results", required=True, nargs="+", type=Path, metavar="FILE", help="evaluations, JSON"
     )

@@ -34,6 +34,7 @@ BEGIN = "<!-- support matrix: made by tools/support_matrix.py -->"
 END = "<!-- end of the support matrix -->"
 # The outcome that tells most about a cell with several tests comes first.
 OUTCOMES = ("failed", "no", "yes", "not run")
+NO_RESULT = "its tests have not been run on this release"
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def table(cells: dict[tuple[str, str], Cell], main: str) -> str:
     reasons: list[str] = []
     lines = ["| | " + " | ".join(releases) + " |", "| --- |" + " --- |" * len(releases)]
     for capability in capabilities:
-        row = [_text(cells.get((capability, r), Cell("not run")), reasons) for r in releases]
+        found = [cells.get((capability, r), Cell("not run", NO_RESULT)) for r in releases]
+        row = [_text(cell, reasons) for cell in found]
         lines.append(f"| {capability} | " + " | ".join(row) + " |")
     if main:
         lines += ["", f"main: {main}."]

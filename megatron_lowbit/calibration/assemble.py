@@ -7,14 +7,13 @@ import torch
 
 from megatron_lowbit.calibration.calibration_loop import gather_over_ranks
 from megatron_lowbit.calibration.index import (
-    STATISTICS,
     SUM_STATISTICS,
     CalibrationIndex,
     SyncPointRecord,
     select_bf16_index,
 )
 from megatron_lowbit.calibration.saved_state import Progress
-from megatron_lowbit.calibration.statistics import RunningStatistics
+from megatron_lowbit.calibration.statistics import STATISTICS, RunningStatistics
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model.summing import Summing
@@ -34,8 +33,8 @@ def assemble(
     points = summing.points
     device = points[0].device
     gathered = gather_over_ranks(statistics.result().to(device), points[0].group).cpu()
-    # [partials here, points, 4, ranks of the group, hidden] to [points, 4, ranks, hidden]; either
-    # all partials are here or each is on a rank of the group.
+    # [partials here, points, statistics, ranks of the group, hidden] to
+    # [points, statistics, ranks, hidden]; either all partials are here or each is on a rank.
     partials = gathered[: -len(points)].unflatten(0, (summing.here, len(points)))
     partials = partials.permute(1, 2, 0, 3, 4).flatten(2, 3)
     sums = gathered[-len(points) :, :, 0]

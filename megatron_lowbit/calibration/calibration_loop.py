@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
-from megatron_lowbit.calibration.statistics import RunningStatistics, summarize
+from megatron_lowbit.calibration.statistics import STATISTICS, RunningStatistics, summarize
 from megatron_lowbit.errors import LowbitError
 
 SAVE_EVERY = 16
@@ -26,7 +26,7 @@ class Observations:
 
     def __init__(self, names: list[str], hidden: int):
         self.names = names
-        self.summaries = torch.zeros(len(names), 4, hidden)
+        self.summaries = torch.zeros(len(names), len(STATISTICS), hidden)
         self._seen: set[int] = set()
 
     def observer(self, point: int) -> Callable[[Tensor], None]:
@@ -99,7 +99,7 @@ def calibrate(
 
 
 def gather_over_ranks(result: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[points, 4, hidden]`` of each rank as ``[points, 4, ranks, hidden]`` on every rank."""
+    """``[points, statistics, hidden]`` of each rank as ``[points, statistics, ranks, hidden]``."""
     return torch.stack(list(_gather(result, group)), dim=2)
 
 

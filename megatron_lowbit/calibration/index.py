@@ -18,12 +18,12 @@ from torch import Tensor
 from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.plan import Option, Options
 from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
+from megatron_lowbit.calibration.statistics import STATISTICS
 from megatron_lowbit.codecs import Codec, Statistics, Tables
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.model.summing import Point
 
-STATISTICS = ("minimum", "maximum", "mean", "second_moment")
-SUM_STATISTICS = ("sum_minimum", "sum_maximum", "sum_mean", "sum_second_moment")
+SUM_STATISTICS = tuple(f"sum_{name}" for name in STATISTICS)
 # Energy of the means in units of the variances' that is believed. SmolLM2-135M, TP 3, has at most
 # 28 at a sync point on Emma, and on "the the the" at least 980.
 MOST_MEAN = 100.0
@@ -99,7 +99,7 @@ class CalibrationIndex:
 
     manifest: dict[str, Any]
     layers: dict[int, dict[str, SyncPointRecord]]
-    origin: str = field(default="index", compare=False)
+    origin: str = field(default="the calibration index", compare=False)
 
     @property
     def tp_size(self) -> int:

@@ -35,7 +35,7 @@ from megatron_lowbit.json_files import digest, read_json, shown
 from megatron_lowbit.schema import validated
 
 MANIFEST = "manifest.json"
-_REMEDY = "make the index again with tools/calibrate.py"
+_REMEDY = "calibrate again with tools/calibrate.py"
 
 
 def check_destination(directory: Path) -> None:
@@ -47,7 +47,9 @@ def check_destination(directory: Path) -> None:
     """
     is_empty = directory.is_dir() and not any(directory.iterdir())
     if directory.exists() and not is_empty and not _is_index(directory):
-        raise IndexFileError(f"{directory} exists and is not an index: name another directory")
+        raise IndexFileError(
+            f"{directory} exists and is not a calibration index: name another directory"
+        )
     check_writable(directory.absolute().parent)
 
 
@@ -96,7 +98,7 @@ def read_index(directory: Path) -> CalibrationIndex:
         if planned != {layer: set(records) for layer, records in layers.items()}:
             raise IndexFileError(
                 f"{directory / MANIFEST}: recipe.points are not the sync points that the layers' "
-                f"files have: {_REMEDY}"
+                f"files have; {_REMEDY}"
             )
     return CalibrationIndex(manifest=manifest, layers=layers, origin=str(directory))
 
@@ -119,7 +121,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
         raise IndexFileError(
-            f"no low-bit index at {directory} ({MANIFEST} is missing): make one with "
+            f"no calibration index at {directory} ({MANIFEST} is missing): make one with "
             "`torchrun --nproc-per-node TP tools/calibrate.py --load CHECKPOINT --data TEXT`"
         )
     manifest = read_json(path, error=IndexFileError, remedy=_REMEDY)
@@ -142,7 +144,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         _check(checked)
     except LowbitError as error:
-        raise IndexFileError(f"{path}: {error}: {_REMEDY}") from None
+        raise IndexFileError(f"{path}: {error}; {_REMEDY}") from None
     return manifest
 
 

@@ -14,7 +14,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from megatron_lowbit.calibration.index import STATISTICS, SUM_STATISTICS, SyncPointRecord
+from megatron_lowbit.calibration.index import SUM_STATISTICS, SyncPointRecord
+from megatron_lowbit.calibration.statistics import STATISTICS
 from megatron_lowbit.calibration.validation.impossible import impossible
 from megatron_lowbit.calibration.validation.index_schema import Manifest
 from megatron_lowbit.errors import IndexFileError
@@ -67,14 +68,15 @@ def read_layer(
     try:
         return _records(tensors, manifest)
     except ValueError as error:
-        raise IndexFileError(f"{path}: {error}: {remedy}") from None
+        raise IndexFileError(f"{path}: {error}; {remedy}") from None
 
 
 def _read(path: Path, manifest: Manifest, remedy: str) -> bytes:
     if not path.exists():
         raise IndexFileError(f"{path} is missing: {remedy}")
     options = len(manifest.recipe.options) if manifest.recipe else 0
-    point = (4 * manifest.tp_size + 5) * 4 * manifest.model.hidden_size + 8 * options
+    rows = len(STATISTICS) * manifest.tp_size + len(SUM_STATISTICS) + 1  # and the BF16 index
+    point = rows * 4 * manifest.model.hidden_size + 8 * options
     largest = min(_HEADER + _MOST_POINTS * point, _LARGEST)
     return read_regular(path, largest=largest, error=IndexFileError, remedy=remedy)
 

@@ -120,7 +120,7 @@ class Checkpointer:
         try:
             saved = validated(SavedProgress, read_json(path), path.name)
             if saved.sha256 != digest(saved.model_dump()):
-                raise LowbitError(f"{path.name} is damaged: its checksum is another")
+                raise LowbitError(f"{path.name} is damaged: its checksum does not match")
             progress = Progress(saved.done, list(saved.skipped))
             if saved.identity == self.identity:
                 self._read_state(statistics, progress)
@@ -150,7 +150,7 @@ class Checkpointer:
         length = int.from_bytes(data[:8], "little")
         header = parse_json(data[8 : 8 + length], f"the header of {path.name}")
         if header.get("__metadata__") != {"sha256": self._digest(tensors, progress)}:
-            raise LowbitError(f"{path.name} is damaged: its checksum is another")
+            raise LowbitError(f"{path.name} is damaged: its checksum does not match")
         statistics.sequences, statistics.tokens = tensors["counts"].tolist()
         statistics.state = tensors["state"]
 

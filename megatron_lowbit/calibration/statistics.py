@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 MOMENTUM = 0.01
-_MIN, _MAX, _SUM, _SQUARES = range(4)
+STATISTICS = ("minimum", "maximum", "mean", "second_moment")  # what is kept, in this order
+_SUM = STATISTICS.index("mean")  # from here on sums, which `result` divides
 
 
 def summarize(partial: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def summarize(partial: Tensor) -> Tensor:
         partial: ``[..., hidden]``, all tokens of one sequence.
 
     Returns:
-        fp32 ``[4, hidden]``: minimum, maximum, sum, sum of squares of each feature.
+        fp32 ``[statistics, hidden]``: minimum, maximum, sum, sum of squares of each feature.
     """
     tokens = partial.detach().reshape(-1, partial.shape[-1]).float()
     low, high = tokens.aminmax(dim=0)
@@ -32,13 +33,14 @@ class RunningStatistics:
     """The state of one rank for all its sync points.
 
     Attributes:
-        state: fp64 ``[points, 4, hidden]``: moving minimum and maximum, sum, sum of squares.
+        state: fp64 ``[points, statistics, hidden]``: moving minimum and maximum, sum, sum of
+            squares.
         sequences: Sequences folded in.
         tokens: Tokens folded in.
     """
 
     def __init__(self, points: int, hidden: int):
-        self.state = torch.zeros(points, 4, hidden, dtype=torch.float64)
+        self.state = torch.zeros(points, len(STATISTICS), hidden, dtype=torch.float64)
         self.sequences = 0
         self.tokens = 0
 
@@ -46,7 +48,7 @@ class RunningStatistics:
         """Add one sequence.
 
         Args:
-            summaries: fp32 ``[points, 4, hidden]``, a `summarize` of each sync point.
+            summaries: fp32 ``[points, statistics, hidden]``, a `summarize` of each sync point.
             tokens: Tokens in the sequence.
         """
         new = summaries.to(self.state)
@@ -59,7 +61,7 @@ class RunningStatistics:
         self.tokens += tokens
 
     def result(self) -> Tensor:
-        """fp32 ``[points, 4, hidden]``: minimum, maximum, mean, mean of squares."""
+        """fp32 ``[points, statistics, hidden]``, as `STATISTICS` names them."""
         result = self.state.clone()
         result[:, _SUM:] /= self.tokens
         return result.float()

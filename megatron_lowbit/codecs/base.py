@@ -77,8 +77,8 @@ class Codec(abc.ABC):
         return False
 
     def default_bf16_features(self, hidden: int) -> int:
-        """How many features travel in BF16 when the user does not say: 0 without an index."""
-        assert not self.takes_index, f"{self.name} takes an index and must say how large it is"
+        """How many features travel in BF16 when the user does not say: 0 for a codec without."""
+        assert not self.takes_index, f"{self.name} takes BF16 features and must say how many"
         return 0
 
     def tables(
@@ -89,7 +89,7 @@ class Codec(abc.ABC):
         statistics: Statistics | None = None,
         device: torch.device | str | None = None,
     ) -> Tables:
-        """Build the tables of one sync point; here, for a codec that takes no index.
+        """Build the tables of one sync point; here, for a codec without BF16 features.
 
         Args:
             hidden: Features in a token.
@@ -99,10 +99,10 @@ class Codec(abc.ABC):
             device: Where the tables live.
 
         Raises:
-            LowbitError: The index has a feature twice or outside the token, or statistics that the
+            LowbitError: A BF16 feature is named twice or outside the token, or statistics that the
                 codec needs are missing or have another shape.
         """
-        assert not self.takes_index, f"{self.name} takes an index and must make its own tables"
+        assert not self.takes_index, f"{self.name} takes BF16 features and must make its own tables"
         index = check_index(None, hidden, device or "cpu")
         return Tables(codec=self.name, hidden=hidden, bf16_index=index)
 

@@ -130,10 +130,10 @@ def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | s
     index = bf16_index.to(torch.int64).flatten().sort().values
     if index.numel() and (index[0] < 0 or index[-1] >= hidden):
         bad = index[0].item() if index[0] < 0 else index[-1].item()
-        raise LowbitError(f"BF16 index has feature {bad}, outside a hidden size of {hidden}")
+        raise LowbitError(f"BF16 feature {bad} is outside the hidden size {hidden}")
     repeated = index[1:][index[1:] == index[:-1]]
     if repeated.numel():
-        raise LowbitError(f"BF16 index has feature {repeated[0].item()} more than once")
+        raise LowbitError(f"BF16 feature {repeated[0].item()} is named twice")
     return index.to(device)
 
 

@@ -56,7 +56,7 @@ class Entry:
         line = validated(_Line, parse_json(text, where, constant=float), where)
         content = line.model_dump(exclude={"sha256"})
         if digest(content) != line.sha256:
-            raise LowbitError(f"{where} is damaged: its checksum is another")
+            raise LowbitError(f"{where} is damaged: its checksum does not match")
         return cls(**content)
 
 

@@ -36,6 +36,7 @@ from megatron_lowbit.evaluation.measures.sync_error import Observer
 from megatron_lowbit.model.summing import CountingReducer, Folded, Point, Summing
 
 _TWO_SHOT, _FOLDED, _FEEDBACK = "two-shot", "folded", "feedback"
+_COMPARED = ("bf16", "int4", "int4-random", "static-hybrid", "rotated-hybrid", "shaped-hybrid")
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,17 @@ def parse_variant(name: str) -> Named:
     else:
         budget, codec = None, parse_codec("static-hybrid" if base in _BASELINES else base)
     return Named(base, collective, codec, budget, _FOLDED in ways, _FEEDBACK in ways)
+
+
+def default_variants(index: CalibrationIndex) -> list[str]:
+    """What is compared if nobody says: codecs, and what is served by `index` in three ways.
+
+    Its recipe, or the codec that it is for: without feedback, as it is served, and so in two-shot.
+    """
+    own = index.manifest["codec"]["name"] if index.recipe is None else "recipe"
+    carries = index.recipe is not None or parse_codec(own).carries
+    served = f"{own}@{_FEEDBACK}" if carries else own
+    return list(dict.fromkeys([*_COMPARED, own, served, f"{served}@{_TWO_SHOT}"]))
 
 
 class Variants:

@@ -70,8 +70,7 @@ def apply(
             native if left out.
         recipe: A recipe file (`calibration.recipe`) whose rules come on top of the above.
         fold: Fold the rotations into the weights (`integration.sums.folded_weights`): cheaper to
-        encode, a
-            little more error; for a fixed low-bit collective. Errors are then not carried.
+            encode, a little more error; for one-shot and two-shot. Errors are then not carried.
         feedback: Carry what a sync point could not send to the next one (`comm.feedback`). If left
             out, every codec of ours does but the paper's `static-hybrid`.
 
@@ -137,7 +136,7 @@ def _agreed_policy(
     codecs = sorted({repr(codec) for codec in assigned.codecs})
     feedback = "errors carried" if assigned.has_feedback else "errors not carried"
     agreed = (codecs, feedback, wanted, str(weight.dtype), assigned.digest())
-    require_equal("codec, feedback, dtype or index", agreed, group=group)
+    require_equal("codec, feedback, dtype or calibration index", agreed, group=group)
     require_equal(ROTATION_SWITCH, rotation_on(weight.device), group=group)
     require_equal(CHECK_SWITCH, is_checking(), group=group)
     if not assigned.points:

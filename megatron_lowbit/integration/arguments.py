@@ -43,14 +43,14 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-codec",
         metavar="CODEC",
-        help=f"one of {', '.join(CODECS)} (default: by the index's recipe, or its own codec, "
-        f"usually {CALIBRATED_CODEC})",
+        help=f"one of {', '.join(CODECS)} (default: by the recipe of the calibration index, "
+        f"or the codec that it is for, usually {CALIBRATED_CODEC})",
     )
     group.add_argument(
         "--lowbit-bits",
         metavar="BITS[,BITS]",
         help="bits of a quantized value, or of a partial and of a sum, as in 4,6 (default: by the "
-        "index's recipe, or its own for both)",
+        "recipe of the calibration index, or its own for both)",
     )
     group.add_argument(
         "--lowbit-recipe",
@@ -145,14 +145,14 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
 
     Raises:
         LowbitError: Low-bit arguments without the flag, one with a bad value, no checkpoint to look
-            beside, no index there or one with a bad manifest.
+            in, no calibration index there or one with a bad manifest.
     """
     args = completed(args)
     if args.lowbit_tp_comm is None:
         for name, value in vars(args).items():
             if name.startswith("lowbit_") and value is not None:
                 flag = "--" + name.replace("_", "-")
-                raise LowbitError(f"{flag} does nothing without --lowbit-tp-comm: add it")
+                raise LowbitError(f"{flag} does nothing without --lowbit-tp-comm: add that, too")
         return None
     settings_from_args(args)
     bits = parse_bits(args.lowbit_bits)
@@ -166,7 +166,7 @@ def index_dir_from_args(args: argparse.Namespace) -> Path | None:
     if args.lowbit_recipe is not None:
         read_rules(Path(args.lowbit_recipe))
     if args.lowbit_tp_comm == _BESIDE_CHECKPOINT and not getattr(args, "load", None):
-        raise LowbitError("--lowbit-tp-comm needs an INDEX_DIR, or --load to find one beside")
+        raise LowbitError("--lowbit-tp-comm needs INDEX_DIR, or --load CKPT to take CKPT/lowbit")
     directory = Path(args.lowbit_tp_comm or Path(args.load) / INDEX_NAME)
     calibrated = read_manifest(directory)["codec"]["name"]
     _check_codec(args.lowbit_codec or calibrated, bits)
@@ -222,14 +222,16 @@ def _refuse_ignored(args: argparse.Namespace) -> None:
     if args.lowbit_inside_node is not None and mode not in ("auto", "hierarchical"):
         raise LowbitError(f"--lowbit-inside-node means nothing to {mode}: leave it out")
     if args.lowbit_all_gather is not None and getattr(args, "sequence_parallel", None) is False:
-        raise LowbitError("--lowbit-all-gather means nothing without --sequence-parallel: add it")
+        raise LowbitError(
+            "--lowbit-all-gather means nothing without --sequence-parallel: add that, too"
+        )
 
 
 def _check_codec(name: str, bits: int | tuple[int, int] | None) -> None:
     """Raise LowbitError unless there is such a codec and the bits mean something to it."""
     codec = get_codec(name, bits=bits)
     if bits is not None and len(codec.supported_bits) == 1:
-        raise LowbitError(f"--lowbit-bits means nothing to {name}, which has one width: drop it")
+        raise LowbitError(f"{name} has a fixed number of bits: leave --lowbit-bits out")
 
 
 def apply_from_args(model: nn.Module, args: argparse.Namespace) -> Handle | None:

@@ -1,4 +1,4 @@
-"""What each sync point of a model gets: index, recipe and the user's wishes brought together.
+"""What each sync point of a model gets: by calibration index, recipe and the user's wishes.
 
 Everything that can fail is read and checked here, before anything is changed.
 """
@@ -165,14 +165,15 @@ def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool
         for number, following in zip(chain, [*chain[1:], None], strict=True):
             if number in skipped and (following is None or following in skipped):
                 raise LowbitError(
-                    f"{points[number]} has 0 bits, and no sync point of more follows that could "
-                    "send what it leaves: give it, or the next one, 1 bit or more"
+                    f"{points[number]} has 0 bits, and no sync point with bits follows to send its "
+                    "error: give this one or the next 1 bit or more"
                 )
         skipped -= set(chain)
     if skipped:
         point = points[min(skipped)]
         raise LowbitError(
-            f"{point} has 0 bits and carries no error: {point.apart or 'it is alone'}"
+            f"{point} has 0 bits, and its error cannot be carried "
+            f"({point.apart or 'no other sync point is in its chain'}): give it 1 bit or more"
         )
 
 
@@ -219,13 +220,13 @@ def _recipe(
     """An assignment for every sync point of the index, and where it comes from."""
     own = index.manifest["codec"]
     if name is None and bits is None and index.recipe is not None:
-        return index.recipe, "the index's recipe"
+        return index.recipe, "the calibration index's recipe"
     if bits is None and name in (None, own["name"]):
         bits = own["bits"]
     name = name or own["name"]
     get_codec(name, bits=bits)
     keys = [(layer, point) for layer, points in index.layers.items() for point in points]
-    origin = "one codec, the index's recipe set aside" if index.recipe else "one codec"
+    origin = "one codec, the calibration index's recipe set aside" if index.recipe else "one codec"
     return dict.fromkeys(keys, Assignment(name, bits)), origin
 
 

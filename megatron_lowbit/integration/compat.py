@@ -75,7 +75,7 @@ SYNC_POINTS = (
     Symbol(
         f"{_TRANSFORMER}.transformer_config",
         "TransformerConfig",
-        "tell whether an index is for a model",
+        "tell whether a calibration index fits a model",
         fields=("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
     ),
     Symbol(

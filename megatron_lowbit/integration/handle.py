@@ -135,10 +135,10 @@ class Handle:
             return "carried"
         if not self._has_feedback:
             return "off"
-        return f"off: {point.apart or 'it is alone'}"
+        return f"off: {point.apart or 'no other sync point is in its chain'}"
 
     def feedback(self) -> dict[str, int]:
-        """What error feedback did so far: sync points that carry, and counts of rows and passes.
+        """How many sync points carry errors, what that takes, and what could not be carried whole.
 
         Returns:
             ``sync_points``; ``bytes`` of this rank's carries; ``dropped``: carries that were lost
@@ -226,7 +226,7 @@ def _codecs(reducers: list[CodecReducer]) -> str:
         low, high = 8 * min(rows) / hidden, 8 * max(rows) / hidden
         text += f" on average ({low:.2f} to {high:.2f})"
     if any(r.codec.name == CALIBRATED_CODEC and r.tables.center is None for r in reducers):
-        text += ", not centred (the index is of a TP size that this one does not divide)"
+        text += ", not centred (calibrated at a TP size that this one does not divide)"
     if any(r.codec.sum_bits != r.codec.bits for r in reducers):
         text += f" ({8 * sum(sums) / len(sums) / hidden:.2f} for sums)"
     return text

@@ -45,7 +45,7 @@ class _On(NamedTuple):
         handle: What `apply` gave.
         stats: The file that --lowbit-stats names.
         layers: Its layers on this rank.
-        fingerprints: Of the layers, for which the index is.
+        fingerprints: Of the layers that the calibration index is for.
     """
 
     handle: Handle
@@ -110,8 +110,8 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
     if args.lowbit_tp_comm is None:
         if wanted.is_expected() and wanted.was_parsed():
             raise LowbitError(
-                f"{FLAG} was parsed, and Megatron's arguments have it no more: something replaced "
-                "them, such as --yaml-cfg, where it is lowbit_tp_comm: INDEX_DIR"
+                f"{FLAG} was given, but is missing from Megatron's arguments: something replaced "
+                "them (--yaml-cfg?); set lowbit_tp_comm there"
             )
         if not wanted.is_expected():
             wanted.loaded(modules)
@@ -122,8 +122,8 @@ def checkpoint_loaded(model: nn.Module | Iterable[nn.Module]) -> Handle | None:
     states = gather_values(_state(layers, prints))
     if "other weights" in states:
         raise LowbitError(
-            "a checkpoint with other weights was loaded into a model that is in low bits, by the "
-            "index of those before: load once, or remove() the handle before"
+            "a checkpoint with other weights was loaded after low bits were switched on, and the "
+            "calibration index is for the first ones: load once, or call remove() first"
         )
     if "on" in states and "off" not in states:
         _say(
@@ -167,7 +167,9 @@ def write_stats_now() -> None:
 def _check(args: argparse.Namespace) -> None:
     """Raise LowbitError for low-bit arguments that a script of `megatron.training` cannot meet."""
     if index_dir_from_args(args) is not None and getattr(args, "load", None) is None:
-        raise LowbitError(f"{FLAG} needs --load: an index is for the weights of a checkpoint")
+        raise LowbitError(
+            f"{FLAG} needs --load: a calibration index belongs to the weights of one checkpoint"
+        )
 
 
 def _say(text: str) -> None:

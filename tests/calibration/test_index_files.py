@@ -137,7 +137,7 @@ def test_only_json_and_safetensors(directory):
 
 
 def test_no_index_says_how_to_make_one(tmp_path):
-    with pytest.raises(IndexFileError, match="no low-bit index at .*tools/calibrate.py --load"):
+    with pytest.raises(IndexFileError, match="no calibration index at .*tools/calibrate.py --load"):
         read_index(tmp_path / "none")
 
 
@@ -372,7 +372,7 @@ def test_what_is_not_an_index_is_not_replaced(tmp_path, content):
         target.mkdir()
         (target / "manifest.json").write_text("{}")  # of a browser extension, say
         (target / "chapter1.txt").write_text("years of work")
-    with pytest.raises(IndexFileError, match="thesis exists and is not an index"):
+    with pytest.raises(IndexFileError, match="thesis exists and is not a calibration index"):
         write_index(make_index(), target)
     assert "years of work" in (target if target.is_file() else target / "chapter1.txt").read_text()
 

@@ -247,7 +247,7 @@ def test_statistics_of_another_shape_are_refused(name):
         codec.tables(96, statistics=Statistics(variance=ones))
     with pytest.raises(LowbitError, match=r"means have shape \(2, 32\), not \[ranks, hidden\]"):
         codec.tables(64, statistics=Statistics(variance=ones, mean=ones[:, :32]))
-    with pytest.raises(LowbitError, match="needs calibrated statistics: pass an index"):
+    with pytest.raises(LowbitError, match="needs calibrated statistics: take them from"):
         codec.tables(64)
 
 
@@ -347,7 +347,8 @@ def test_unknown_codec_is_named():
 
 
 @pytest.mark.parametrize(
-    ("index", "message"), [([0, 64], "feature 64"), ([-1], "feature -1"), ([3, 3], "3 more than")]
+    ("index", "message"),
+    [([0, 64], "feature 64"), ([-1], "feature -1"), ([3, 3], "feature 3 is named twice")],
 )
 def test_bad_bf16_index(index, message):
     with pytest.raises(LowbitError, match=message):

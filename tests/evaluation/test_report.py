@@ -160,8 +160,8 @@ def test_drawings_follow_the_colours_of_the_page(whole):
 
 def test_files_of_another_index_are_named(whole):
     text = Page(whole[0]).text
-    assert "b.json (TP 8, simulated) was measured with another index" in text
-    assert "a.json (TP 3, real) was measured with another index" not in text
+    assert "b.json (TP 8, simulated) was measured with another calibration index" in text
+    assert "a.json (TP 3, real) was measured with another calibration index" not in text
     assert len(re.findall("ANOTHER ONE", text)) == 1
 
 
@@ -226,7 +226,7 @@ def test_what_was_not_measured_is_said_and_not_drawn(tmp_path, sync_points):
     # quality, tasks, sqnr, long context, generation, numbers
     assert made.text.count("Not measured.") == 6
     assert made.count["figure"] == 1  # the ranges, which are the index's
-    assert "The index has no recipe: it gives every sync point the same" in made.text
+    assert "The calibration index has no recipe: it gives every sync point the same" in made.text
 
 
 def test_numbers_that_are_not_finite(tmp_path):

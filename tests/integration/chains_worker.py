@@ -156,7 +156,9 @@ def ranks_that_differ(out: Path) -> None:
     model = build(torch.bfloat16, **DEEP)
     index, mine = index_of(model, out), dist.get_rank() == 0
     said = message(lambda: megatron_lowbit.apply(model, index, feedback=mine))
-    assert said.startswith("ranks differ in their codec, feedback, dtype or index: "), said
+    assert said.startswith("ranks differ in their codec, feedback, dtype or calibration index: "), (
+        said
+    )
     assert "errors carried" in said, said
     assert "errors not carried" in said, said
 
@@ -453,7 +455,7 @@ def zero_bits(out: Path) -> None:
         assert [one["sent_bytes"] > 0 for one in sent] == [True] * 3 + [False] + [True] * 2
         assert sent[3]["collective"] == "skip"
         assert handle.feedback()["dropped"] == 0
-    follows = "has 0 bits, and no sync point of more follows that could send what it leaves"
+    follows = "has 0 bits, and no sync point with bits follows to send its error: give this one"
     for names, text in {
         ("3.mlp.*",): f"layer 3 mlp.linear_fc2 {follows}",
         ("2.*",): f"layer 2 self_attention.linear_proj {follows}",
@@ -481,7 +483,9 @@ def zero_bits(out: Path) -> None:
     _post_norm_child(model.decoder.layers[1])
     index = without_chain(index)
     said = message(lambda: megatron_lowbit.apply(model, index, **skipping("2.mlp.*")))
-    assert said.startswith("layer 2 mlp.linear_fc2 has 0 bits and carries no error: "), said
+    assert said.startswith(
+        "layer 2 mlp.linear_fc2 has 0 bits, and its error cannot be carried ("
+    ), said
     assert "has a child" in said
 
 
@@ -550,13 +554,13 @@ def another_chain(out: Path) -> None:
     )
     other = _chained(index, {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"})
     assert message(lambda: megatron_lowbit.apply(model, other)) == (
-        "layer 2 mlp.linear_fc2 is in the chain here, and outside of it (its own norm) in index"
-        + asked
+        "layer 2 mlp.linear_fc2 is in the chain here, and outside of it (its own norm) in the "
+        "calibration index" + asked
     )
     _layer_scale(model.decoder.layers[1])
     assert message(lambda: megatron_lowbit.apply(model, index)) == (
         "layer 2 self_attention.linear_proj is outside the chain here (its self_attn_bda is not "
-        "Megatron's own), and in it in index" + asked
+        "Megatron's own), and in it in the calibration index" + asked
     )
     with low(model, index, feedback=False) as handle:
         assert reasons(handle) == ["off"] * POINTS

@@ -50,7 +50,7 @@ def _convert(directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(checkpoint, tmp_path_factory) -> Path:
-    """The checkpoint with an index beside it."""
+    """The checkpoint with a calibration index in it."""
     return _once(tmp_path_factory, "calibrated", partial(_calibrate, checkpoint))
 
 

@@ -58,7 +58,7 @@ def test_bits():
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null/f.json"], "/dev/null"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev"], "/dev is a directory: name a file"),
         (["--lowbit-tp-comm", "x", "--lowbit-stats", "/dev/null"], "/dev/null is no regular file"),
-        (["--lowbit-tp-comm", "x"], "no low-bit index at x"),
+        (["--lowbit-tp-comm", "x"], "no calibration index at x"),
         ([*ON, "native", "--lowbit-codec", "mxfp4"], "--lowbit-codec means nothing to native"),
         ([*ON, "native", "--lowbit-bits", "4"], "--lowbit-bits means nothing to native"),
         ([*ON, "native", "--lowbit-no-feedback"], "--lowbit-no-feedback means nothing to native"),
@@ -69,7 +69,10 @@ def test_bits():
             "inside-node means nothing to one",
         ),
         ([*ON, "two-shot", "--lowbit-node-size", "2"], "nodes mean nothing to two-shot"),
-        ([*ON, "auto", "--lowbit-codec", "mxfp4", "--lowbit-bits", "4"], "mxfp4, which has one"),
+        (
+            [*ON, "auto", "--lowbit-codec", "mxfp4", "--lowbit-bits", "4"],
+            "mxfp4 has a fixed number",
+        ),
     ],
 )
 def test_refused(argv, message):

@@ -221,13 +221,13 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("none", "no low-bit index at .*calibrate.py"),
+        ("none", "no calibration index at .*calibrate.py"),
         ("codec", "unknown codec 'mp3'"),
         ("bits", "no 7-bit version"),
         ("tp", "calibrated at tensor parallel size 2, this run has 3"),
         ("tp_rotated", "no error"),
         ("disagree", "rank 0 has .*3 bits.*, rank 1 has .*2 bits"),
-        ("one_rank", "no low-bit index .*found by rank 0"),
+        ("one_rank", "no calibration index .*found by rank 0"),
         ("num_layers", "another model: its num_layers is 7, this model's is 2"),
         ("hidden_size", "another model: its hidden_size is 7, this model's is 96"),
         ("ffn_hidden_size", "another model: its ffn_hidden_size is 7"),

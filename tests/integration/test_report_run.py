@@ -98,7 +98,7 @@ def test_the_report_shows_it(calibrated, evaluated, tmp_path):
     page = _Page(output.read_text())
     text = re.sub(r"\s+", " ", " ".join(page.words))
     assert "TP 3, simulated" in text
-    assert "was measured with another index" not in text
+    assert "was measured with another calibration index" not in text
     for name in ("tasks", "long-context", "generation", "sqnr", "numbers"):
         assert name in page.ids
     assert "Not measured." not in text

@@ -253,5 +253,6 @@ def test_no_checkpoint_is_said(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert (
-        done.stderr == f"serve: no index in {tmp_path}/lowbit: run examples/quickstart.sh first\n"
+        done.stderr
+        == f"serve: no calibration index in {tmp_path}/lowbit: run examples/quickstart.sh first\n"
     )

@@ -122,8 +122,10 @@ def test_evaluation_measures_every_sync_point(evaluated):
         assert sqnr["rotated-hybrid"] > sqnr["rotated-hybrid-4+6"] > sqnr["rotated-hybrid-2"]
         for name, value in point["worst_token_sqnr"].items():
             assert value < sqnr[name]
-    assert re.search(r"^far off at sync points: rotated-hybrid-2: layer ", printed, re.MULTILINE)
-    assert "far off at sync points: bf16" not in printed
+    assert re.search(
+        r"^largest errors at sync points: rotated-hybrid-2: layer ", printed, re.MULTILINE
+    )
+    assert "largest errors at sync points: bf16" not in printed
 
 
 def test_simulated_evaluation_agrees_with_a_real_one(calibrated, evaluated, tmp_path):
@@ -210,6 +212,15 @@ def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
+def test_an_evaluation_without_a_list_measures_what_is_served(calibrated, tmp_path):
+    output = tmp_path / "summary.json"
+    command = ["--simulate-tp", "3", "--load", calibrated, "--data", TEXT, "--tokens", "32"]
+    done = forked(None, EVALUATE, *command, "--seq-length", "32", "--output", output)
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = [variant["variant"] for variant in json.loads(output.read_text())["variants"]]
+    assert measured[-3:] == ["recipe", "recipe@feedback", "recipe@feedback@two-shot"]
+
+
 def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
     text = tmp_path / "the.txt"
     text.write_text("the " * 2000)
@@ -267,7 +278,9 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     first, *texts = low.stdout.splitlines()
     assert first.startswith("> low-bit communication: 4 sync points use shaped-hybrid, 0 of 48")
     assert "3.33 bits a value (6.33 for sums)" in first
-    assert "(one codec, the index's recipe set aside), two-shot over 3 ranks; errors carri" in first
+    assert (
+        "(one codec, the calibration index's recipe set aside), two-shot over 3 ranks; err" in first
+    )
     assert first.endswith("; 0 stay native")
     (total,) = json.loads(stats.read_text())["total"]
     assert (total["collective"], total["why"]) == ("two-shot", "fixed")
@@ -286,7 +299,7 @@ def _command(script: Path, checkpoint: Path, *arguments: str) -> list:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (GENERATE, ["--lowbit-tp-comm"], "no low-bit index at .*lowbit .*tools/calibrate.py"),
+        (GENERATE, ["--lowbit-tp-comm"], "no calibration index at .*lowbit .*tools/calibrate.py"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (EVALUATE, ["--resume"], "--resume needs --output"),
     ],
@@ -336,7 +349,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
     [
         (CALIBRATE, ["--data", "EMPTY"], "empty.txt is empty"),
         (CALIBRATE, ["--data", TEXT, "--sequences", "9999999"], "too short: .* 9999999 were asked"),
-        (EVALUATE, ["--data", TEXT, "--index", "EMPTY"], "no low-bit index at"),
+        (EVALUATE, ["--data", TEXT, "--index", "EMPTY"], "no calibration index at"),
         (CALIBRATE, ["--data", TEXT, "--simulate-tp", "5"], "5 does not divide the 48 inputs of"),
         (CALIBRATE, ["--data", TEXT, "--bf16-features", "7.5"], "not within 0 and the hidden size"),
         (CALIBRATE, ["--data", TEXT, *SMALL, "--budget", "1"], "below what the codecs can do here"),

@@ -35,7 +35,7 @@ def run(
     """Measure behind links of rate `link`, or on loopback without one.
 
     Args:
-        checkpoint: A Megatron checkpoint with its index beside it (``lowbit/``).
+        checkpoint: A Megatron checkpoint with its calibration index in ``lowbit/``.
         text: Where the prompt is taken from.
         ranks: The tensor-parallel size of the checkpoint.
         link: Such as ``100mbit``.

@@ -94,7 +94,7 @@ def first_token_result(checkpoint: Path, text: Path, ranks: int) -> tuple[Result
 def run(checkpoint: Path, text: Path) -> list[dict]:
     """Measure all targets and print them as they come; the rows of all sweeps."""
     rows: list[dict] = []
-    cli.say("| work | asked | measured | met |\n| --- | --- | --- | --- |")
+    cli.say("| work | goal | measured | reached |\n| --- | --- | --- | --- |")
     steps: list[Callable[[], Result]] = [
         lambda: large_messages(4, "two-shot", 3.0, rows),
         lambda: large_messages(8, "two-shot", 2.8, rows),

@@ -51,7 +51,7 @@ def text(results: dict[str, dict]) -> str:
     Args:
         results: Step -> its JSON; steps that are not there are left out.
     """
-    parts = [markdown(["measure", "asked", "measured", "met"], targets(results))]
+    parts = [markdown(["measure", "goal", "measured", "reached"], targets(results))]
     for name in ("feedback-tp3", "feedback-tp8", "feedback-skip", "feedback-peers"):
         if name in results:
             parts.append(f"{title(results[name])}:\n\n{quality_table(results[name])}")
@@ -59,7 +59,7 @@ def text(results: dict[str, dict]) -> str:
 
 
 def targets(results: dict[str, dict]) -> list[list[str]]:
-    """Rows of the table of targets: measure, asked, measured, whether it was met."""
+    """Rows of the table of targets: measure, goal, measured, whether it was reached."""
     rows = []
     for name, ranks, matching in (("feedback-tp3", 3, "2.1"), ("feedback-tp8", 8, "2.3")):
         if name in results:

@@ -16,7 +16,7 @@ def text(results: dict[str, dict]) -> str:
     Args:
         results: Step -> its JSON (`benchmark.quality.quality.run`).
     """
-    parts = [markdown(["measure", "asked", "measured", "met"], targets(results))]
+    parts = [markdown(["measure", "goal", "measured", "reached"], targets(results))]
     for name in ("tp3", "tp8", "tp3-peers", "tp3-candidates"):
         parts.append(f"{title(results[name])}:\n\n{quality_table(results[name])}")
     parts.append(_tasks(results["tp3-tasks"]))
@@ -24,7 +24,7 @@ def text(results: dict[str, dict]) -> str:
 
 
 def targets(results: dict[str, dict]) -> list[list[str]]:
-    """Rows of the table of targets: measure, asked, measured, whether it was met."""
+    """Rows of the table of targets: measure, goal, measured, whether it was reached."""
     both = [results["tp3"], results["tp8"]]
     losses = _shares(both, "delta_nll")
     divergences = _shares(both, "kl")

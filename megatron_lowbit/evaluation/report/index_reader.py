@@ -125,7 +125,7 @@ def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
     Raises:
         LowbitError: It has one that cannot be read; the message names the key.
     """
-    recipe = validated(_Manifest, manifest, "the index's manifest").recipe
+    recipe = validated(_Manifest, manifest, "the calibration index's manifest").recipe
     if recipe is None:
         return []
     points = [

@@ -212,8 +212,8 @@ def raw(file: ResultFile, text: Text) -> Table:
 
 
 def files(read: list[ResultFile], index_sha256: str) -> Table:
-    """The evaluation files, and whether they are of this index."""
-    head = ["file", "written", "model", "tensor parallel size", "index"]
+    """The evaluation files, and whether they are of this calibration index."""
+    head = ["file", "written", "model", "tensor parallel size", "calibration index"]
     rows = []
     for file in read:
         data = file.data

@@ -197,4 +197,6 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
         for axes in grid.flat:
             style.layer_axis(axes, [point.layer for point in points])
             axes.xaxis.label.set_visible(axes in grid[-1])
-        return style.finish(made, name, "What the index's recipe gives to each sync point.")
+        return style.finish(
+            made, name, "What the calibration index's recipe gives to each sync point."
+        )

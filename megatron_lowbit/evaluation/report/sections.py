@@ -36,7 +36,7 @@ def all_sections(
         _section("sqnr", "Quantization error, by sync point", _errors(files)),
         _section("long-context", "Long context", _long_context(files)),
         _section("generation", "Generation", _generation(files)),
-        _section("recipe", "Recipe of the index", _recipe(manifest)),
+        _section("recipe", "Recipe of the calibration index", _recipe(manifest)),
         _section("numbers", "All numbers", _numbers(files)),
         _section("origin", "Where this comes from", _origin(manifest, files, command)),
     ]
@@ -71,7 +71,7 @@ def _headline(files: list[ResultFile], manifest: dict[str, Any]) -> Section:
 def _warnings(files: list[ResultFile], manifest: dict[str, Any]) -> list[Block]:
     """What does not belong together."""
     texts = [
-        f"{file.path.name} ({file.label}) was measured with another index, "
+        f"{file.path.name} ({file.label}) was measured with another calibration index, "
         f"{file.data.index_sha256[:12]}, than the one that this page shows, "
         f"{manifest['sha256'][:12]}."
         for file in files
@@ -196,7 +196,7 @@ def _recipe(manifest: dict[str, Any]) -> list[Block | None]:
     codec = manifest["codec"]
     return [
         Paragraph(
-            "The index has no recipe: it gives every sync point the same, "
+            "The calibration index has no recipe: it gives every sync point the same, "
             f"{codec['name']} at {codec['bits']} bits with {codec.get('bf16_features', 'unknown')} "
             "BF16 features."
         )
@@ -214,7 +214,7 @@ def _origin(manifest: dict[str, Any], files: list[ResultFile], command: str) -> 
         Paragraph("This page was made by:"),
         Paragraph(command, "code"),
         page_tables.files(files, manifest["sha256"]),
-        Paragraph("Manifest of the index, without its lists by layer:"),
+        Paragraph("Manifest of the calibration index, without its lists by layer:"),
         Paragraph(json.dumps(shown, indent=2), "code"),
     ]
 

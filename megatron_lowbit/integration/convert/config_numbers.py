@@ -47,7 +47,8 @@ def whole(value: Any, name: str, low: int, high: int) -> int:
     """
     if type(value) is not int or not low <= value <= high:
         raise LowbitError(
-            f"{name} {reprlib.repr(value)} is not supported: a whole number from {low} to {high} is"
+            f"{name} {reprlib.repr(value)} is not supported: give a whole number from {low} "
+            f"to {high}"
         )
     return value
 
@@ -56,7 +57,7 @@ def real(value: Any, name: str, low: float, high: float) -> float:
     """`value`, if it is a number from `low` to `high`; see `whole`."""
     if type(value) not in (int, float) or not low <= value <= high:  # no NaN is
         raise LowbitError(
-            f"{name} {reprlib.repr(value)} is not supported: a number from {low} to {high} is"
+            f"{name} {reprlib.repr(value)} is not supported: give a number from {low} to {high}"
         )
     return value
 
@@ -86,13 +87,13 @@ def check_raw(config: dict[str, Any]) -> None:
     check_whole(config.get)
     for name in _WHOLE.keys() - _MAY_BE_NULL:
         if name in config and config[name] is None:
-            raise LowbitError(f"{name} null is not supported: a whole number is")
+            raise LowbitError(f"{name} null is not supported: give a whole number")
     epsilon(config.get("rms_norm_eps", 1e-5))
     token_ids(config.get("eos_token_id"), _WHOLE["vocab_size"][1])
     for name, kind in _TYPES.items():
         if not isinstance(config.get(name, kind()), kind):
             raise LowbitError(
-                f"{name} {reprlib.repr(config[name])} is not supported: {_KINDS[kind]} is"
+                f"{name} {reprlib.repr(config[name])} is not supported: give {_KINDS[kind]}"
             )
 
 

@@ -23,7 +23,7 @@ from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
 from megatron_lowbit.evaluation.text_tables import tables
-from megatron_lowbit.evaluation.variants import Named, Variants, parse_variant
+from megatron_lowbit.evaluation.variants import Named, Variants, default_variants, parse_variant
 from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.arguments import INDEX_NAME
 from megatron_lowbit.integration.assignment import check_index, model_identity
@@ -39,7 +39,7 @@ SYNC_SEQUENCES = 4  # of the first text, for the error at sync points
 
 def run(options: argparse.Namespace, argv: list[str]) -> None:
     """Evaluate as `options` of tools/evaluate.py say, print the tables, write the JSON."""
-    chosen = {name: parse_variant(name) for name in options.codecs.split(",")}
+    chosen = _named(options.codecs.split(",")) if options.codecs is not None else {}
     if options.resume and not options.output:
         raise LowbitError("--resume needs --output: what was measured is kept beside it")
     check_options(options)
@@ -47,7 +47,8 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     refuse_pipeline(args)
     session.initialize(args)
     index, inputs = on_every_rank(lambda: _read(args, options))
-    require_equal("index or text", _digests(index, inputs))
+    require_equal("calibration index or text", _digests(index, inputs))
+    chosen = chosen or _named(default_variants(index))
     model = session.load_model(args)
     # Only errors that are carried need the chain that calibration found.
     chained = index if any(named.has_feedback for named in chosen.values()) else None
@@ -96,6 +97,10 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Calibr
         tokenize=session.build_tokenizer(args).tokenize,
         tokenizer=session.build_tokenizer(args, special_tokens=False),
     )
+
+
+def _named(variants: list[str]) -> dict[str, Named]:
+    return {name: parse_variant(name) for name in variants}
 
 
 def _digests(index: CalibrationIndex, inputs: Inputs) -> tuple:
@@ -191,7 +196,7 @@ def _report(content: dict) -> None:
     for table in tables(content):
         cli.say(table + "\n")
     for line in extremes(content["sync_points"]["points"]):
-        cli.say(f"far off at sync points: {line}")
+        cli.say(f"largest errors at sync points: {line}")
 
 
 def _write(content: dict, output: Path | None, journal: Journal | None) -> None:
