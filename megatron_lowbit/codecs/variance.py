@@ -18,8 +18,8 @@ def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor
     """The variances, fp32 ``[ranks, hidden]``, or an error that names the codec."""
     if statistics is None or statistics.variance is None:
         raise LowbitError(
-            f"{codec} needs calibrated statistics: pass an index made by tools/calibrate.py, or "
-            "use rotated-hybrid, which needs none"
+            f"{codec} needs calibrated statistics: pass an index made by python -m megatron_lowbit "
+            "calibrate, or use rotated-hybrid, which needs none"
         )
     for name, values in (("variances", statistics.variance), ("means", statistics.mean)):
         if values is not None and (values.ndim != 2 or values.shape[1] != hidden):

@@ -120,7 +120,8 @@ def assign(
         tables.append(index.tables_at(point, assignment, ranks))
     check_skips(low, codecs, feedback)
     if feedback and index.recipe is not None and not index.has_feedback:
-        origin += ", planned without feedback (tools/calibrate.py --budget plans it anew)"
+        anew = "python -m megatron_lowbit calibrate --budget plans it anew"
+        origin += f", planned without feedback ({anew})"
     return AssignedPoints(low, codecs, tables, native, origin, feedback)
 
 
@@ -196,13 +197,14 @@ def check_index(
         if expected.get(key) != found[key]:
             raise IndexFileError(
                 f"{index.origin} is for another model: its {key} is {expected.get(key)}, this "
-                f"model's is {found[key]}; calibrate this model with tools/calibrate.py"
+                f"model's is {found[key]}; calibrate this model with python -m megatron_lowbit "
+                "calibrate"
             )
     for layer, digest in found["fingerprints"].items():
         if expected["fingerprints"].get(layer) != digest:
             raise IndexFileError(
                 f"{index.origin} was calibrated on other weights (layer {layer} differs); "
-                "calibrate this checkpoint with tools/calibrate.py"
+                "calibrate this checkpoint with python -m megatron_lowbit calibrate"
             )
     for codec in codecs:
         if codec.needs_statistics and index.tp_size != tp_size:

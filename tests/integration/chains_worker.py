@@ -545,7 +545,7 @@ def another_chain(out: Path) -> None:
     index = index_of(model, out)
     asked = (
         ": error feedback needs the model that was calibrated; calibrate this one with "
-        "tools/calibrate.py, or use --lowbit-no-feedback"
+        "python -m megatron_lowbit calibrate, or use --lowbit-no-feedback"
     )
     other = _chained(index, {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"})
     assert message(lambda: megatron_lowbit.apply(model, other)) == (

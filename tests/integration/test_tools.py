@@ -273,7 +273,11 @@ def _command(script: Path, checkpoint: Path, *arguments: str) -> list:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (GENERATE, ["--lowbit-tp-comm"], "no low-bit index at .*lowbit .*tools/calibrate.py"),
+        (
+            GENERATE,
+            ["--lowbit-tp-comm"],
+            "no low-bit index at .*lowbit .*lowbit calibrate",
+        ),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (EVALUATE, ["--resume"], "--resume needs --output"),
     ],

@@ -118,9 +118,11 @@ def read_diff(directory: Path, patch: Patch) -> Diff:
     try:
         raw = path.read_bytes().replace(b"\r\n", b"\n")  # as git may have checked it out
     except FileNotFoundError:
-        raise LowbitError(f"{path} is missing: run tools/patchctl.py make") from None
+        raise LowbitError(f"{path} is missing: run python -m megatron_lowbit patch make") from None
     if sha256(raw) != patch.sha256:
-        raise LowbitError(f"{path} was changed by hand: restore it, or run tools/patchctl.py make")
+        raise LowbitError(
+            f"{path} was changed by hand: restore it, or run python -m megatron_lowbit patch make"
+        )
     return Diff(raw.decode())
 
 

@@ -1,4 +1,4 @@
-"""The command of tools/bench_all_reduce.py: options to plans, sweeps, what is told and written."""
+"""The steps of bench-all-reduce: options to plans, sweeps, what is told and written."""
 
 import os
 from argparse import Namespace
@@ -19,7 +19,7 @@ from megatron_lowbit.integration.runtime.rendezvous import check_environment
 
 
 def run(options: Namespace) -> None:
-    """Measure as the options of tools/bench_all_reduce.py say."""
+    """Measure as the options of `all_reduce_command` say."""
     in_plans = make_plans(options)
     if in_plans[0].ranks is None:
         with sweep.process_group() as device:
