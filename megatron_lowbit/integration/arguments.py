@@ -14,7 +14,7 @@ from torch import nn
 from megatron_lowbit.at_end import at_end
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
-from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, codec_names, get_codec
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
@@ -43,8 +43,8 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-codec",
         metavar="CODEC",
-        help=f"one of {', '.join(CODECS)} (default: by the index's recipe, or its own codec, "
-        f"usually {CALIBRATED_CODEC})",
+        help=f"one of {', '.join(codec_names())} (default: by the index's recipe, or its own "
+        f"codec, usually {CALIBRATED_CODEC})",
     )
     group.add_argument(
         "--lowbit-bits",
