@@ -539,6 +539,24 @@ def _doubled(named: dict) -> dict:
 
 
 @check
+def rules_are_read_once(out: Path) -> None:
+    """A file that changes while it is read twice would give half of each."""
+    from megatron_lowbit.integration import assignment
+
+    model = build(torch.bfloat16, **DEEP)
+    index, rules = index_of(model, out), out / f"rules{dist.get_rank()}.json"
+    rules.write_text('[{"match": "2.mlp.*", "bits": 3}]')
+    original, read = assignment.read_rules, []
+    assignment.read_rules = lambda path: read.append(path) or original(path)
+    try:
+        with low(model, index, recipe=rules) as handle:
+            assert [status.codec.bits for status in handle.status()] == [4, 4, 4, 3, 4, 6]
+    finally:
+        assignment.read_rules = original
+    assert read == [rules]
+
+
+@check
 def another_chain(out: Path) -> None:
     """Model and index disagree: refused in one line with the first such sync point."""
     model = build(torch.bfloat16, **DEEP)

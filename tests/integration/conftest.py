@@ -36,6 +36,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return _once(tmp_path_factory, "checkpoint", _convert)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A tied Llama in Hugging Face form: tests damage copies of it."""
+    from tiny_llama import hugging_face_model
+
+    directory = tmp_path_factory.mktemp("whole") / "model"
+    hugging_face_model(directory, tie_word_embeddings=True)
+    return directory
+
+
 def _convert(directory: Path) -> Path:
     from tiny_llama import hugging_face_model
 

@@ -18,7 +18,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from damaged_models import DAMAGES, GGUF_DAMAGES  # noqa: E402
-from tiny_llama import hugging_face_model  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
 from megatron_lowbit.integration.convert import (  # noqa: E402
@@ -35,14 +34,6 @@ def read_all(arch, args, get, *, directory, progress):
     translate.outer_weights(get, arch)
     for layer in range(arch.layers):
         translate.layer_weights(get, arch, layer)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A tied Llama in Hugging Face form."""
-    directory = tmp_path_factory.mktemp("whole") / "model"
-    hugging_face_model(directory, tie_word_embeddings=True)
-    return directory
 
 
 @pytest.fixture
