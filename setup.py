@@ -28,7 +28,7 @@ def read_readme() -> str:
 
 
 TRITON = ["triton"]
-PATCH = ["unidiff"]  # tools/patchctl.py
+PATCH = ["unidiff"]  # python -m megatron_lowbit patch
 # megatron-core imports the others without declaring them.
 MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
 MEGATRON += PATCH
@@ -39,16 +39,22 @@ REPORT = ["jinja2", "matplotlib"]
 SERVE = ["flask", "flask-restful"]
 DEV = ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *PATCH]
 
+# The patch files lie at the top of a checkout, where people who keep a fork look for them, and go
+# into the package beside the code that applies them.
+PATCHES = "megatron_lowbit.integration.patching.patches"
+
 setup(
     name="megatron_lowbit",
     version=read_version(),
     description="Low-bit tensor-parallel communication for Megatron-core inference",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]),
+    packages=[*find_packages(include=["megatron_lowbit", "megatron_lowbit.*"]), PATCHES],
+    package_dir={PATCHES: "patches"},
     package_data={
         "megatron_lowbit.kernels.cpu": ["*.c", "*.h"],
         "megatron_lowbit.evaluation.report": ["*.j2"],
+        PATCHES: ["*.patch", "manifest.json"],
     },
     python_requires=">=3.11",
     install_requires=[

@@ -10,6 +10,7 @@ CUDA, Triton nor Megatron:
     all_gather      put the tensors of all ranks together
     ErrorFeedback   what one sum could not send goes along with the next one
     get_codec       a codec by name and bits
+    register_route  of a fork's own row-parallel linears to their partials
     LowbitError     the base of the package's errors
 """
 
@@ -26,6 +27,7 @@ _EXPORTS = {
     "all_gather": "megatron_lowbit.comm",
     "ErrorFeedback": "megatron_lowbit.comm.feedback.chain",
     "get_codec": "megatron_lowbit.codecs",
+    "register_route": "megatron_lowbit.integration.sums.routes",
     "LowbitError": "megatron_lowbit.errors",
 }
 

@@ -13,6 +13,30 @@ from megatron_lowbit.errors import LowbitError
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def is_checkout() -> bool:
+    """Whether this package is in a checkout, and not installed."""
+    return (ROOT / "tools" / "setup_env.sh").is_file()
+
+
+def in_checkout(path: str) -> Path:
+    """A file or folder of a checkout that is not part of the package.
+
+    Raises:
+        LowbitError: There is none here: the package was installed.
+    """
+    if not is_checkout():
+        raise LowbitError(
+            f"{path} is not in the package that was installed in {ROOT}: run this in a checkout of "
+            "megatron_lowbit"
+        )
+    return ROOT / path
+
+
+def import_path() -> str:
+    """PYTHONPATH for a process that is to find the modules that this one finds."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a temporary directory that takes `target`'s place when the block ends without error.

@@ -1,78 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the quality that the project set itself, and print it as tables.
+"""`python -m megatron_lowbit bench-quality`, from a checkout and any working directory."""
 
-In one process, in simulated tensor parallelism of 3 and 8 ranks: every codec, recipe, peer and
-candidate on held-out prose, code and dialogue, and the five zero-shot tasks. The checkpoint is the
-quickstart's (examples/quickstart.sh makes it). An interrupted run goes on where it was.
-
-example:
-  python tools/bench_quality.py --output out/quality
-  python tools/bench_quality.py --output out/feedback --feedback
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lowbit import cli
-from megatron_lowbit.errors import LowbitError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--load",
-        type=Path,
-        metavar="CKPT",
-        default=ROOT / "out/quickstart/ckpt",
-        help="checkpoint (default: the quickstart's)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        required=True,
-        help="calibration indexes, texts, results; a step whose result is there is not run again",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=cli.positive,
-        default=4096,
-        metavar="N",
-        help="of each text, rounded up to sequences of 512 (default: 4096)",
-    )
-    parser.add_argument(
-        "--feedback", action="store_true", help="measure error feedback, and what it is to reach"
-    )
-    parser.add_argument(
-        "--limit", type=cli.positive, default=200, metavar="N", help="items a task (default: 200)"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Measure and report."""
-    options = parse()
-    from megatron_lowbit.benchmark.quality import feedback, quality, quality_report
-
-    if not options.load.is_dir():
-        raise LowbitError(f"{options.load} is missing: run examples/quickstart.sh, or name another")
-    settings = {"tokens": options.tokens, "limit": options.limit}
-    steps, text = quality.steps, quality_report.text
-    if options.feedback:
-        steps, text = feedback.steps, feedback.text
-    results = quality.run(options.load, options.output, steps(**settings), settings)
-    cli.say(text(results))
-
+from megatron_lowbit import commands
 
 if __name__ == "__main__":
-    cli.run(main)
+    commands.run("bench-quality")

@@ -1,109 +1,12 @@
 #!/usr/bin/env python3
-r"""Measure what low-bit communication costs a checkpoint, against its native BF16 communication.
+"""`python -m megatron_lowbit evaluate`, from a checkout and any working directory."""
 
-Prints a table for each text, and writes all as JSON with --output: perplexity, difference in
-negative log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the
-real payloads, the bytes that one rank sends per token, and the error at each sync point. On demand
-also zero-shot tasks, long contexts and generation. tools/report.py makes a page of the JSON. Run it
-under torchrun with as many ranks as the tensor-parallel size; or in one process with --simulate-tp,
-which makes the partials of N ranks itself (under torchrun its processes then share the work).
-
-examples:
-  torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --output summary.json
-  python tools/evaluate.py --simulate-tp 8 --load CKPT --data TEXT.txt --output summary.json
-  python tools/evaluate.py --simulate-tp 8 --load CKPT --tasks all --limit 200
-  torchrun --nproc-per-node 3 tools/evaluate.py --load CKPT --data TEXT.txt --long-context 4096 \
-      --generate 64
-
-Every other argument goes to Megatron; the model's shape, tokenizer and tensor-parallel size are
-read from the checkpoint.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lowbit import cli
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    """Our arguments, and Megatron's."""
-    parser = cli.parser(__doc__)
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help=".txt or .jsonl, a table for each; for all but tasks",
-    )
-    parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)"
-    )
-    parser.add_argument(
-        "--codecs",
-        metavar="LIST",
-        help="comma-separated variants, such as recipe@feedback,recipe@feedback@two-shot or, with "
-        "bits, rotated-hybrid-3 (megatron_lowbit/evaluation/README.md has all names; default: "
-        "the paper's codec and its baselines, rotated- and shaped-hybrid, and what is served by "
-        "the calibration index, with error feedback, without it, and two-shot)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=cli.positive,
-        default=16384,
-        metavar="N",
-        help="from the start of each text, rounded up to whole sequences (default: 16384)",
-    )
-    parser.add_argument(
-        "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
-    )
-    _add_measures(parser)
-    parser.add_argument("--name", help="the model's name in the results (default: from CKPT)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted evaluation was"
-    )
-    cli.add_simulate_tp(parser)
-    return parser.parse_known_args()
-
-
-def _add_measures(parser: argparse.ArgumentParser) -> None:
-    """What is measured besides the texts token by token."""
-    parser.add_argument(
-        "--tasks",
-        metavar="LIST",
-        help="zero-shot tasks, comma-separated: arc-easy, arc-challenge, winogrande, hellaswag, "
-        "boolq; or all",
-    )
-    parser.add_argument(
-        "--limit", type=cli.positive, metavar="N", help="items of each task (default: all)"
-    )
-    parser.add_argument(
-        "--long-context",
-        type=cli.positive,
-        metavar="TOKENS",
-        help="loss and KL by position in sequences of so many tokens of the first text, and how "
-        "many facts planted in them are found",
-    )
-    parser.add_argument(
-        "--generate",
-        type=cli.positive,
-        metavar="TOKENS",
-        help="generate so many tokens after each of 16 prompts from the first text, and count "
-        "those that are native's before the first other one",
-    )
-
-
-def main() -> None:
-    """Evaluate and report."""
-    options, megatron_argv = parse()
-    from megatron_lowbit.integration.loops import evaluate_checkpoint
-
-    evaluate_checkpoint.run(options, ["--load", options.load, *megatron_argv])
-
+from megatron_lowbit import commands
 
 if __name__ == "__main__":
-    cli.run(main)
+    commands.run("evaluate")

@@ -1,62 +1,12 @@
 #!/usr/bin/env python3
-"""Predict the time of tensor-parallel communication on hardware that is not here.
+"""`python -m megatron_lowbit predict`, from a checkout and any working directory."""
 
-Without options: for each link, model (Llama 3 shapes) and tensor-parallel size the fastest
-collective and its speedup over native BF16, in decode and prefill. --link, --model and --tp narrow
-this and show the times. Figures of links and cards, with sources, and what is assumed:
-megatron_lowbit/benchmark/prediction/hardware.py; formulas:
-megatron_lowbit/comm/policy/cost_model.py.
-
---check tests the formulas on this machine: behind emulated links of 100 Mbit/s and 1 Gbit/s they
-must be within 25 % of the measured time wherever 10 ms or more are predicted (below, chance in who
-gets a shared processor decides). It needs root and iproute2, and takes about two minutes.
-
-examples:
-  tools/predict.py
-  tools/predict.py --link pcie-4 --model 70b --tp 8
-  tools/predict.py --plot predicted.png --json predicted.json
-  tools/predict.py --check
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a plain checkout
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_lowbit import cli
-
-
-def parse() -> argparse.Namespace:
-    """The arguments, not yet checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--link", metavar="NAME", help="one link, with times")
-    parser.add_argument("--model", metavar="NAME", help="one of 8b, 70b, 405b, with times")
-    parser.add_argument("--tp", type=cli.positive, metavar="RANKS", help="one size, with times")
-    parser.add_argument(
-        "--bits", default="4", metavar="BITS", help="of partial and sum, such as 4,6 (default: 4)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw where which collective is fastest"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="test the formulas behind emulated links instead"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Predict and report."""
-    options = parse()
-    from megatron_lowbit.benchmark.prediction import prediction_run
-
-    prediction_run.run(options)
-
+from megatron_lowbit import commands
 
 if __name__ == "__main__":
-    cli.run(main)
+    commands.run("predict")

@@ -117,7 +117,7 @@ class CalibrationIndex:
         except KeyError:
             raise IndexFileError(
                 f"{self.origin} has no entry for layer {layer} {name}: "
-                "calibrate this model with tools/calibrate.py"
+                "calibrate this model with python -m megatron_lowbit calibrate"
             ) from None
 
     @property
@@ -140,7 +140,8 @@ class CalibrationIndex:
         """
         if "recipe" not in self.manifest:
             raise IndexFileError(
-                f"{self.origin} has no recipe: make it with tools/calibrate.py --budget BITS"
+                f"{self.origin} has no recipe: make it with python -m megatron_lowbit calibrate "
+                "--budget BITS"
             )
         assignments = [
             (Assignment.from_json(entry["choice"]), entry["bits_per_value"])
@@ -187,7 +188,7 @@ class CalibrationIndex:
         except KeyError:
             raise IndexFileError(
                 f"{self.origin} has nothing for {point}: calibrate this model with "
-                "tools/calibrate.py"
+                "python -m megatron_lowbit calibrate"
             ) from None
 
     def tables_at(self, point: Point, assignment: Assignment, ranks: int) -> Tables:

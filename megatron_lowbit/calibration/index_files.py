@@ -35,7 +35,7 @@ from megatron_lowbit.json_files import digest, read_json, shown
 from megatron_lowbit.schema import validated
 
 MANIFEST = "manifest.json"
-_REMEDY = "calibrate again with tools/calibrate.py"
+_REMEDY = "calibrate again with python -m megatron_lowbit calibrate"
 
 
 def check_destination(directory: Path) -> None:
@@ -122,7 +122,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise IndexFileError(
             f"no calibration index at {directory} ({MANIFEST} is missing): make one with "
-            "`torchrun --nproc-per-node TP tools/calibrate.py --load CHECKPOINT --data TEXT`"
+            "`torchrun --nproc-per-node TP -m megatron_lowbit calibrate --load CKPT --data TEXT`"
         )
     manifest = read_json(path, error=IndexFileError, remedy=_REMEDY)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None

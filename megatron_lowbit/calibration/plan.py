@@ -50,8 +50,8 @@ def with_feedback(options: Options) -> Options:
 def _carried(option: Option) -> Option:
     if option.carried is None:
         raise LowbitError(
-            "this recipe was planned without error feedback: plan it anew with tools/calibrate.py "
-            "--budget BITS"
+            "this recipe was planned without error feedback: plan it anew with "
+            "python -m megatron_lowbit calibrate --budget BITS"
         )
     return replace(option, divergence=option.carried)
 

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_lowbit._moved import renamed
-from megatron_lowbit.codecs import CODECS, Codec, get_codec
+from megatron_lowbit.codecs import Codec, codec_names, get_codec
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.json_files import read_json, shown
 
@@ -132,8 +132,8 @@ def _check_rule(rule: dict, where: str) -> None:
     if len(rule) == 1:
         raise LowbitError(f"{where}: nothing but a match: give codec, bits or bf16_features")
     codec = rule.get("codec", NATIVE)
-    if codec != NATIVE and codec not in CODECS:
-        known = ", ".join((NATIVE, *CODECS))
+    if codec not in (NATIVE, *codec_names()):
+        known = ", ".join((NATIVE, *codec_names()))
         raise LowbitError(f"{where}: unknown codec {shown(codec)}: choose one of {known}")
     if rule.get("codec") == NATIVE and len(rule) > 2:
         raise LowbitError(f"{where}: bits and BF16 features mean nothing to {NATIVE}")

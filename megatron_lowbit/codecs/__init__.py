@@ -1,7 +1,8 @@
 """Codecs by name: the plain-torch reference of each, which is its specification.
 
 A new codec is one module with a `Codec` subclass and one entry in `CODECS`; collectives,
-calibration, integration and evaluation take it from there.
+calibration, integration and evaluation take it from there. Other packages bring codecs of their own
+by an entry point (`codecs.foreign`).
 """
 
 import re
@@ -9,6 +10,8 @@ import re
 from megatron_lowbit.codecs.base import Codec
 from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
+from megatron_lowbit.codecs.foreign import loading
+from megatron_lowbit.codecs.foreign.contract import check_codec
 from megatron_lowbit.codecs.peers.asymmetric_groups import (
     Int4Group32Asymmetric,
     Int4Group128Asymmetric,
@@ -44,14 +47,20 @@ def get_codec(name: str = DEFAULT_CODEC, *, bits: int | tuple[int, int] | None =
     """A codec by its name.
 
     Args:
-        name: One of `CODECS`.
+        name: One of `CODECS`, or one that an installed package declares.
         bits: Bits of a body value, or a pair: of the partials, and of the sum in the collectives
             that send it (two-shot, hierarchical). The codec's default if left out.
 
     Raises:
-        LowbitError: No such codec, or it has no version of that many bits.
+        LowbitError: No such codec, or it has no version of that many bits; another package's
+            cannot be imported, or breaks the contract.
     """
     return _make(CODECS, name, bits)
+
+
+def codec_names() -> list[str]:
+    """Of all that `get_codec` knows: `CODECS`, and other packages', which are not loaded."""
+    return [*CODECS, *loading.declared()]
 
 
 def parse_codec(text: str) -> Codec:
@@ -61,17 +70,23 @@ def parse_codec(text: str) -> Codec:
     """
     known = CODECS | CANDIDATES
     match = re.fullmatch(r"(.+)-(\d+)(?:\+(\d+))?", text)
-    if text in known or match is None:
+    if text in known or text in loading.declared() or match is None:
         return _make(known, text, None)
     name, first, second = match.groups()
     return _make(known, name, (int(first), int(second)) if second else int(first))
 
 
 def _make(known: dict[str, type[Codec]], name: str, bits: int | tuple[int, int] | None) -> Codec:
-    if name not in known:
-        raise LowbitError(f"unknown codec {name!r}: choose one of {', '.join(CODECS)}")
     first, second = bits if isinstance(bits, tuple) else (bits, None)
-    return known[name](first, sum_bits=second)
+    if name in known:
+        loading.refuse_claimed(name)
+        return known[name](first, sum_bits=second)
+    if name in loading.declared():
+        return loading.make(name, first, second, ours=(*CODECS, *CANDIDATES))
+    raise LowbitError(
+        f"unknown codec {name!r}: choose one of {', '.join(codec_names())}; or install the package "
+        "that has it"
+    )
 
 
 __all__ = [
@@ -82,6 +97,8 @@ __all__ = [
     "Codec",
     "Statistics",
     "Tables",
+    "check_codec",
+    "codec_names",
     "get_codec",
     "parse_codec",
 ]

@@ -202,7 +202,7 @@ class Codec(abc.ABC):
         if self.needs_statistics and tables.of_sum is None:
             raise LowbitError(
                 f"{self.name} has no calibrated statistics of the sum here: give them to "
-                "tables(), calibrate again with tools/calibrate.py, or use one-shot"
+                "tables(), calibrate again (python -m megatron_lowbit calibrate), or use one-shot"
             )
         return tables.of_sum or tables
 

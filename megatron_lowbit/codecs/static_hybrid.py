@@ -51,8 +51,8 @@ class StaticHybrid(Codec):
         ranges = statistics.ranges if statistics else None
         if ranges is None:
             raise LowbitError(
-                "static-hybrid needs calibrated ranges: take them from a calibration index, "
-                "which tools/calibrate.py makes, or use rotated-hybrid, which needs none"
+                "static-hybrid needs calibrated ranges: take them from a calibration index (python "
+                "-m megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
             )
         if ranges.ndim != 2 or ranges.shape[1] != hidden:
             raise LowbitError(

@@ -18,8 +18,8 @@ def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor
     """The variances, fp32 ``[ranks, hidden]``, or an error that names the codec."""
     if statistics is None or statistics.variance is None:
         raise LowbitError(
-            f"{codec} needs calibrated statistics: take them from a calibration index, which "
-            "tools/calibrate.py makes, or use rotated-hybrid, which needs none"
+            f"{codec} needs calibrated statistics: take them from a calibration index (python -m "
+            "megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
         )
     for name, values in (("variances", statistics.variance), ("means", statistics.mean)):
         if values is not None and (values.ndim != 2 or values.shape[1] != hidden):

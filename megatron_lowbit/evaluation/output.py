@@ -152,7 +152,7 @@ def read_summary(path: Path) -> dict:
     if type(found) is not int or found != FORMAT:
         raise LowbitError(
             f"{path}: format is {json.dumps(found)[:60]}, this release reads {_OLD} and {FORMAT}: "
-            "write the file again with tools/evaluate.py"
+            "write the file again with python -m megatron_lowbit evaluate"
         )
     return content
 

@@ -14,7 +14,7 @@ from torch import nn
 from megatron_lowbit.at_end import at_end
 from megatron_lowbit.calibration.index_files import read_manifest
 from megatron_lowbit.calibration.recipe import read_rules
-from megatron_lowbit.codecs import CALIBRATED_CODEC, CODECS, get_codec
+from megatron_lowbit.codecs import CALIBRATED_CODEC, codec_names, get_codec
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank
 from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, MODES, Settings
 from megatron_lowbit.errors import LowbitError
@@ -43,7 +43,7 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-codec",
         metavar="CODEC",
-        help=f"one of {', '.join(CODECS)} (default: by the recipe of the calibration index, "
+        help=f"one of {', '.join(codec_names())} (default: by the recipe of the calibration index, "
         f"or the codec that it is for, usually {CALIBRATED_CODEC})",
     )
     group.add_argument(
@@ -67,8 +67,8 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-tuning",
         metavar="FILE",
-        help="times that tools/bench_all_reduce.py --write-tuning measured here, for auto "
-        "(default: a short measurement at load and the cost model)",
+        help="times that python -m megatron_lowbit bench-all-reduce --write-tuning measured here, "
+        "for auto (default: a short measurement at load and the cost model)",
     )
     group.add_argument(
         "--lowbit-node-size",

@@ -94,7 +94,8 @@ def assign(
     index = index_dir if isinstance(index_dir, CalibrationIndex) else read_index(Path(index_dir))
     recipe, origin = _recipe(index, codec, bits)
     own = index.recipe is recipe or (codec, bits) == (None, None)
-    ruled = _ruled(recipe, rules)
+    given = [] if rules is None else read_rules(rules)
+    ruled = override(recipe, given, origin=str(rules))
     if rules is not None:
         origin += f" and {Path(rules).name}"
     if not points:
@@ -107,7 +108,7 @@ def assign(
     if feedback:
         points = agree(points, index.manifest, index.origin)
         recipe = with_strong_ends(recipe, points) if own else recipe
-        ruled = _ruled(recipe, rules)
+        ruled = override(recipe, given, origin=str(rules))
     low, codecs, tables, native = [], [], [], {}
     for point in points:
         assignment = index.assigned(ruled, point)
@@ -120,13 +121,9 @@ def assign(
         tables.append(index.tables_at(point, assignment, ranks))
     check_skips(low, codecs, feedback)
     if feedback and index.recipe is not None and not index.has_feedback:
-        origin += ", planned without feedback (tools/calibrate.py --budget plans it anew)"
+        anew = "python -m megatron_lowbit calibrate --budget plans it anew"
+        origin += f", planned without feedback ({anew})"
     return AssignedPoints(low, codecs, tables, native, origin, feedback)
-
-
-def _ruled(recipe: Recipe, rules: Path | None) -> Recipe:
-    """`recipe` with a recipe file on top."""
-    return recipe if rules is None else override(recipe, read_rules(rules), origin=str(rules))
 
 
 def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
@@ -197,13 +194,14 @@ def check_index(
         if expected.get(key) != found[key]:
             raise IndexFileError(
                 f"{index.origin} is for another model: its {key} is {expected.get(key)}, this "
-                f"model's is {found[key]}; calibrate this model with tools/calibrate.py"
+                f"model's is {found[key]}; calibrate this model with python -m megatron_lowbit "
+                "calibrate"
             )
     for layer, digest in found["fingerprints"].items():
         if expected["fingerprints"].get(layer) != digest:
             raise IndexFileError(
                 f"{index.origin} was calibrated on other weights (layer {layer} differs); "
-                "calibrate this checkpoint with tools/calibrate.py"
+                "calibrate this checkpoint with python -m megatron_lowbit calibrate"
             )
     for codec in codecs:
         if codec.needs_statistics and index.tp_size != tp_size:

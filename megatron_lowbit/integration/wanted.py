@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_lowbit.at_end import at_end
 from megatron_lowbit.cli import say
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.sums.routes import registered_route
 from megatron_lowbit.integration.sums.sync_points import any_attached, is_attached
 
 FLAG = "--lowbit-tp-comm"
@@ -133,7 +134,9 @@ def require_on() -> None:
 def _guard(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Of every module that becomes part of another: a row-parallel linear gets its guard."""
     kind: Any = type(module)
-    if module is not None and _is_row_parallel(kind) and module not in _guards:
+    if module is None or module in _guards:
+        return
+    if _is_row_parallel(kind) or registered_route(module) is not None:
         _guards[module] = module.register_forward_pre_hook(_refuse_forward)
 
 

@@ -114,3 +114,11 @@ def test_the_steps_know_every_codec_and_name():
     for name in measured:
         parse_variant(name)
     assert set(CODECS) | set(CANDIDATES) <= measured
+
+
+def test_a_step_runs_a_command_of_the_package(tmp_path, capfd):
+    """From any folder, and what the command says of a failure stands before ours."""
+    wanted = ("--index", str(tmp_path / "none"), "--results", str(tmp_path / "none.json"))
+    with pytest.raises(LowbitError, match=f"report failed: what is finished stays in {tmp_path}"):
+        quality._tool("report", wanted, tmp_path / "page.html")
+    assert capfd.readouterr().err.startswith("python -m megatron_lowbit report: error: cannot read")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_lowbit.benchmark.collectives import sweep, sweep_command, sweep_plot, sweep_report
+from megatron_lowbit.benchmark.collectives import sweep, sweep_plot, sweep_report, sweep_run
 from megatron_lowbit.benchmark.collectives.sweep_plan import (
     DEFAULT_VARIANTS,
     NATIVE,
@@ -377,26 +377,26 @@ def test_variants():
 def test_bad_arguments(arguments, message, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(LowbitError, match=message.replace("[", r"\[")):
-        sweep_command.make_plans(_options(**arguments))
+        sweep_run.make_plans(_options(**arguments))
 
 
 def test_plans_for_several_numbers_of_ranks(monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    made = sweep_command.make_plans(_options(ranks="2,4", node_size=2))
+    made = sweep_run.make_plans(_options(ranks="2,4", node_size=2))
     assert [(plan.ranks, plan.node_size) for plan in made] == [(2, None), (4, 2)]
     assert "2 ranks are not several nodes of 2: measured without" in capsys.readouterr().out
     started = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for variable, value in started.items():
         monkeypatch.setenv(variable, value)
-    assert [plan.ranks for plan in sweep_command.make_plans(_options())] == [None]
+    assert [plan.ranks for plan in sweep_run.make_plans(_options())] == [None]
     with pytest.raises(LowbitError, match="link 1gbit means nothing to ranks that torchrun"):
-        sweep_command.make_plans(_options(link="1gbit"))
+        sweep_run.make_plans(_options(link="1gbit"))
 
 
 def _options(**given):
     names = "sizes codecs collectives ranks link node_size tuning output plot write_tuning".split()
     defaults = {name: None for name in names} | {"hidden": 4096, "seconds": 1.0}
-    return sweep_command.Namespace(**(defaults | given))
+    return sweep_run.Namespace(**(defaults | given))
 
 
 @pytest.mark.slow
@@ -411,11 +411,11 @@ def test_output_is_checked_first(monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(sweep, "run", lambda plan: pytest.fail("measured"))
     with pytest.raises(LowbitError, match=f"{tmp_path} is a directory: name a file"):
-        sweep_command.run(_options(output=tmp_path))
+        sweep_run.run(_options(output=tmp_path))
     with pytest.raises(
         LowbitError, match="^--write-tuning /proc/none/tuning.json cannot be written"
     ):
-        sweep_command.run(_options(write_tuning=Path("/proc/none/tuning.json")))
+        sweep_run.run(_options(write_tuning=Path("/proc/none/tuning.json")))
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_only_json_and_safetensors(directory):
 
 
 def test_no_index_says_how_to_make_one(tmp_path):
-    with pytest.raises(IndexFileError, match="no calibration index at .*tools/calibrate.py --load"):
+    with pytest.raises(IndexFileError, match="no calibration index at .*lowbit calibrate --load"):
         read_index(tmp_path / "none")
 
 
@@ -284,7 +284,7 @@ def test_values_behind_the_checksums_are_not_believed(tmp_path, place, value, me
     with pytest.raises(IndexFileError, match=message) as error:
         read_index(directory)
     text = str(error.value)
-    assert text.isprintable() and text.endswith("tools/calibrate.py")
+    assert text.isprintable() and text.endswith("megatron_lowbit calibrate")
     if "\0" not in place and place not in ("format_version", "codec.bf16_features"):
         assert steps[0] in text
 
@@ -293,7 +293,7 @@ def test_values_behind_the_checksums_are_not_believed(tmp_path, place, value, me
 def test_a_manifest_that_no_reader_should_choke_on(directory, text):
     path = directory / "manifest.json"
     path.write_text(path.read_text().replace('"tp_size": 3', f'"tp_size": {text}'))
-    with pytest.raises(IndexFileError, match=r"manifest.json is not valid JSON .*calibrate.py"):
+    with pytest.raises(IndexFileError, match=r"manifest.json is not valid JSON .*lowbit calibrate"):
         read_index(directory)
 
 
@@ -308,7 +308,7 @@ def test_what_is_no_file_does_not_hang(directory, name, kind):
         path.symlink_to("/dev/zero")
     else:
         path.mkdir()
-    with pytest.raises(IndexFileError, match=f"{name} is not a regular file.*calibrate.py"):
+    with pytest.raises(IndexFileError, match=f"{name} is not a regular file.*lowbit calibrate"):
         read_index(directory)
 
 

@@ -356,5 +356,5 @@ def test_bad_bf16_index(index, message):
 
 
 def test_static_hybrid_without_ranges_says_what_to_do():
-    with pytest.raises(LowbitError, match="calibrate.py"):
+    with pytest.raises(LowbitError, match="megatron_lowbit calibrate"):
         get_codec("static-hybrid").tables(64)

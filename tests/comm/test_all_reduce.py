@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from cases import sample
 from ranks import run_ranks
+from worker import error_of
 
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
-from megatron_lowbit.errors import LowbitError
 
 
 def _more(rank: int) -> dict:
@@ -32,20 +32,20 @@ def _more(rank: int) -> dict:
         "native": torch.equal(all_reduce(x.detach(), collective="native"), _native(x.detach())),
         "scattered": _scatter_gradient(rank, ranks),
         "uneven_blocks": _uneven_blocks(rank, ranks),
-        "counts": _error(lambda: reduce_scatter(torch.ones(2, 8), counts=[3] * ranks)),
+        "counts": error_of(lambda: reduce_scatter(torch.ones(2, 8), counts=[3] * ranks)),
         "batches": _batches(rank),
-        "mode": _error(lambda: all_reduce(x, collective="ring")),
-        "auto": _error(lambda: all_reduce(x, collective="auto")),
-        "uneven": _error(lambda: reduce_scatter(torch.ones(2 * ranks + 1, 8))),
-        "no_ranges": _error(lambda: all_reduce(x, collective="two-shot", **_without_sum(ranks))),
-        "agreement": _error(lambda: require_equal("codec", min(rank, 1))),
-        "failure": _error(lambda: on_every_rank(lambda: _fail_on_last(rank, ranks))),
-        "dtype": _error(lambda: all_reduce(torch.ones(2, 4, dtype=torch.int64))),
-        "hidden": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(5), codec="bf16")),
-        "codec": _error(lambda: all_reduce(x, tables=get_codec("bf16").tables(48))),
-        "ranks": _error(lambda: all_reduce(x, tables=_five_ranks(), codec="static-hybrid")),
-        "centres": _error(lambda: all_reduce(x, tables=_five_centres(), codec="shaped-hybrid")),
-        "scalar": _error(lambda: all_reduce(torch.tensor(1.0))),
+        "mode": error_of(lambda: all_reduce(x, collective="ring")),
+        "auto": error_of(lambda: all_reduce(x, collective="auto")),
+        "uneven": error_of(lambda: reduce_scatter(torch.ones(2 * ranks + 1, 8))),
+        "no_ranges": error_of(lambda: all_reduce(x, collective="two-shot", **_without_sum(ranks))),
+        "agreement": error_of(lambda: require_equal("codec", min(rank, 1))),
+        "failure": error_of(lambda: on_every_rank(lambda: _fail_on_last(rank, ranks))),
+        "dtype": error_of(lambda: all_reduce(torch.ones(2, 4, dtype=torch.int64))),
+        "hidden": error_of(lambda: all_reduce(x, tables=get_codec("bf16").tables(5), codec="bf16")),
+        "codec": error_of(lambda: all_reduce(x, tables=get_codec("bf16").tables(48))),
+        "ranks": error_of(lambda: all_reduce(x, tables=_five_ranks(), codec="static-hybrid")),
+        "centres": error_of(lambda: all_reduce(x, tables=_five_centres(), codec="shaped-hybrid")),
+        "scalar": error_of(lambda: all_reduce(torch.tensor(1.0))),
     }
 
 
@@ -116,14 +116,6 @@ def _five_centres():
 def _fail_on_last(rank: int, ranks: int) -> None:
     if rank == ranks - 1:
         raise ValueError("disk on fire")
-
-
-def _error(step) -> str:
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from worker import error_of
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
@@ -38,14 +39,6 @@ def _chooser(**settings) -> Policy:
     )
 
 
-def _error(step) -> str:
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return "no error"
-
-
 def _tuning(**changes) -> Tuning:
     fields = {"machine": this_machine(), "ranks": 2, "node_size": None, "link": "test"}
     return Tuning(**{**fields, "times": TIMES, **changes})
@@ -73,7 +66,7 @@ def _choose(rank: int, directory: Path) -> dict:
         all_reduce(torch.randn(tokens, 64), collective=policy, traffic=traffic)
     probed = _chooser()
     refused = {
-        name: _error(lambda name=name: _chooser(tuning=directory / f"{name}.json"))
+        name: error_of(lambda name=name: _chooser(tuning=directory / f"{name}.json"))
         for name in ("ranks", "machine", "codec", "none")
     }
     return {
@@ -82,11 +75,11 @@ def _choose(rank: int, directory: Path) -> dict:
         "text": policy.spans(),
         "traffic": {decision: counters.calls for decision, counters in traffic.by_decision.items()},
         "probed": [probed.all_reduce(1 << n) for n in range(10, 28)],
-        "differs": _error(lambda: _chooser(tuning=own / "differs.json")),
-        "broken": _error(lambda: _chooser(tuning=own / "broken.json")),
-        "modes": _error(lambda: _chooser(mode="one-shot" if rank else "two-shot")),
-        "one_node": _error(lambda: _chooser(mode="hierarchical", node_size=2)),
-        "odd_nodes": _error(lambda: _chooser(mode="hierarchical", node_size=3)),
+        "differs": error_of(lambda: _chooser(tuning=own / "differs.json")),
+        "broken": error_of(lambda: _chooser(tuning=own / "broken.json")),
+        "modes": error_of(lambda: _chooser(mode="one-shot" if rank else "two-shot")),
+        "one_node": error_of(lambda: _chooser(mode="hierarchical", node_size=2)),
+        "odd_nodes": error_of(lambda: _chooser(mode="hierarchical", node_size=3)),
         **refused,
     }
 

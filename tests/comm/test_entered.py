@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import sample
 from ranks import run_ranks
+from worker import error_of
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter
@@ -20,14 +21,6 @@ from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.errors import LowbitError
 
 ROUNDS = 150
-
-
-def _error(step) -> str:
-    try:
-        step()
-    except LowbitError as error:
-        return str(error)
-    return "no error"
 
 
 # By name: a collective, its arguments, and what the message must hold.
@@ -65,13 +58,13 @@ WRONG = {
 def _wrong(rank: int) -> dict[str, str]:
     """What is said of each; a group that has sent nothing by then still gives the right sum."""
     said = {
-        name: _error(
+        name: error_of(
             lambda function=function, call=call: function(**{"x": torch.ones(4, 8)} | call)
         )
         for name, (function, call, _) in WRONG.items()
     }
     policy = {"collective": Policy("native"), "in_place": True}
-    said["no tensor"] += _error(lambda: all_reduce(3, **policy))
+    said["no tensor"] += error_of(lambda: all_reduce(3, **policy))
     assert torch.equal(all_reduce(torch.ones(4, 8), codec="bf16"), torch.full((4, 8), 2.0))
     return said
 
@@ -85,7 +78,9 @@ def test_a_wrong_argument_is_one_line_on_every_rank(tmp_path):
 
 
 def test_without_a_process_group_it_is_said():
-    assert "call torch.distributed.init_process_group" in _error(lambda: all_reduce(torch.ones(2)))
+    assert "call torch.distributed.init_process_group" in error_of(
+        lambda: all_reduce(torch.ones(2))
+    )
 
 
 def _compiled(rank: int) -> list[bool]:
@@ -129,7 +124,7 @@ def _two_threads(rank: int) -> dict:
         thread.start()
     for thread in threads:
         thread.join()
-    after = _error(lambda: all_reduce(torch.ones(2, 64)))
+    after = error_of(lambda: all_reduce(torch.ones(2, 64)))
     return {"ended": ended, "after": after, "seconds": time.monotonic() - start}
 
 
@@ -204,16 +199,16 @@ def _checked(rank: int) -> dict[str, str]:
     said = {}
     for name, (other, _) in DIFFERENT.items():
         call = {"x": torch.ones(6, 64), "function": all_reduce} | (other if rank == 2 else {})
-        said[name] = _error(lambda call=call: call.pop("function")(**call))
+        said[name] = error_of(lambda call=call: call.pop("function")(**call))
     counts = [[2, 2, 2], [2, 2, 2], [1, 2, 3]][rank]
-    said["counts"] = _error(lambda: reduce_scatter(torch.ones(6, 64), counts=counts))
+    said["counts"] = error_of(lambda: reduce_scatter(torch.ones(6, 64), counts=counts))
     index = torch.tensor([3 + (rank == 1)])  # of one size: no payload shows it
     tables = get_codec().tables(64, bf16_index=index)
-    said["index"] = _error(lambda: all_reduce(torch.ones(6, 64), tables=tables))
+    said["index"] = error_of(lambda: all_reduce(torch.ones(6, 64), tables=tables))
     assert torch.equal(all_reduce(torch.ones(4, 8), codec="bf16"), torch.full((4, 8), 3.0))
     pair = dist.new_group([1, 2])
     if rank:
-        alike = _error(lambda: all_reduce(torch.ones(rank, 8), group=pair))
+        alike = error_of(lambda: all_reduce(torch.ones(rank, 8), group=pair))
         said["of a group"] = alike
     return said
 

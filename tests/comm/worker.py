@@ -4,6 +4,7 @@ A case is drawn by Hypothesis in the test process; all ranks make their partials
 any rank knows what all have.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transpo
 from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.comm.transport import owned
+from megatron_lowbit.errors import LowbitError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class Case:
 
     def tables(self, ranks: int) -> Tables:
         return tables_for(self.make_codec(), self.partials(ranks), min(self.kept, self.shape[-1]))
+
+
+def error_of(step: Callable[[], object]) -> str:
+    """The message of the `LowbitError` that `step` raises; "no error" if it raises none."""
+    try:
+        step()
+    except LowbitError as error:
+        return str(error)
+    return "no error"
 
 
 def node_size(ranks: int) -> int:

@@ -391,6 +391,6 @@ def test_tool_fails_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"report.py: error: {tmp_path / 'a.json'}: format is null, this release reads 2 and 3: "
-        "write the file again with tools/evaluate.py"
+        "write the file again with python -m megatron_lowbit evaluate"
     ]
     assert not (tmp_path / "report.html").exists()

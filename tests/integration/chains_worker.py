@@ -543,14 +543,32 @@ def _doubled(named: dict) -> dict:
 
 
 @check
+def rules_are_read_once(out: Path) -> None:
+    """A file that changes while it is read twice would give half of each."""
+    from megatron_lowbit.integration import assignment
+
+    model = build(torch.bfloat16, **DEEP)
+    index, rules = index_of(model, out), out / f"rules{dist.get_rank()}.json"
+    rules.write_text('[{"match": "2.mlp.*", "bits": 3}]')
+    original, read = assignment.read_rules, []
+    assignment.read_rules = lambda path: read.append(path) or original(path)
+    try:
+        with low(model, index, recipe=rules) as handle:
+            assert [status.codec.bits for status in handle.status()] == [4, 4, 4, 3, 4, 6]
+    finally:
+        assignment.read_rules = original
+    assert read == [rules]
+
+
+@check
 def another_chain(out: Path) -> None:
     """Model and index disagree: refused in one line with the first such sync point."""
     model = build(torch.bfloat16, **DEEP)
     index = index_of(model, out)
     asked = (
         ": error feedback needs the model that was calibrated; calibrate this one with "
-        "tools/calibrate.py, or do without (--lowbit-no-feedback; no NAME@feedback in "
-        "tools/evaluate.py)"
+        "python -m megatron_lowbit calibrate, or do without (--lowbit-no-feedback; no "
+        "NAME@feedback in an evaluation)"
     )
     other = _chained(index, {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"})
     assert message(lambda: megatron_lowbit.apply(model, other)) == (
@@ -605,7 +623,8 @@ def simulated_ranks(out: Path) -> None:
                 assert "sends nothing: it needs error" in message(lambda: whole_logits(model))
 
 
-def main() -> None:
+def main(checks: dict[str, Callable] = CHECKS) -> None:
+    """Run them on this rank, in order."""
     enable_cpu()
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
@@ -621,10 +640,10 @@ def main() -> None:
         moe_utils.te_general_gemm = None  # 0.16.1 forgets it where Transformer Engine is missing
     parallel_state.initialize_model_parallel(2)
     found: dict[str, str] = {"version": megatron.core.__version__}
-    for name in args.names or CHECKS:
+    for name in args.names or checks:
         (args.out / name).mkdir(exist_ok=True)
         try:
-            CHECKS[name](args.out / name)
+            checks[name](args.out / name)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()

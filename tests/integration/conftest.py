@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from releases import RELEASES, ROOT, torchrun
+from releases import RELEASES, ROOT, environment, torchrun
 
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
@@ -36,13 +36,25 @@ def checkpoint(tmp_path_factory) -> Path:
     return _once(tmp_path_factory, "checkpoint", _convert)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A tied Llama in Hugging Face form: tests damage copies of it."""
+    from tiny_llama import hugging_face_model
+
+    directory = tmp_path_factory.mktemp("whole") / "model"
+    hugging_face_model(directory, tie_word_embeddings=True)
+    return directory
+
+
 def _convert(directory: Path) -> Path:
     from tiny_llama import hugging_face_model
 
     hugging_face_model(directory / "hf", tie_word_embeddings=True)
-    command = [sys.executable, ROOT / "tools" / "convert_hf.py", "--model", directory / "hf"]
+    command = [sys.executable, "-m", "megatron_lowbit", "convert", "--model", directory / "hf"]
     command += ["--save", directory / "ckpt", "--tensor-model-parallel-size", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"--load {directory / 'ckpt'}" in done.stdout
     return directory / "ckpt"
@@ -59,8 +71,8 @@ def _calibrate(checkpoint: Path, directory: Path) -> Path:
     shutil.copytree(checkpoint, target)
     text = ROOT / "examples" / "data" / "persuasion.txt"
     small = ["--sequences", "4", "--seq-length", "16"]
-    tool = ROOT / "tools" / "calibrate.py"
-    done = torchrun(3, tool, "--load", target, "--data", text, *small, "--budget", "4")
+    command = ("-m", "megatron_lowbit", "calibrate", "--load", target, "--data", text)
+    done = torchrun(3, *command, *small, "--budget", "4")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)

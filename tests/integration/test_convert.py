@@ -28,7 +28,7 @@ from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noq
 from tiny_models import hugging_face_models  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration.convert import hf_source  # noqa: E402
+from megatron_lowbit.integration.convert import convert_command, hf_source  # noqa: E402
 from megatron_lowbit.integration.convert.weights import open_weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -376,15 +376,11 @@ def test_gguf_of_another_family_is_refused(tmp_path):
         (lambda path: path.write_text("x"), "neither"),
     ],
 )
-def test_command_line_says_what_is_wrong(tmp_path, monkeypatch, make, words):
-    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_command_line_says_what_is_wrong(tmp_path, make, words):
     make(tmp_path / "model")
-    argv = ["convert_hf.py", "--model", str(tmp_path / "model"), "--save", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", argv)
+    argv = ["--model", str(tmp_path / "model"), "--save", str(tmp_path / "out")]
     with pytest.raises(LowbitError) as caught:
-        tool.main()
+        convert_command.main(argv)
     message = str(caught.value)
     assert words in message and str(tmp_path / "model") in message
     assert len(message.splitlines()) == 1

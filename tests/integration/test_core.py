@@ -221,7 +221,7 @@ def test_nan_in_calibration_is_reported_with_its_layer(ranks):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("none", "no calibration index at .*calibrate.py"),
+        ("none", "no calibration index at .*megatron_lowbit calibrate"),
         ("codec", "unknown codec 'mp3'"),
         ("bits", "no 7-bit version"),
         ("tp", "calibrated at tensor parallel size 2, this run has 3"),

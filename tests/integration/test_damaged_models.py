@@ -6,9 +6,7 @@ Megatron itself is left out. The command line as such is tried on a few in a pro
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +18,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from damaged_models import DAMAGES, GGUF_DAMAGES  # noqa: E402
-from tiny_llama import hugging_face_model  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration.convert import conversion, hf_source, translate  # noqa: E402
+from megatron_lowbit.integration.convert import (  # noqa: E402
+    conversion,
+    convert_command,
+    hf_source,
+    translate,
+)
 from megatron_lowbit.integration.convert.weights import open_weights  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_all(arch, args, get, *, directory, progress):
@@ -36,28 +36,15 @@ def read_all(arch, args, get, *, directory, progress):
         translate.layer_weights(get, arch, layer)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A tied Llama in Hugging Face form."""
-    directory = tmp_path_factory.mktemp("whole") / "model"
-    hugging_face_model(directory, tie_word_embeddings=True)
-    return directory
-
-
 @pytest.fixture
 def convert(monkeypatch, tmp_path, capfd):
     """Converts a model by the command line's `main`, into `out` beside it; no answer on stdin."""
-    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     monkeypatch.setattr(conversion, "_write", read_all)
     monkeypatch.setattr("builtins.input", lambda text="": pytest.fail(f"asked: {text}"))
 
     def run(model: Path, *more: str) -> None:
-        argv = ["convert_hf.py", "--model", str(model), "--save", str(tmp_path / "out"), *more]
-        monkeypatch.setattr(sys, "argv", argv)
         try:
-            tool.main()
+            convert_command.main(["--model", str(model), "--save", str(tmp_path / "out"), *more])
         finally:
             assert capfd.readouterr().err == "", "a library said more than our line"
 

@@ -17,7 +17,7 @@ pytest.importorskip("tokenizers")
 
 from damaged_models import WEIGHTS, edit, shard, tensors, value  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_llama import SHAPE, hugging_face_model  # noqa: E402
+from tiny_llama import SHAPE  # noqa: E402
 from tiny_models import MODELS  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
@@ -28,13 +28,6 @@ from megatron_lowbit.integration.convert.weights import open_weights  # noqa: E4
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = ROOT / "tools" / "convert_hf.py"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("whole") / "model"
-    hugging_face_model(directory, tie_word_embeddings=True)
-    return directory
 
 
 @pytest.fixture

@@ -346,6 +346,11 @@ def test_lines_that_stand_twice_are_not_guessed_at():
     [
         (lambda d: (d / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda d: (d / "manifest.json").write_text("[]"), "not a manifest of patches"),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is not valid JSON (Exp"),
+        (
+            lambda d: (d / "manifest.json").write_text('{"format": 1, "format": 1}'),
+            "an object has the key 'format' twice): restore it, or run",
+        ),
         (lambda d: (d / "manifest.json").write_text('{"format": 2}'), "format 2, this is for"),
         (lambda d: (d / "load_hook.patch").unlink(), "load_hook.patch is missing"),
         (lambda d: (d / "load_hook.patch").write_text("--- a\n"), "was changed by hand"),

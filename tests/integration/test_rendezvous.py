@@ -113,11 +113,11 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(rank: int, port: int, **more: str) -> subprocess.Popen:
+def _rank(rank: int, port: int, *command: str, **more: str) -> subprocess.Popen:
     env = {**os.environ, **FOUR, "RANK": str(rank), "MASTER_PORT": str(port)}
     env |= {"WORLD_SIZE": "3", "GLOO_SOCKET_IFNAME": "lo", **more}
     return subprocess.Popen(
-        [sys.executable, "-c", WAIT],
+        [sys.executable, *(command or ("-c", WAIT))],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -156,6 +156,15 @@ def test_ctrl_c_ends_a_wait(rank):
     process.send_signal(signal.SIGINT)
     assert _end(process)[::2] == (130, f"-c: [rank {rank}] interrupted\n")
     assert time.monotonic() - start < 5
+
+
+def test_the_sweep_says_for_whom_it_waits():
+    command = ("-m", "megatron_lowbit", "bench-all-reduce", "--sizes", "4K")
+    process = _rank(0, _free_port(), *command)
+    _said(process, "^> waiting for 2 of 3 ranks.*: 1, 2; Ctrl-C ends it$")
+    process.send_signal(signal.SIGINT)
+    said = "python -m megatron_lowbit bench-all-reduce: [rank 0] interrupted\n"
+    assert _end(process)[::2] == (130, said)
 
 
 @pytest.mark.parametrize(

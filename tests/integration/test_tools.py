@@ -299,7 +299,7 @@ def _command(script: Path, checkpoint: Path, *arguments: str) -> list:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (GENERATE, ["--lowbit-tp-comm"], "no calibration index at .*lowbit .*tools/calibrate.py"),
+        (GENERATE, ["--lowbit-tp-comm"], "no calibration index at .*lowbit .*lowbit calibrate"),
         (CALIBRATE, ["--codec", "mp3"], "unknown codec 'mp3'"),
         (EVALUATE, ["--resume"], "--resume needs --output"),
     ],

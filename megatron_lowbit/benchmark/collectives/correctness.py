@@ -80,7 +80,8 @@ def simulate(
 
 def sqnr_floor(codec: Codec) -> float:
     """dB that any sum by `codec` must clear."""
-    return _FLOORS[min(codec.bits, codec.sum_bits)]
+    bits = min(codec.bits, codec.sum_bits)
+    return max((floor for least, floor in _FLOORS.items() if least <= bits), default=0.0)
 
 
 def check(

@@ -35,7 +35,7 @@ from megatron_lowbit.benchmark.timing import Times, time_calls
 from megatron_lowbit.comm.policy.cost_model import BF16_BYTES
 from megatron_lowbit.comm.policy.tuning import this_machine
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import ROOT
+from megatron_lowbit.files import import_path
 
 
 @dataclass
@@ -72,13 +72,12 @@ def run(plan: Plan, *, quiet: bool = False) -> Measured:
     ranks = plain_ranks(plan.ranks)
     if plan.link is not None:
         ranks = emulated_links(plan.ranks, parse_rate(plan.link))
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="lowbit-sweep-") as name, ranks as started:
         directory = Path(name)
         write_plan(plan, directory / "plan.json")
         command = [sys.executable, "-m", __spec__.name, name, "quiet" if quiet else "say"]
         try:
-            started.run(command, env={"PYTHONPATH": path})
+            started.run(command, env={"PYTHONPATH": import_path()})
         except LowbitError:
             for failure in sorted(directory.glob("error-*")):
                 raise LowbitError(failure.read_text()) from None

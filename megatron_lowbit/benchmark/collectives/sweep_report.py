@@ -17,7 +17,7 @@ from megatron_lowbit import __version__
 from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.comm.policy.tuning import Tuning
-from megatron_lowbit.files import write_atomic
+from megatron_lowbit.files import is_checkout, write_atomic
 
 Row = dict
 # `auto` may cost this much of native's time where it takes native: scatter of the measurement.
@@ -160,7 +160,7 @@ def circumstances(command: list[str], *, machine: dict, versions: dict[str, str]
 
 def command_line() -> list[str]:
     """The command that runs, as it can be given again."""
-    return [Path(sys.executable).name, *sys.argv]
+    return [Path(sys.executable).name, *sys.orig_argv[1:]]
 
 
 def variant_name(row: Row) -> str:
@@ -222,6 +222,8 @@ def _ms(value: float) -> str:
 
 def _commit() -> str:
     """The commit of the checkout that this package is in, marked if files differ from it."""
+    if not is_checkout():  # a folder of packages can lie in a checkout of something else
+        return "unknown"
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -13,7 +13,6 @@ take processor time now and then, a wrong formula is wrong each time.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
 from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, FORMULAS, Message
 from megatron_lowbit.comm.policy.probe import probe
-from megatron_lowbit.files import ROOT
+from megatron_lowbit.files import import_path
 
 TOLERANCE = 0.25
 SHORTEST = 0.010
@@ -87,11 +86,10 @@ def measure(rate: str, ranks: int, sizes: Sequence[int]) -> list[Result]:
     Raises:
         LowbitError: Links cannot be emulated here, or a rank failed.
     """
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as directory, emulated_links(ranks, parse_rate(rate)) as on:
         output = Path(directory) / "results.json"
         argv = [sys.executable, "-m", __name__, str(output), *map(str, sizes)]
-        on.run(argv, env={"PYTHONPATH": path})
+        on.run(argv, env={"PYTHONPATH": import_path()})
         return [Result(rate, ranks, **row) for row in json.loads(output.read_text())]
 
 

@@ -1,11 +1,12 @@
-"""The quality that the project set itself, measured step by step by tools/bench_quality.py.
+"""The quality that the project set itself, measured step by step: `bench-quality`.
 
-Each step is a run of tools/calibrate.py or tools/evaluate.py in simulated tensor parallelism, with
-its JSON beside the others in the output directory; a step whose JSON is there is not run again.
+Each step is a run of calibrate or evaluate in simulated tensor parallelism, with its JSON beside
+the others in the output directory; a step whose JSON is there is not run again.
 Then the targets are read off: `targets` says what was asked and what came out.
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from megatron_lowbit.codecs.experiments.candidates import CANDIDATES
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.output import read_summary
-from megatron_lowbit.files import ROOT, write_atomic
+from megatron_lowbit.files import import_path, in_checkout, write_atomic
 from megatron_lowbit.json_files import read_json, shown
 
 BUDGET = "4.2"
@@ -47,7 +48,7 @@ def _at_their_bits() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation, by tools/evaluate.py.
+    """One run of evaluate.
 
     Attributes:
         name: Of its JSON file.
@@ -95,11 +96,12 @@ def run(
     Raises:
         LowbitError: A step failed; what is finished stays, and the next call goes on.
     """
+    prose = in_checkout("examples/data/persuasion.txt")
     directory.mkdir(parents=True, exist_ok=True)
     _check_settings(directory, {"load": str(checkpoint), **settings})
     texts = write_texts(directory / "texts")
     files = {
-        "prose": ROOT / "examples/data/persuasion.txt",
+        "prose": prose,
         "code": texts["code_held_out"],
         "dialogue": texts["dialogue_held_out"],
     }
@@ -135,7 +137,7 @@ def _calibrated(checkpoint: Path, directory: Path, step: Step) -> Path:
     index = directory / f"index-tp{step.ranks}{f'-skip{step.skipped}' * bool(step.skipped)}"
     if not index.exists():
         cli.say(f"-- {index.name}")
-        data = ("--data", str(ROOT / "examples/data/emma.txt"), "--seq-length", "128")
+        data = ("--data", str(in_checkout("examples/data/emma.txt")), "--seq-length", "128")
         where = ("--load", str(checkpoint), "--simulate-tp", str(step.ranks))
         recipe = ("--budget", step.budget, *(("--skip", str(step.skipped)) if step.skipped else ()))
         _tool("calibrate", (*where, *recipe, *data, "--resume"), index)
@@ -143,8 +145,8 @@ def _calibrated(checkpoint: Path, directory: Path, step: Step) -> Path:
 
 
 def _tool(name: str, arguments: tuple[str, ...], output: Path) -> None:
-    tool = str(ROOT / "tools" / f"{name}.py")
-    command = [sys.executable, tool, *arguments, "--output", str(output)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    command = [sys.executable, "-m", "megatron_lowbit", name, *arguments, "--output", str(output)]
+    env = os.environ | {"PYTHONPATH": import_path()}
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=env, check=False)
     if done.returncode:
-        raise LowbitError(f"tools/{name}.py failed: what is finished stays in {output.parent}")
+        raise LowbitError(f"{name} failed: what is finished stays in {output.parent}")

@@ -201,7 +201,8 @@ def _read(path: Path, codec: Codec, group: dist.ProcessGroup) -> Tuning:
     if repr(codec) not in tuning.codecs():
         raise LowbitError(
             f"{path} has no times of {codec!r}, only of {', '.join(tuning.codecs())}: measure it "
-            "with tools/bench_all_reduce.py --write-tuning (its --codecs chooses what it measures)"
+            "with python -m megatron_lowbit bench-all-reduce --write-tuning (its --codecs chooses "
+            "what it measures)"
         )
     return tuning
 

@@ -26,7 +26,7 @@ from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import read_json, shown
 
 FORMAT_VERSION = 1
-_REMEDY = "make it with tools/bench_all_reduce.py --write-tuning on this machine"
+_REMEDY = "make it with python -m megatron_lowbit bench-all-reduce --write-tuning on this machine"
 
 Points = list[tuple[int, float]]
 

@@ -107,7 +107,7 @@ def require_usable(state: State, *, unlisted: bool, dirty: bool) -> None:
     if not state.release and not state.dirty and not unlisted:
         raise LowbitError(
             f"{root} (megatron-core {version}) is not a release that patches/manifest.json lists: "
-            "pass --unlisted to try, or add it by tools/patchctl.py make"
+            "pass --unlisted to try, or add it by python -m megatron_lowbit patch make"
         )
     for file in state.files:
         if file.state == MISFIT and "\r\n" in file.before:
@@ -118,7 +118,7 @@ def require_usable(state: State, *, unlisted: bool, dirty: bool) -> None:
         if file.state == MISFIT:
             raise LowbitError(
                 f"{file.name}.patch does not fit {root / file.path}: make one for this release by "
-                "tools/patchctl.py make"
+                "python -m megatron_lowbit patch make"
             )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from megatron_lowbit.errors import LowbitError
 
+_REMEDY = "run python -m megatron_lowbit patch make"
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -54,9 +56,9 @@ class Diff:
         try:
             files = PatchSet(text)
         except UnidiffParseError as error:
-            raise LowbitError(f"not a patch file ({error}): run tools/patchctl.py make") from None
+            raise LowbitError(f"not a patch file ({error}): {_REMEDY}") from None
         if len(files) != 1:
-            raise LowbitError(f"a patch of {len(files)} files, not one: run tools/patchctl.py make")
+            raise LowbitError(f"a patch of {len(files)} files, not one: {_REMEDY}")
         self.path = files[0].path
         self._hunks = [_hunk(hunk) for hunk in files[0]]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.patching.diffs import Diff
+from megatron_lowbit.json_files import read_json
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -96,14 +97,14 @@ def read_manifest(directory: Path) -> Manifest:
         LowbitError: There is none, or it is not one of ours.
     """
     path = directory / NAME
+    if not path.exists():
+        raise LowbitError(f"{directory} holds no {NAME}: name the folder of the patches")
+    content = read_json(path, remedy="restore it, or run python -m megatron_lowbit patch make")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, this is for format {_FORMAT}")
         releases = {name: Release(**release) for name, release in content["releases"].items()}
         return Manifest(releases, [Patch(**patch) for patch in content["patches"]])
-    except FileNotFoundError:
-        raise LowbitError(f"{directory} holds no {NAME}: name the folder of the patches") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LowbitError(f"{path}: not a manifest of patches ({error})") from None
 
@@ -118,9 +119,11 @@ def read_diff(directory: Path, patch: Patch) -> Diff:
     try:
         raw = path.read_bytes().replace(b"\r\n", b"\n")  # as git may have checked it out
     except FileNotFoundError:
-        raise LowbitError(f"{path} is missing: run tools/patchctl.py make") from None
+        raise LowbitError(f"{path} is missing: run python -m megatron_lowbit patch make") from None
     if sha256(raw) != patch.sha256:
-        raise LowbitError(f"{path} was changed by hand: restore it, or run tools/patchctl.py make")
+        raise LowbitError(
+            f"{path} was changed by hand: restore it, or run python -m megatron_lowbit patch make"
+        )
     return Diff(raw.decode())
 
 

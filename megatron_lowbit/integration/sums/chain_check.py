@@ -165,8 +165,8 @@ def agree(points: list[SyncPoint], manifest: dict, origin: str) -> list[SyncPoin
             there = f"outside of it ({found})" if found else "in it"
             raise LowbitError(
                 f"{point} is {here}, and {there} in {origin}: error feedback needs the model that "
-                "was calibrated; calibrate this one with tools/calibrate.py, or do without "
-                "(--lowbit-no-feedback; no NAME@feedback in tools/evaluate.py)"
+                "was calibrated; calibrate this one with python -m megatron_lowbit calibrate, or "
+                "do without (--lowbit-no-feedback; no NAME@feedback in an evaluation)"
             )
         agreed.append(point)
     return agreed

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.feedback.chain import SLOTS, Chain, Step
+from megatron_lowbit.integration.sums.routes import registered_route
 
 # The first part of a sync point's name -> the layer's function that adds its sum to the stream.
 _ADDED_BY = {
@@ -69,8 +70,13 @@ def _by_layer(layer: nn.Module, name: str) -> str:
 def _by_path(layer: nn.Module, name: str) -> str:
     """What the modules from the layer down to the linear do besides."""
     inside = layer
+    registered = registered_route(layer.get_submodule(name))
+    if registered is not None and not registered.in_chain:
+        return f"{registered} was registered as outside of it"
     for part in ("", *name.split(".")):
         inside = getattr(inside, part) if part else layer
+        if registered is not None and inside is layer.get_submodule(name):
+            return ""  # who registered it answers for the linear itself
         kind = type(inside).__name__
         if "forward" in vars(inside) and not _is_known(type(vars(inside)["forward"])):
             return f"the forward of its {kind} was replaced"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_lowbit.codecs import Tables
 from megatron_lowbit.codecs.folding import FOLDABLE, fold
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.sums.routes import LocalRoute, PatchedRoute, route_of
+from megatron_lowbit.integration.sums.routes import is_plain
 from megatron_lowbit.integration.sums.sync_points import SyncPoint
 
 
@@ -112,7 +112,7 @@ def check_foldable(modules: Iterable[nn.Module], points: list[SyncPoint]) -> Non
     uses = Counter(id(p) for module in modules for p in module._parameters.values())
     for point in points:
         weight = point.module.weight
-        if not isinstance(route_of(point.module), (LocalRoute, PatchedRoute)):
+        if not is_plain(point.module):
             raise LowbitError(
                 f"{point} is a {type(point.module).__name__} whose partials go another way than a "
                 "local RowParallelLinear's: --lowbit-fold needs the local spec, without overlapped "

@@ -3,16 +3,19 @@
 A route knows one family of modules: how to tell them, what stands in the way of taking one over,
 and how to put a reducer (`model.summing.Reducer`) in the place of its own reduction.
 `integration.sums.sync_points` asks `ROUTES` in order; the first that takes a module serves it. To
-support another kind of linear, write a route and add it there.
+support another kind of linear, write a route and add it there. A fork gives its own by
+`register_route`; those are asked first.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.sums.shared_experts import OverlapRoute
 from megatron_lowbit.integration.sums.transformer_engine import (
     InferenceOptimizedRoute,
@@ -133,6 +136,117 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
+class RegisteredRoute:
+    """A fork's route; what it answers is checked, since its author cannot see who asks.
+
+    Attributes:
+        in_chain: Whether its linears' sums go to the residual stream as they are (`chains`).
+    """
+
+    def __init__(self, route: Route, in_chain: bool):
+        self._route, self.in_chain = route, in_chain
+
+    def __str__(self) -> str:
+        return f"route {type(self._route).__name__}"
+
+    def takes(self, module: nn.Module) -> bool:
+        return self._answer("takes", bool, module)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        said = self._answer("obstacle", (str, type(None)), module)
+        return said or self._lacking(module)
+
+    def is_muted(self, module: nn.Module) -> bool:
+        return self._answer("is_muted", bool, module)
+
+    def group(self, module: nn.Module) -> dist.ProcessGroup:
+        return self._answer("group", dist.ProcessGroup, module)
+
+    def attach(self, module: nn.Module, reduce: Reducer) -> Callable[[], None]:
+        return self._answer("attach", Callable, module, reduce)
+
+    def _lacking(self, module: nn.Module) -> str | None:
+        """What its sync point could not say of itself later."""
+        self.group(module)
+        size = getattr(module, "output_size", None) or getattr(module, "out_features", None)
+        if not isinstance(size, int):
+            return f"has no output_size, which {self} must see to"
+        if not isinstance(getattr(module, "weight", None), torch.Tensor):
+            return f"has no weight, which {self} must see to: its device is that of the partials"
+        return None
+
+    def _answer(self, method: str, kind: Any, module: nn.Module, *more: Any) -> Any:
+        """What a method of the route gives, or an error that names both and the module."""
+        where = f"{self}: {method}({type(module).__name__})"
+        try:
+            given = getattr(self._route, method)(module, *more)
+        except LowbitError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise LowbitError(f"{where} raises {type(error).__name__}: {said}") from error
+        if not isinstance(given, kind):
+            raise LowbitError(f"{where} gives {given!r}: see {Route.__module__}.Route")
+        return given
+
+
+_METHODS = ("takes", "obstacle", "is_muted", "group", "attach")
+_registered: list[RegisteredRoute] = []
+
+
+def register_route(route: Route, *, in_chain: bool) -> Callable[[], None]:
+    """Let sync points be made of a fork's own row-parallel linears; before `apply`.
+
+    Args:
+        route: How they hand over their partials. Its linears need not be called as Megatron's are.
+        in_chain: Whether such a linear's sum is added to the residual stream as it is: no norm, no
+            gate, no scale in its own forward pass. Then it carries errors, if nothing that we do
+            not know stands around it either (`integration.sums.chains`); else it stands outside.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        LowbitError: It is not a route, or one of its class is registered already.
+    """
+    missing = [name for name in _METHODS if not callable(getattr(route, name, None))]
+    if isinstance(route, type) or missing:
+        what = "it is a class: give an instance" if isinstance(route, type) else "it has no "
+        raise LowbitError(f"{route!r} is no route: {what}{', '.join(missing)}")
+    if not isinstance(in_chain, bool):
+        raise LowbitError(f"in_chain={in_chain!r}: say True or False")
+    if any(type(known._route) is type(route) for known in _registered):
+        raise LowbitError(f"a {type(route).__name__} is registered already: do it once")
+    registered = RegisteredRoute(route, in_chain)
+    _registered.append(registered)
+
+    def undo() -> None:
+        if registered in _registered:
+            _registered.remove(registered)
+
+    return undo
+
+
+def registered_route(module: nn.Module) -> RegisteredRoute | None:
+    """The fork's route that takes `module`, or None.
+
+    Raises:
+        LowbitError: Two of them do.
+    """
+    taking = [route for route in _registered if route.takes(module)]
+    if len(taking) > 1:
+        raise LowbitError(
+            f"{' and '.join(map(str, taking))} both take a {type(module).__name__}: let one do so"
+        )
+    return taking[0] if taking else None
+
+
 def route_of(module: nn.Module) -> Route | None:
     """The route that takes `module`, or None."""
-    return next((route for route in ROUTES if route.takes(module)), None)
+    own = registered_route(module) if _registered else None
+    return own or next((route for route in ROUTES if route.takes(module)), None)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear's partial is no more than its input times its weight: Megatron's own."""
+    return isinstance(route_of(module), LocalRoute)  # a fork's, whatever it derives from, is not

@@ -33,7 +33,7 @@ from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import SimulatedLink, simulated_links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
-from megatron_lowbit.integration.sums.routes import LocalRoute, route_of
+from megatron_lowbit.integration.sums.routes import is_plain
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, find_sync_points
 from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Summing, Watch
 
@@ -67,7 +67,7 @@ class Simulated:
         self.points = points
         self.ranks = self.here = ranks
         for point in points:
-            if not isinstance(route_of(point.module), LocalRoute):
+            if not is_plain(point.module):
                 raise LowbitError(
                     f"--simulate-tp needs the local spec (--transformer-impl local): {point} is a "
                     f"{type(point.module).__name__}"

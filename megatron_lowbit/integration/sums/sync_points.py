@@ -12,7 +12,7 @@ embeddings, token counts, losses, gradients.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -23,7 +23,7 @@ from torch import nn
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.compat import CHAINS, SYNC_POINTS, require
 from megatron_lowbit.integration.sums.chains import why_apart
-from megatron_lowbit.integration.sums.routes import Route, route_of
+from megatron_lowbit.integration.sums.routes import Route, registered_route, route_of
 from megatron_lowbit.integration.sums.shared_experts import (
     called_whole,
     fused_linears,
@@ -214,11 +214,16 @@ class Attachment:
     """Reducers bound to sync points; `remove` gives the modules back as they were."""
 
     def __init__(self, points: Sequence[SyncPoint], reducers: Sequence[Reducer]):
-        self._modules = [point.module for point in points]
-        self._undo = []
-        for module, reducer in zip(self._modules, reducers, strict=True):
-            self._undo.append(_route(module).attach(module, reducer))
-            _attached.add(module)
+        self._modules: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
+        try:
+            for point, reducer in zip(points, reducers, strict=True):
+                self._undo.append(_route(point.module).attach(point.module, reducer))
+                self._modules.append(point.module)
+                _attached.add(point.module)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Restore Megatron's own reduction. A second call does nothing."""
@@ -238,6 +243,7 @@ def _route(module: nn.Module) -> Route:
 def _is_row_parallel(name: str, module: nn.Module) -> bool:
     """By the class's and the module's name, so that classes we do not know are seen and refused."""
     by_class = any("RowParallel" in kind.__name__ for kind in type(module).__mro__)
+    by_class |= registered_route(module) is not None
     return by_class or name.rpartition(".")[2] in ("linear_proj", "linear_fc2", "out_proj")
 
 
@@ -284,8 +290,8 @@ def _check_reachable(point: SyncPoint, parent: nn.Module) -> None:
     module, route = point.module, route_of(point.module)
     if route is None:
         raise LowbitError(
-            f"{point} is a {type(module).__name__}, which reduces inside itself: low-bit "
-            "communication needs the local or Transformer Engine's spec (--transformer-impl local)"
+            f"{point} is a {type(module).__name__}, which reduces inside itself: use the local or "
+            "Transformer Engine's spec (--transformer-impl local), or register_route for a fork's"
         )
     if module in _attached:
         raise LowbitError(f"{point} is already attached: remove() the first handle before")

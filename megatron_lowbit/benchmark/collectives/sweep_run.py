@@ -1,4 +1,4 @@
-"""The command of tools/bench_all_reduce.py: options to plans, sweeps, what is told and written."""
+"""The steps of bench-all-reduce: options to plans, sweeps, what is told and written."""
 
 import os
 from argparse import Namespace
@@ -15,13 +15,14 @@ from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.tuning import write_tuning
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_output
-from megatron_lowbit.integration.runtime.rendezvous import check_environment
+from megatron_lowbit.integration.runtime.rendezvous import check_environment, muster
 
 
 def run(options: Namespace) -> None:
-    """Measure as the options of tools/bench_all_reduce.py say."""
+    """Measure as the options of `all_reduce_command` say."""
     in_plans = make_plans(options)
     if in_plans[0].ranks is None:
+        muster()
         with sweep.process_group() as device:
             on_every_rank(lambda: _prepare(options) if cli.RANK == 0 else None)
             sweeps = [sweep.measure(in_plans[0], device=device)]

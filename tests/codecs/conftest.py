@@ -1,0 +1,3 @@
+"""Fixtures of the codecs' tests."""
+
+from foreign_package import installed  # noqa: F401
