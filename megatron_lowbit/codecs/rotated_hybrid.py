@@ -48,7 +48,7 @@ class RotatedHybrid(Codec):
 
     @property
     def takes_symmetric_memory(self) -> bool:
-        return self.rotate and min(self.bits, self.sum_bits) > 1
+        return self.rotate and self.bits > 0
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
@@ -116,6 +116,20 @@ class RotatedHybrid(Codec):
         if module is None:
             return self._reference_reduce_encode(payloads, tables)
         return module.reduce_encode(payloads, **self._reduction(tables))
+
+    def reduce_encode_with_carry(self, payloads: Tensor, tables: Tables, carry: Carry) -> Tensor:
+        module = self.kernels(payloads, tables)
+        has_carry = module is not None and hasattr(module, "reduce_encode_with_carry")
+        if module is None or not has_carry or carry.given is None:
+            return super().reduce_encode_with_carry(payloads, tables, carry)
+        return module.reduce_encode_with_carry(
+            payloads,
+            taken=carry.taken,
+            given=carry.given,
+            bounded=carry.bounded,
+            largest=LARGEST,
+            **self._carried_reduction(tables),
+        )
 
     def all_reduce_in(
         self,
@@ -216,11 +230,24 @@ class RotatedHybrid(Codec):
             "sum_body_bytes": wire.packed_bytes(tables.hidden, self.sum_bits),
         }
 
+    def _carried_reduction(self, tables: Tables) -> dict:
+        """What kernels take to do so where the sum's error is carried: it is turned back for it."""
+        reduction = self._reduction(tables)
+        del reduction["hidden"], reduction["kept"]
+        return reduction | {
+            "center": tables.center_sum,
+            "scale": tables.encode_scale,
+            "decode_scale": tables.decode_scale,
+            "bf16_index": tables.bf16_index,
+            "block": rotation.block_size(tables.hidden),
+            "sum_levels": codebook.levels(self.sum_bits, tables.encode_scale.device),
+        }
+
     def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
     ) -> ModuleType | None:
-        if not self.rotate or min(self.bits, self.sum_bits) < (2 if values.is_cuda else 1):
-            return None  # no Triton kernel knows 1 bit
+        if not self.rotate or not self.bits:
+            return None
         return select.kernels_for(family, values, tables.encode_scale)
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Runs `triton_cases` and `triton_rotation_cases` where Triton can: in its interpreter, on a GPU.
+"""Runs `triton_cases` and its neighbours where Triton can: in its interpreter, on a GPU.
 
 In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
 """
@@ -21,7 +21,7 @@ from megatron_lowbit.kernels import select, switches
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CASES = ["triton_cases.py", "triton_rotation_cases.py"]
+CASES = ["triton_cases.py", "triton_carry_cases.py", "triton_rotation_cases.py"]
 
 
 def _run(*command: str, **environment: str) -> str:

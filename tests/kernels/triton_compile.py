@@ -22,9 +22,9 @@ from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.kernels import select, switches
 from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
-from megatron_lowbit.kernels.triton import gathered, grouped, norm, rotated, symmetric
+from megatron_lowbit.kernels.triton import carrying, gathered, grouped, norm, rotated, symmetric
 
-MODULES = (gathered, grouped, norm, rotated, symmetric)
+MODULES = (carrying, gathered, grouped, norm, rotated, symmetric)
 TARGET = GPUTarget("cuda", 90, 32)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
 TYPES = {
