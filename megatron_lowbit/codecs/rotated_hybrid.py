@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import codebook, rotation, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
-from megatron_lowbit.codecs.carry import LARGEST, Carry
+from megatron_lowbit.codecs.carry import LARGEST, NO_CARRY, Carry
 from megatron_lowbit.codecs.tables import Tables, check_index, sum_in_rank_order
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
@@ -96,10 +96,7 @@ class RotatedHybrid(Codec):
             return super().encode_with_carry(partial, tables, carry, rank=rank)
         return module.encode_with_carry(
             partial,
-            taken=carry.taken,
-            given=given,
-            bounded=carry.bounded,
-            largest=LARGEST,
+            **_carried(carry),
             decode_scale=tables.decode_scale,
             levels=codebook.levels(self.bits, given.device),
             **self._encoding(tables, rank),
@@ -124,10 +121,7 @@ class RotatedHybrid(Codec):
             return super().reduce_encode_with_carry(payloads, tables, carry)
         return module.reduce_encode_with_carry(
             payloads,
-            taken=carry.taken,
-            given=carry.given,
-            bounded=carry.bounded,
-            largest=LARGEST,
+            **_carried(carry),
             **self._carried_reduction(tables),
         )
 
@@ -137,17 +131,20 @@ class RotatedHybrid(Codec):
         partial: Tensor,
         tables: Tables,
         *,
-        two_shot: bool,
+        chunk: int,
         out: Tensor,
+        carry: Carry = NO_CARRY,
+        of_sum: Carry = NO_CARRY,
         trap: bool = True,
     ) -> None:
-        module = select.symmetric()
-        call = {"encode": self._encoding(tables, memory.rank), "trap": trap}
-        if not two_shot:
+        module, encode = select.symmetric(), self._encoding(tables, memory.rank)
+        call = {"encode": encode, "carry": _carried(carry), "trap": trap}
+        if not chunk:
             module.one_shot(memory, partial, out, decode=self._decoding(tables), **call)
             return
+        call |= {"reduce": self._reduction(tables), "of_sum": _carried(of_sum), "chunk": chunk}
         decode = self.for_sum()._decoding(self.sum_tables(tables))
-        module.two_shot(memory, partial, out, reduce=self._reduction(tables), decode=decode, **call)
+        module.two_shot(memory, partial, out, decode=decode, **call)
 
     def decode_sum_norm(
         self,
@@ -312,3 +309,8 @@ class RotatedHybrid(Codec):
 
     def _transform(self, body: Tensor) -> Tensor:
         return rotation.hadamard(body) if self.rotate else body
+
+
+def _carried(carry: Carry) -> dict:
+    """What kernels take of a carry."""
+    return {**carry._asdict(), "largest": LARGEST}

@@ -102,7 +102,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def _all_reduce(codec: Codec, partial: Tensor) -> None:
     tables = tables_for(codec, [partial] * 8, codec.default_bf16_features(partial.shape[1]))
     for two_shot in (False, True):
-        codec.all_reduce_in(MEMORY, partial, tables, two_shot=two_shot, out=partial)
+        codec.all_reduce_in(MEMORY, partial, tables, chunk=2 * two_shot, out=partial)
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def reduce_encode_with_carry(
     ranks, tokens, _ = payloads.shape
     payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
     launch(
-        kernels.reduce_encode_with_carry,
+        kernels.reduce_encode,
         tokens,
         tile,
         payloads,
@@ -184,8 +184,8 @@ def reduce_encode_with_carry(
         SUM_BITS=sum_bits,
         STEPS=search.steps,
         CELLS=len(search.table),
-        NATIVE=is_compiled(kernels.reduce_encode_with_carry),
-        DOT=dot_type(kernels.reduce_encode_with_carry),
+        NATIVE=is_compiled(kernels.reduce_encode),
+        DOT=dot_type(kernels.reduce_encode),
     )
     return payload
 

@@ -210,19 +210,15 @@ def reduce_encode(
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
-    received = (payloads, *payloads.stride()[:2], ranks)
     launch(
         kernels.reduce_encode,
         tokens,
         tile,
         payloads,
-        *received,
-        kept,
-        levels,
-        search.table,
-        payload,
-        payload.shape[1],
+        *(payloads, *payloads.stride()[:2], ranks, *NO_CARRY, None, None, None, None),
+        *(kept, levels, search.table, None, payload, payload.shape[1]),
         HIDDEN=hidden,
+        LOG_BLOCK=0,
         KEPT=power_of_two(kept),
         BODY_BYTES=body_bytes,
         BITS=bits,
@@ -230,6 +226,8 @@ def reduce_encode(
         SUM_BITS=sum_bits,
         STEPS=search.steps,
         CELLS=len(search.table),
+        NATIVE=is_compiled(kernels.reduce_encode),
+        DOT="",
     )
     return payload
 

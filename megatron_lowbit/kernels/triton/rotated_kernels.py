@@ -134,50 +134,6 @@ def reduce_encode(
     rank_stride,
     row_stride,
     ranks,
-    kept,
-    levels,  # fp32 [2**BITS]
-    cells,  # int64 [CELLS]
-    payload,  # uint8 [tokens, row_bytes]
-    row_bytes,
-    HIDDEN: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    SUM_BODY_BYTES: tl.constexpr,
-    SUM_BITS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CELLS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    payloads += token * row_stride
-    payload += token * row_bytes
-    reduce.reduce_row(
-        payloads,
-        rank_stride,
-        ranks,
-        kept,
-        levels,
-        cells,
-        payload,
-        HIDDEN,
-        KEPT,
-        BODY_BYTES,
-        BITS,
-        SUM_BODY_BYTES,
-        SUM_BITS,
-        STEPS,
-        CELLS,
-        LOG_TILE,
-    )
-
-
-@triton.jit
-def reduce_encode_with_carry(
-    payloads,  # uint8 [ranks, tokens, row bytes]
-    rank_stride,
-    row_stride,
-    ranks,
     taken,  # fp32, fp16 or the bits of BF16 [tokens, hidden], or None
     taken_row_stride,
     taken_column_stride,
@@ -187,13 +143,13 @@ def reduce_encode_with_carry(
     bounded,  # int64 [1], or None
     largest,
     center,  # fp32 [hidden]: of the sum, or None
-    scale,  # fp32 [hidden], 0 for a BF16 feature
+    scale,  # fp32 [hidden], 0 for a BF16 feature; None without a carry, as the next two
     decode_scale,  # fp32 [hidden]
     index,  # int64 [kept]
     kept,
     levels,  # fp32 [2**BITS]
     cells,  # int64 [CELLS]
-    sum_levels,  # fp32 [2**SUM_BITS]
+    sum_levels,  # fp32 [2**SUM_BITS]; None to keep nothing
     payload,  # uint8 [tokens, row_bytes]
     row_bytes,
     HIDDEN: tl.constexpr,
@@ -216,7 +172,7 @@ def reduce_encode_with_carry(
         taken += token * taken_row_stride
     if given is not None:
         given += token * given_row_stride
-    reduce.reduce_row_with_carry(
+    reduce.reduce_row(
         payloads,
         rank_stride,
         ranks,

@@ -17,53 +17,6 @@ def reduce_row(
     payloads,
     rank_stride,
     ranks,
-    kept,
-    levels,
-    cells,
-    payload,
-    HIDDEN: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    SUM_BODY_BYTES: tl.constexpr,
-    SUM_BITS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CELLS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    """Sum a token's rows of all ranks and write the sum, rotated as it is, into a row.
-
-    Arguments are those of `rows.decode_row` and `rows.encode_row`; those with SUM are the new
-    row's.
-    """
-    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    row = tl.where(tl.arange(0, 1 << LOG_TILE) < HIDDEN, row, 0.0)
-    finite = 1
-    if KEPT:
-        floats = payloads + BODY_BYTES + BODY_BYTES % 2
-        total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
-        floats = payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2
-        finite = parts.write_kept(total, kept, floats, KEPT)
-    parts.write_body(
-        row,
-        finite,
-        payload,
-        kept,
-        cells,
-        HIDDEN,
-        SUM_BODY_BYTES,
-        SUM_BITS,
-        STEPS,
-        CELLS,
-        LOG_TILE,
-    )
-
-
-@triton.jit
-def reduce_row_with_carry(
-    payloads,
-    rank_stride,
-    ranks,
     taken,
     taken_column_stride,
     given,
@@ -92,32 +45,57 @@ def reduce_row_with_carry(
     LOG_TILE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """`reduce_row` of the sum turned back and what is taken; keep what is missed.
+    """Sum a token's rows of all ranks and write the sum into a row; keep what is missed.
 
-    Arguments are those of `rows.decode_row` and `rows.encode_row`; those with SUM, `cells` and
-    `sum_levels` are the new row's, and `center` is that of the sum.
+    Args:
+        payloads: The bytes of the token's row of rank 0.
+        rank_stride: Bytes to the next rank's.
+        ranks: How many.
+        taken: As for `rows.encode_row`, of the sum; and so all up to `largest`. Without a carry,
+            taken or given, the sum is not turned back.
+        taken_column_stride: See there.
+        given: See there.
+        given_column_stride: See there.
+        bounded: See there.
+        largest: See there.
+        center: fp32 [hidden], that of the sum, or None; unread without a carry.
+        scale: As for `rows.encode_row`; unread without a carry.
+        decode_scale: As for `rows.decode_row`; unread without a carry.
+        index: int64 [kept]; unread without a carry.
+        kept: BF16 features.
+        levels: fp32 [2**BITS].
+        cells: int64 [CELLS], of the new row.
+        sum_levels: fp32 [2**SUM_BITS]; unread without a carry.
+        payload: The bytes of the new row.
+        HIDDEN: As for `rows.encode_row`, and so all others; those with SUM, STEPS and CELLS are of
+            the new row.
     """
+    CARRY: tl.constexpr = taken is not None or given is not None
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
     finite = 1
     if KEPT:
         floats = payloads + BODY_BYTES + BODY_BYTES % 2
         total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
-        apart, is_apart = carries.put_apart(total, decode_scale, HIDDEN, LOG_TILE)
-        place, real = parts.index_of(index, kept, KEPT)
+        if CARRY:
+            apart, is_apart = carries.put_apart(total, decode_scale, HIDDEN, LOG_TILE)
         if taken is not None:
+            place, real = parts.index_of(index, kept, KEPT)
             total += parts.load_floats(taken + place * taken_column_stride, real)
         floats = payload + SUM_BODY_BYTES + SUM_BODY_BYTES % 2
         finite = parts.write_kept(total, kept, floats, KEPT)
-    wanted = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    wanted = turned_back(wanted, center, decode_scale, HIDDEN, LOG_BLOCK, LOG_TILE, DOT)
-    if KEPT:
-        wanted = tl.where(is_apart, apart, wanted)
-    if taken is not None:
-        place = feature.to(tl.int64) * taken_column_stride
-        wanted += parts.load_floats(taken + place, inside)
-    wanted = tl.where(inside, wanted, 0.0)
-    row = turned(wanted, center, scale, HIDDEN, LOG_BLOCK, LOG_TILE, DOT)
+    row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)
+    if CARRY:
+        wanted = turned_back(row, center, decode_scale, HIDDEN, LOG_BLOCK, LOG_TILE, DOT)
+        if KEPT:
+            wanted = tl.where(is_apart, apart, wanted)
+        if taken is not None:
+            place = feature.to(tl.int64) * taken_column_stride
+            wanted += parts.load_floats(taken + place, inside)
+        wanted = tl.where(inside, wanted, 0.0)
+        row = turned(wanted, center, scale, HIDDEN, LOG_BLOCK, LOG_TILE, DOT)
+    else:
+        row = tl.where(inside, row, 0.0)
     codes, size = parts.write_body(
         row,
         finite,
