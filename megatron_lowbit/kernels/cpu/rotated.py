@@ -145,10 +145,10 @@ def reduce_encode(
         hidden: Features in a token.
         kept: Features that travel in BF16.
         levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 2 to 6.
+        bits: Of a value in `payloads`, 1 to 6.
         body_bytes: Bytes of the packed codes of a row in `payloads`.
         thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_bits: Of a value in the result, 2 to 6.
+        sum_bits: Of a value in the result, 1 to 6.
         sum_body_bytes: Bytes of the packed codes of a row in the result.
 
     Returns:
