@@ -137,14 +137,18 @@ def _send(
         nodes = policy.nodes
         sent = hierarchical(partial, tables, codec=codec, nodes=nodes, out=out, carries=carries)
         return decision, sent
-    if decision.collective == "one-shot":
-        carries = {"carry": partial_carry(call, step, tokens)}
+    is_two_shot, of_sum = decision.collective == "two-shot", NO_CARRY
+    if is_two_shot:
+        carry, of_sum = step.carry if step else NO_CARRY, sum_carry(call, step, tokens)
     else:
-        carries = {"carry": step.carry if step else NO_CARRY}
-        carries["of_sum"] = sum_carry(call, step, tokens)
+        carry = partial_carry(call, step, tokens)
     memory = policy.symmetric_memory
     if memory.takes(decision.collective, partial, codec, tables, call.group):
-        sent = memory.all_reduce(decision.collective, partial, codec, tables, out, **carries)
+        sent = memory.all_reduce(
+            decision.collective, partial, codec, tables, out, carry=carry, of_sum=of_sum
+        )
         return replace(decision, why=f"{decision.why}, over symmetric memory"), sent
-    send = one_shot if decision.collective == "one-shot" else two_shot
-    return decision, send(partial, tables, codec=codec, group=call.group, out=out, **carries)
+    send = {"codec": codec, "group": call.group, "out": out}
+    if is_two_shot:
+        return decision, two_shot(partial, tables, carry=carry, of_sum=of_sum, **send)
+    return decision, one_shot(partial, tables, carry=carry, **send)

@@ -104,13 +104,15 @@ class SymmetricMemory:
         """
         memory, tokens = self.memory, len(partial)
         assert memory is not None, "`takes` has agreed"
-        others, row, call = memory.ranks - 1, codec.row_bytes(tables), {"out": out, "carry": carry}
+        others, row = memory.ranks - 1, codec.row_bytes(tables)
         if collective != "two-shot":
-            codec.all_reduce_in(memory, partial, tables, chunk=0, **call)
+            codec.all_reduce_in(memory, partial, tables, chunk=0, out=out, carry=carry)
             return others * tokens * row
         spans = chunks(tokens, tables.hidden, memory.ranks)
         chunk = spans[0][1] if spans else 1
-        codec.all_reduce_in(memory, partial, tables, chunk=chunk, of_sum=of_sum, **call)
+        codec.all_reduce_in(
+            memory, partial, tables, chunk=chunk, out=out, carry=carry, of_sum=of_sum
+        )
         blocks = (owned(b - a, memory.ranks)[memory.rank] for a, b in spans)
         mine = sum(stop - start for start, stop in blocks)
         return (tokens - mine) * row + others * mine * _sum_row(codec, tables)
