@@ -28,7 +28,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.carry import Carry
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.codecs.tables import Statistics, Tables, check_index
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.peer_memory import PeerMemory
@@ -170,8 +170,10 @@ class Codec(abc.ABC):
         partial: Tensor,
         tables: Tables,
         *,
-        two_shot: bool,
+        chunk: int,
         out: Tensor,
+        carry: Carry = NO_CARRY,
+        of_sum: Carry = NO_CARRY,
         trap: bool = True,
     ) -> None:
         """Sum `partial` over the ranks that share a memory, in one kernel, where there is one.
@@ -180,9 +182,12 @@ class Codec(abc.ABC):
             memory: Shared by the ranks, and large enough (`PeerMemory.holds`).
             partial: Floating point ``[tokens, hidden]``, the same shape on every rank.
             tables: Of this sync point.
-            two_shot: Each rank sums a share of the tokens and sends the sum, instead of all.
+            chunk: In two-shot, the tokens that are shared out at once to the ranks that sum them
+                (`comm.transport.chunks`); 0 in one-shot, where each rank sums all.
             out: Floating point ``[tokens, hidden]`` that the sum is rounded into: the bits that
                 encoding, sending and decoding give. It may be `partial`.
+            carry: Error feedback of this rank's partial, ``[tokens, hidden]``.
+            of_sum: Of the sums that this rank owns in two-shot, ``[share, hidden]``.
             trap: Whether a rank that does not come in time ends the kernel with an error.
         """
         raise NotImplementedError(f"{self.name} has no kernels for symmetric memory")

@@ -25,9 +25,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs import codebook, rotation, wire
+from megatron_lowbit.codecs import codebook, kernel_arguments, rotation, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
-from megatron_lowbit.codecs.carry import LARGEST, Carry
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.codecs.tables import Tables, check_index, sum_in_rank_order
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
@@ -48,7 +48,7 @@ class RotatedHybrid(Codec):
 
     @property
     def takes_symmetric_memory(self) -> bool:
-        return self.rotate and min(self.bits, self.sum_bits) > 1
+        return self.rotate and self.bits > 0
 
     def default_bf16_features(self, hidden: int) -> int:
         return hidden // 128
@@ -84,51 +84,44 @@ class RotatedHybrid(Codec):
         module = self.kernels(partial, tables)
         if module is None:
             return self._reference_encode(partial, tables, rank)
-        return module.encode(partial, **self._encoding(tables, rank))
+        return module.encode(partial, **kernel_arguments.encoding(tables, rank, self.bits))
 
     def encode_with_carry(
         self, partial: Tensor, tables: Tables, carry: Carry, *, rank: int = 0
     ) -> Tensor:
-        module = self.kernels(partial, tables)
-        given = carry.given
-        has_carry = module is not None and hasattr(module, "encode_with_carry")
-        if module is None or not has_carry or self.bits == 0 or given is None:
+        module = self._carrying("encode_with_carry", partial, tables, carry)
+        if module is None:
             return super().encode_with_carry(partial, tables, carry, rank=rank)
         return module.encode_with_carry(
             partial,
-            taken=carry.taken,
-            given=given,
-            bounded=carry.bounded,
-            largest=LARGEST,
+            **kernel_arguments.carried(carry),
             decode_scale=tables.decode_scale,
-            levels=codebook.levels(self.bits, given.device),
-            **self._encoding(tables, rank),
+            levels=codebook.levels(self.bits, tables.decode_scale.device),
+            **kernel_arguments.encoding(tables, rank, self.bits),
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         module = self.kernels(payloads, tables)
         if module is None or self.bits == 0:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        return module.decode_sum(payloads, out=out, **self._decoding(tables))
+        return module.decode_sum(payloads, out=out, **kernel_arguments.decoding(tables, self.bits))
 
     def reduce_encode(self, payloads: Tensor, tables: Tables) -> Tensor:
         module = self.kernels(payloads, tables)
         if module is None:
             return self._reference_reduce_encode(payloads, tables)
-        return module.reduce_encode(payloads, **self._reduction(tables))
+        return module.reduce_encode(
+            payloads, **kernel_arguments.reduction(tables, self.bits, self.sum_bits)
+        )
 
     def reduce_encode_with_carry(self, payloads: Tensor, tables: Tables, carry: Carry) -> Tensor:
-        module = self.kernels(payloads, tables)
-        has_carry = module is not None and hasattr(module, "reduce_encode_with_carry")
-        if module is None or not has_carry or carry.given is None:
+        module = self._carrying("reduce_encode_with_carry", payloads, tables, carry)
+        if module is None:
             return super().reduce_encode_with_carry(payloads, tables, carry)
         return module.reduce_encode_with_carry(
             payloads,
-            taken=carry.taken,
-            given=carry.given,
-            bounded=carry.bounded,
-            largest=LARGEST,
-            **self._carried_reduction(tables),
+            **kernel_arguments.carried(carry),
+            **kernel_arguments.carried_reduction(tables, self.bits, self.sum_bits),
         )
 
     def all_reduce_in(
@@ -137,17 +130,31 @@ class RotatedHybrid(Codec):
         partial: Tensor,
         tables: Tables,
         *,
-        two_shot: bool,
+        chunk: int,
         out: Tensor,
+        carry: Carry = NO_CARRY,
+        of_sum: Carry = NO_CARRY,
         trap: bool = True,
     ) -> None:
-        module = select.symmetric()
-        call = {"encode": self._encoding(tables, memory.rank), "trap": trap}
-        if not two_shot:
-            module.one_shot(memory, partial, out, decode=self._decoding(tables), **call)
+        module, encode = (
+            select.symmetric(),
+            kernel_arguments.encoding(tables, memory.rank, self.bits),
+        )
+        call = {"encode": encode, "carry": kernel_arguments.carried(carry), "trap": trap}
+        if not chunk:
+            decode = kernel_arguments.decoding(tables, self.bits)
+            module.one_shot(memory, partial, out, decode=decode, **call)
             return
-        decode = self.for_sum()._decoding(self.sum_tables(tables))
-        module.two_shot(memory, partial, out, reduce=self._reduction(tables), decode=decode, **call)
+        module.two_shot(
+            memory,
+            partial,
+            out,
+            reduce=kernel_arguments.reduction(tables, self.bits, self.sum_bits),
+            decode=kernel_arguments.decoding(self.sum_tables(tables), self.sum_bits),
+            of_sum=kernel_arguments.carried(of_sum),
+            chunk=chunk,
+            **call,
+        )
 
     def decode_sum_norm(
         self,
@@ -186,69 +193,22 @@ class RotatedHybrid(Codec):
             epsilon,
             residual,
             bias,
-            **self._decoding(tables),
+            **kernel_arguments.decoding(tables, self.bits),
         )
-
-    def _encoding(self, tables: Tables, rank: int) -> dict:
-        """What kernels take to encode a rank's partial, besides it."""
-        folded = tables.folded_index is not None
-        device = tables.encode_scale.device
-        return {
-            "width": tables.width,
-            "center": None if tables.center is None else tables.center[rank],
-            "scale": tables.encode_scale,
-            "bf16_index": tables.folded_index if folded else tables.bf16_index,
-            "block": 1 if folded else rotation.block_size(tables.hidden),
-            "thresholds": codebook.thresholds(self.bits, device),
-            "bits": self.bits,
-            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
-        }
-
-    def _decoding(self, tables: Tables) -> dict:
-        """What kernels take to decode and sum payloads, besides them."""
-        return {
-            "center": tables.center_sum,
-            "scale": tables.decode_scale,
-            "bf16_index": tables.bf16_index,
-            "block": rotation.block_size(tables.hidden),
-            "levels": codebook.levels(self.bits, tables.decode_scale.device),
-            "bits": self.bits,
-            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
-        }
-
-    def _reduction(self, tables: Tables) -> dict:
-        """What kernels take to sum payloads and encode the sum, besides them."""
-        device = tables.encode_scale.device
-        return {
-            "hidden": tables.hidden,
-            "kept": tables.bf16_index.numel(),
-            "levels": codebook.levels(self.bits, device),
-            "bits": self.bits,
-            "body_bytes": wire.packed_bytes(tables.hidden, self.bits),
-            "thresholds": codebook.thresholds(self.sum_bits, device),
-            "sum_bits": self.sum_bits,
-            "sum_body_bytes": wire.packed_bytes(tables.hidden, self.sum_bits),
-        }
-
-    def _carried_reduction(self, tables: Tables) -> dict:
-        """What kernels take to sum payloads and encode the sum with a carry, besides these."""
-        reduction = self._reduction(tables)
-        del reduction["hidden"], reduction["kept"]
-        return reduction | {
-            "center": tables.center_sum,
-            "scale": tables.encode_scale,
-            "decode_scale": tables.decode_scale,
-            "bf16_index": tables.bf16_index,
-            "block": rotation.block_size(tables.hidden),
-            "sum_levels": codebook.levels(self.sum_bits, tables.encode_scale.device),
-        }
 
     def kernels(
         self, values: Tensor, tables: Tables, *, family: str = select.ROTATED
     ) -> ModuleType | None:
-        if not self.rotate or min(self.bits, self.sum_bits) < (2 if values.is_cuda else 1):
-            return None  # no Triton kernel knows 1 bit
+        if not self.rotate or not self.bits:
+            return None
         return select.kernels_for(family, values, tables.encode_scale)
+
+    def _carrying(
+        self, function: str, values: Tensor, tables: Tables, carry: Carry
+    ) -> ModuleType | None:
+        """The module of kernels, if it has `function` and there is an error to keep."""
+        module = None if carry.given is None else self.kernels(values, tables)
+        return module if hasattr(module, function) else None
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         folded = tables.folded_index is not None

@@ -28,8 +28,6 @@ from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.comm.two_shot import two_shot
 
-_NO_CARRY_THERE = "not over symmetric memory, whose kernels know no carry"
-
 
 @public
 def all_reduce(
@@ -139,15 +137,18 @@ def _send(
         nodes = policy.nodes
         sent = hierarchical(partial, tables, codec=codec, nodes=nodes, out=out, carries=carries)
         return decision, sent
-    if policy.symmetric_memory.takes(decision.collective, partial, codec, tables, call.group):
-        if step is None:
-            sent = policy.symmetric_memory.all_reduce(
-                decision.collective, partial, codec, tables, out
-            )
-            return replace(decision, why=f"{decision.why}, over symmetric memory"), sent
-        decision = replace(decision, why=f"{decision.why}, {_NO_CARRY_THERE}")
+    is_two_shot, of_sum = decision.collective == "two-shot", NO_CARRY
+    if is_two_shot:
+        carry, of_sum = step.carry if step else NO_CARRY, sum_carry(call, step, tokens)
+    else:
+        carry = partial_carry(call, step, tokens)
+    memory = policy.symmetric_memory
+    if memory.takes(decision.collective, partial, codec, tables, call.group):
+        sent = memory.all_reduce(
+            decision.collective, partial, codec, tables, out, carry=carry, of_sum=of_sum
+        )
+        return replace(decision, why=f"{decision.why}, over symmetric memory"), sent
     send = {"codec": codec, "group": call.group, "out": out}
-    if decision.collective == "one-shot":
-        return decision, one_shot(partial, tables, carry=partial_carry(call, step, tokens), **send)
-    carry, of_sum = step.carry if step else NO_CARRY, sum_carry(call, step, tokens)
-    return decision, two_shot(partial, tables, carry=carry, of_sum=of_sum, **send)
+    if is_two_shot:
+        return decision, two_shot(partial, tables, carry=carry, of_sum=of_sum, **send)
+    return decision, one_shot(partial, tables, carry=carry, **send)

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, Codec, Tables, get_codec
+from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.comm.one_shot import one_shot
-from megatron_lowbit.comm.transport import owned
+from megatron_lowbit.comm.transport import chunks, owned
 from megatron_lowbit.comm.two_shot import two_shot
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import FIRST_TRITON, PROGRAMS, PeerMemory
@@ -78,7 +79,14 @@ class SymmetricMemory:
         return "on"
 
     def all_reduce(
-        self, collective: str, partial: Tensor, codec: Codec, tables: Tables, out: Tensor
+        self,
+        collective: str,
+        partial: Tensor,
+        codec: Codec,
+        tables: Tables,
+        out: Tensor,
+        carry: Carry = NO_CARRY,
+        of_sum: Carry = NO_CARRY,
     ) -> int:
         """Sum `partial` over the group.
 
@@ -88,18 +96,25 @@ class SymmetricMemory:
             codec: The same on every rank.
             tables: Of this sync point.
             out: Floating point ``[tokens, hidden]``; may be `partial`.
+            carry: As for `comm.one_shot`.
+            of_sum: As for `comm.two_shot`.
 
         Returns:
             The bytes that this rank sent.
         """
-        memory, is_two_shot = self.memory, collective == "two-shot"
+        memory, tokens = self.memory, len(partial)
         assert memory is not None, "`takes` has agreed"
-        codec.all_reduce_in(memory, partial, tables, two_shot=is_two_shot, out=out)
-        tokens, others, row = len(partial), memory.ranks - 1, codec.row_bytes(tables)
-        if not is_two_shot:
+        others, row = memory.ranks - 1, codec.row_bytes(tables)
+        if collective != "two-shot":
+            codec.all_reduce_in(memory, partial, tables, chunk=0, out=out, carry=carry)
             return others * tokens * row
-        start, stop = owned(tokens, memory.ranks)[memory.rank]
-        mine = stop - start
+        spans = chunks(tokens, tables.hidden, memory.ranks)
+        chunk = spans[0][1] if spans else 1
+        codec.all_reduce_in(
+            memory, partial, tables, chunk=chunk, out=out, carry=carry, of_sum=of_sum
+        )
+        blocks = (owned(b - a, memory.ranks)[memory.rank] for a, b in spans)
+        mine = sum(stop - start for start, stop in blocks)
         return (tokens - mine) * row + others * mine * _sum_row(codec, tables)
 
 
@@ -214,7 +229,7 @@ def _try_out(opened: SymmetricMemory, group: dist.ProcessGroup, device: torch.de
         partial = torch.randn(tokens, _TRIAL_HIDDEN, generator=generator).to(device, torch.bfloat16)
         expected = torch.empty_like(partial)
         step(partial, tables, codec=codec, group=group, out=expected)
-        call = {"two_shot": name == "two-shot", "out": partial, "trap": False}
+        call = {"chunk": tokens * (name == "two-shot"), "out": partial, "trap": False}
 
         def compare(partial=partial, expected=expected, call=call, name=name) -> None:
             codec.all_reduce_in(memory, partial, tables, **call)

@@ -3,7 +3,14 @@
 The only place that knows. A family of kernels serves one codec or several; its modules for CPUs and
 GPUs have the same functions. Triton is imported when the first GPU tensor comes, and tried out on
 that device: what is missing or broken is said once, and plain torch does the work, with the same
-bits. The trial waits for the device, so make one call before a CUDA graph captures others, as
+bits.
+
+Error feedback (`codecs.carry`) is known to the rotated family alone: its modules have
+`encode_with_carry` and, on GPUs, `reduce_encode_with_carry`. Elsewhere a kernel encodes, a kernel
+reads back, and plain torch does what is between: static and scaled bodies are not in the order of
+features in which a row's squares are summed, and the peers' formats are for comparison.
+
+The trial waits for the device, so make one call before a CUDA graph captures others, as
 kernels that are compiled at first use need anyway.
 """
 

@@ -15,6 +15,13 @@ def test_the_bits_are_those_of_the_collectives(ranks, tmp_path):
     assert results == [[True] * len(symmetric_worker.CALLS)] * ranks
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_error_feedback(ranks, tmp_path):
+    (tmp_path / "blocks").mkdir()
+    results = run_ranks(ranks, symmetric_worker.run_carried, tmp_path, tmp_path / "blocks")
+    assert results == [[True] * len(symmetric_worker.CARRIED)] * ranks
+
+
 def test_a_folded_weight(tmp_path):
     (tmp_path / "blocks").mkdir()
     assert run_ranks(2, symmetric_worker.run_folded, tmp_path, tmp_path / "blocks") == [True] * 2

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 from megatron_lowbit.codecs.folding import fold
-from megatron_lowbit.comm import all_reduce, symmetric_memory
+from megatron_lowbit.comm import all_reduce, symmetric_memory, transport
+from megatron_lowbit.comm.feedback import ErrorFeedback
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
@@ -108,11 +109,11 @@ def run_calls_on_a_gpu(rank: int) -> list[bool]:
     partial, out = torch.empty(2, 8, 4096, dtype=torch.bfloat16, device=device)
     for two_shot in (False, True):
         # What is compiled or made at the first call cannot be captured.
-        codec.all_reduce_in(memory, partial, tables, two_shot=two_shot, out=out)
+        codec.all_reduce_in(memory, partial, tables, chunk=8 * two_shot, out=out)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(3):  # an odd number: the halves change from replay to replay
-                codec.all_reduce_in(memory, partial, tables, two_shot=two_shot, out=out)
+                codec.all_reduce_in(memory, partial, tables, chunk=8 * two_shot, out=out)
         for seed in range(4):
             partials = sample("heavy-tailed", (memory.ranks, 8, 4096), seed).bfloat16()
             partial.copy_(partials[rank])
@@ -138,7 +139,7 @@ def _run_calls(memory: PeerMemory) -> list[bool]:
         time.sleep(0.05 * ((rank + seed) % ranks))
         is_two_shot = collective == "two-shot"
         on_device = tables.to(device)
-        codec.all_reduce_in(memory, partial, on_device, two_shot=is_two_shot, out=partial)
+        codec.all_reduce_in(memory, partial, on_device, chunk=tokens * is_two_shot, out=partial)
         assert memory.late.item() == 0
         same.append(_is_same(partial.cpu(), right))
     return same
@@ -153,8 +154,48 @@ def run_folded(rank: int, directory: Path) -> bool:
     _, tables = fold(torch.ones(96, 2), tables_of(codec, 96, 5, ranks))
     partials = sample("heavy-tailed", (ranks, 3, 101), 0).bfloat16()
     out = torch.empty(3, 96, dtype=torch.bfloat16)
-    codec.all_reduce_in(memory, partials[rank], tables, two_shot=True, out=out)
+    codec.all_reduce_in(memory, partials[rank], tables, chunk=3, out=out)
     return _is_same(out, expected(partials, tables, codec, "two-shot"))
+
+
+# Bits, collective, and whether the call goes over symmetric memory; one chain of calls.
+CARRIED = [
+    (4, "two-shot", True),
+    ((3, 1), "two-shot", True),
+    (4, "two-shot", False),
+    ((1, 2), "two-shot", True),
+    (2, "one-shot", True),  # which takes what its rank owes of sums, too
+    (1, "one-shot", True),
+]
+
+
+def run_carried(rank: int, directory: Path) -> list[bool]:
+    """A chain with error feedback, some of it over symmetric memory: the bits of plain torch.
+
+    In three chunks, the last of which is short: what a rank owes of sums belongs to the same tokens
+    both ways. A token is not finite, and so are its carries.
+    """
+    interpret()
+    transport.CHUNK_VALUES = 1
+    ranks, group = dist.get_world_size(), dist.group.WORLD
+    memory = mapped(rank, ranks, directory, programs=2, seconds=60)
+    opened = symmetric_memory.SymmetricMemory(memory, group=lambda: group)
+    mixed, plain, traffic, same = ErrorFeedback(), ErrorFeedback(), Traffic(), []
+    for seed, (bits, collective, is_shared) in enumerate(CARRIED):
+        codec = get_codec("shaped-hybrid", bits=bits)
+        call = {"codec": codec, "tables": tables_of(codec, 48, 2 * (seed % 2), ranks)}
+        partial = sample("heavy-tailed", (ranks, 2 * ranks + 1, 48), seed)[rank].bfloat16()
+        partial[1, 7] = torch.nan if seed == 1 else 1.0
+        policy = Policy(collective, symmetric_memory=opened) if is_shared else collective
+        got = all_reduce(partial, **call, collective=policy, feedback=mixed, traffic=traffic)
+        with disabled():
+            right = all_reduce(partial, **call, collective=collective, feedback=plain)
+        same.append(_is_same(got, right))
+    assert memory.late.item() == 0 and mixed.dropped == plain.dropped == 0
+    assert mixed.bounded == plain.bounded
+    shared = [c.why for c in traffic.by_decision]
+    assert shared.count("fixed, over symmetric memory") == 2 and len(shared) == 3
+    return same
 
 
 def run_opened(rank: int, directory: Path, fault: str) -> dict:
@@ -215,9 +256,9 @@ def run_late(rank: int, directory: Path) -> tuple[int, str]:
     codec = get_codec("rotated-hybrid")
     tables, partial, said = codec.tables(32), torch.ones(2, 32), ""
     if rank < ranks - 1:
-        codec.all_reduce_in(memory, partial, tables, two_shot=True, out=partial, trap=False)
+        codec.all_reduce_in(memory, partial, tables, chunk=len(partial), out=partial, trap=False)
         try:
-            codec.all_reduce_in(memory, partial, tables, two_shot=False, out=partial)
+            codec.all_reduce_in(memory, partial, tables, chunk=0, out=partial)
         except Exception as error:  # the interpreter wraps what a kernel raises
             said = f"{error} {error.__cause__}"
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Runs `triton_cases` and `triton_rotation_cases` where Triton can: in its interpreter, on a GPU.
+"""Runs `triton_cases` and its neighbours where Triton can: in its interpreter, on a GPU.
 
 In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
 """
@@ -21,7 +21,7 @@ from megatron_lowbit.kernels import select, switches
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CASES = ["triton_cases.py", "triton_rotation_cases.py"]
+CASES = ["triton_cases.py", "triton_carry_cases.py", "triton_rotation_cases.py"]
 
 
 def _run(*command: str, **environment: str) -> str:
@@ -65,12 +65,26 @@ def test_it_compiles_for_a_gpu(tmp_path):
     """
     lines = _run(str(HERE / "triton_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
     found = [line.split() for line in lines.splitlines()]
-    # Ten kernels at two shapes, five on tensor cores, and two for bf16 and each peer's format.
-    assert len(found) == 30 + 2 * (1 + len(PEERS))
+    # 14 kernels at two shapes, five on tensor cores, and two for bf16 and each peer's format.
+    assert len(found) == 38 + 2 * (1 + len(PEERS))
+    assert sum(name.endswith(".carry") for name, *_ in found) == 8
     for name, tile, registers, stack, *_ in found:
         # Those with a barrier keep a few addresses over the calls of slow square roots.
         allowed = 32 if name.startswith("symmetric") else 0
         assert int(stack) <= allowed, f"{name} of {tile} values spills: {registers} registers"
+
+
+def test_the_page_has_what_is_known_without_a_gpu(tmp_path):
+    """The tables of kernels/README.md, of one kernel: its bytes are those of its tensors."""
+    said = _run(str(HERE / "triton_page.py"), "reduce_encode", TRITON_CACHE_DIR=str(tmp_path))
+    lines = [line.strip("| ").split(" | ") for line in said.splitlines() if "`" in line]
+    costs, with_carry, resources, _ = lines
+    row = 8192 * 4 // 8 + 2 * (8192 // 128 + 1)  # of each of 8 ranks, and of the sum
+    assert costs[:2] == ["`reduce_encode`", f"{9 * row / 8192:.2f}"]
+    assert with_carry[:2] == ["`reduce_encode` with a carry", f"{9 * row / 8192 + 4:.2f}"]
+    for count, share in (costs[3:], with_carry[3:]):
+        assert int(count) > 0 and 0 < int(share.rstrip("%")) <= 100
+    assert len(resources) == 6 and all(len(cell.split(" / ")) == 3 for cell in resources[1:])
 
 
 # What a process of its own does where GPU tensors have no kernels: CPU tensors stand for them.

@@ -33,6 +33,16 @@ def features(body_index, BODY: tl.constexpr, LOG_TILE: tl.constexpr):
 
 
 @triton.jit
+def write_kept(
+    partial, column_stride, index, kept, payload, BODY_BYTES: tl.constexpr, KEPT: tl.constexpr
+):
+    """Write a token's BF16 features into its row; gives 1 if all of them are finite, else 0."""
+    feature, mask = parts.index_of(index, kept, KEPT)
+    values = parts.load_floats(partial + feature * column_stride, mask)
+    return parts.write_kept(values, kept, payload + BODY_BYTES + BODY_BYTES % 2, KEPT)
+
+
+@triton.jit
 def store_sum(
     total,
     feature,
@@ -67,11 +77,10 @@ def store_sum(
     """
     parts.store_floats(out + feature * out_column_stride, total, inside, NATIVE)
     if KEPT:
-        j = tl.arange(0, KEPT)
         floats = payloads + BODY_BYTES + BODY_BYTES % 2
         total = parts.sum_kept(floats, rank_stride, ranks, kept, KEPT)
-        feature = tl.load(bf16_index + j, mask=j < kept, other=0)
-        parts.store_floats(out + feature * out_column_stride, total, j < kept, NATIVE)
+        feature, real = parts.index_of(bf16_index, kept, KEPT)
+        parts.store_floats(out + feature * out_column_stride, total, real, NATIVE)
 
 
 def launch_encode(

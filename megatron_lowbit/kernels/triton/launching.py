@@ -13,6 +13,8 @@ from megatron_lowbit.kernels.switches import BUTTERFLIES, SWITCH, rotation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row is in the registers of one program: 64 fp32 values a thread of 16 warps.
 LARGEST_HIDDEN = 1 << 15
+# What kernels take in place of a carry: nothing taken, nothing given, no count, no bound.
+NO_CARRY = (None, 0, 0, None, 0, 0, None, 0.0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,30 @@ def check_partial(partial: Tensor, hidden: int) -> Tensor:
     if partial.ndim != 2 or partial.shape[1] != hidden:
         raise LowbitError(f"a partial is [tokens, {hidden}], got {list(partial.shape)}")
     return as_bits(partial)
+
+
+def carry_arguments(
+    taken: Tensor | None,
+    given: Tensor | None,
+    bounded: Tensor | None,
+    largest: float,
+    tokens: int,
+    hidden: int,
+) -> tuple:
+    """A carry as kernels take it: with strides, BF16 as its bits.
+
+    Raises:
+        LowbitError: Another shape than ``[tokens, hidden]``, a type that no kernel reads, or an
+            error that is not to be kept in BF16.
+    """
+    for name, carry in (("taken", taken), ("given", given)):
+        if carry is not None and carry.shape != (tokens, hidden):
+            raise LowbitError(f"a carry is [{tokens}, {hidden}], {name} is {list(carry.shape)}")
+    if given is not None and given.dtype != torch.bfloat16:
+        raise LowbitError(f"a carry is kept in BF16, given is {given.dtype}")
+    views = (None if carry is None else as_bits(carry) for carry in (taken, given))
+    placed = ((None, 0, 0) if view is None else (view, *view.stride()) for view in views)
+    return (*next(placed), *next(placed), bounded, largest)
 
 
 def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:

@@ -16,7 +16,12 @@ from torch import Tensor
 from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton import rotated_kernels as kernels
+from megatron_lowbit.kernels.triton.carrying import encode_with_carry as encode_with_carry
+from megatron_lowbit.kernels.triton.carrying import (
+    reduce_encode_with_carry as reduce_encode_with_carry,
+)
 from megatron_lowbit.kernels.triton.launching import (
+    NO_CARRY,
     Tile,
     check_partial,
     check_payloads,
@@ -55,7 +60,7 @@ def encode(
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
         block: Values that the rotation mixes, a power of two that divides hidden.
         thresholds: fp32 ``[2**bits - 1]``, ascending.
-        bits: 2 to 6.
+        bits: 1 to 6.
         body_bytes: Bytes of the packed codes of a row.
 
     Returns:
@@ -68,14 +73,13 @@ def encode(
     tile, search = Tile.of(hidden), cells(thresholds)
     values = check_partial(partial, width)
     payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
-    arguments = (values, *values.stride(), center, scale, bf16_index, kept, search.table, payload)
     launch(
         kernels.encode,
         len(partial),
         tile,
         partial,
-        *arguments,
-        payload.shape[1],
+        *(values, *values.stride(), *NO_CARRY, center, scale, None),
+        *(bf16_index, kept, search.table, None, payload, payload.shape[1]),
         HIDDEN=hidden,
         LOG_BLOCK=block.bit_length() - 1,
         KEPT=power_of_two(kept),
@@ -83,6 +87,7 @@ def encode(
         BITS=bits,
         STEPS=search.steps,
         CELLS=len(search.table),
+        NATIVE=is_compiled(kernels.encode),
         DOT=dot_type(kernels.encode),
     )
     return payload
@@ -133,7 +138,7 @@ def decode_sum_into(
         bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
         block: Values that the rotation mixes.
         levels: fp32 ``[2**bits]``, ascending.
-        bits: 2 to 6.
+        bits: 1 to 6.
         body_bytes: Bytes of the packed codes of a row.
 
     Raises:
@@ -189,10 +194,10 @@ def reduce_encode(
         hidden: Features in a token.
         kept: Features that travel in BF16.
         levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 2 to 6.
+        bits: Of a value in `payloads`, 1 to 6.
         body_bytes: Bytes of the packed codes of a row in `payloads`.
         thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_bits: Of a value in the result, 2 to 6.
+        sum_bits: Of a value in the result, 1 to 6.
         sum_body_bytes: Bytes of the packed codes of a row in the result.
 
     Returns:
@@ -205,19 +210,15 @@ def reduce_encode(
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
-    received = (payloads, *payloads.stride()[:2], ranks)
     launch(
         kernels.reduce_encode,
         tokens,
         tile,
         payloads,
-        *received,
-        kept,
-        levels,
-        search.table,
-        payload,
-        payload.shape[1],
+        *(payloads, *payloads.stride()[:2], ranks, *NO_CARRY, None, None, None, None),
+        *(kept, levels, search.table, None, payload, payload.shape[1]),
         HIDDEN=hidden,
+        LOG_BLOCK=0,
         KEPT=power_of_two(kept),
         BODY_BYTES=body_bytes,
         BITS=bits,
@@ -225,6 +226,8 @@ def reduce_encode(
         SUM_BITS=sum_bits,
         STEPS=search.steps,
         CELLS=len(search.table),
+        NATIVE=is_compiled(kernels.reduce_encode),
+        DOT="",
     )
     return payload
 

@@ -49,8 +49,9 @@ def _encode(
     row = tl.div_rn(row, tl.load(scale + feature, mask=inside, other=1.0))
     finite = 1
     if KEPT:
-        floats = payload + BODY_BYTES + BODY_BYTES % 2
-        finite = parts.write_kept(partial, column_stride, bf16_index, kept, floats, KEPT)
+        finite = gathered.write_kept(
+            partial, column_stride, bf16_index, kept, payload, BODY_BYTES, KEPT
+        )
     # The tile may be longer than the power of two that the codec pads a body to: the zeros behind
     # it change no sum of squares.
     parts.write_body(

@@ -45,8 +45,7 @@ def _encode(
     finite = tl.abs(values) < float("inf")
     codes = tl.where(finite, codes, -(1 << (BITS - 1))) & ((1 << BITS) - 1)
     if KEPT:
-        floats = payload + BODY_BYTES + BODY_BYTES % 2
-        parts.write_kept(partial, column_stride, bf16_index, kept, floats, KEPT)
+        gathered.write_kept(partial, column_stride, bf16_index, kept, payload, BODY_BYTES, KEPT)
         parts.pack(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
     else:
         parts.pack_bytes(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)

@@ -19,6 +19,7 @@ from megatron_lowbit.kernels.peer_memory import POLL_SECONDS, PeerMemory, row_st
 from megatron_lowbit.kernels.triton import symmetric_kernels as kernels
 from megatron_lowbit.kernels.triton.launching import (
     Tile,
+    carry_arguments,
     check_partial,
     check_sum,
     dot_type,
@@ -35,6 +36,7 @@ def one_shot(
     *,
     encode: dict,
     decode: dict,
+    carry: dict,
     trap: bool = True,
 ) -> None:
     """Sum the partials of all ranks: every rank gets all payloads and decodes them.
@@ -45,6 +47,8 @@ def one_shot(
         out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides; may be `partial`.
         encode: What `rotated.encode` takes besides, for this rank.
         decode: What `rotated.decode_sum` takes besides.
+        carry: What `carrying.encode_with_carry` takes of the carry of the partial: `taken`,
+            `given`, `bounded` and `largest`.
         trap: A rank that does not come within `memory.seconds` ends the kernel with an error. Else
             it is counted in `memory.late`, and `out` is anything.
 
@@ -59,6 +63,7 @@ def one_shot(
         partial,
         out,
         width=encode["width"],
+        carries=carry_arguments(**carry, tokens=len(partial), hidden=encode["scale"].numel()),
         tables=(
             *_tables(encode),
             *(decode["center"], decode["scale"], decode["bf16_index"], decode["levels"]),
@@ -77,6 +82,9 @@ def two_shot(
     encode: dict,
     reduce: dict,
     decode: dict,
+    carry: dict,
+    of_sum: dict,
+    chunk: int,
     trap: bool = True,
 ) -> None:
     """Sum the partials of all ranks: each sums a share of the tokens and sends the sum.
@@ -88,6 +96,10 @@ def two_shot(
         encode: As for `one_shot`.
         reduce: What `rotated.reduce_encode` takes besides.
         decode: What `rotated.decode_sum` takes besides, for rows of sums.
+        carry: As for `one_shot`.
+        of_sum: The same of the sums that this rank owns: ``[share, hidden]``, chunk by chunk.
+        chunk: Tokens that are shared out at once (`comm.transport.chunks`): in shorter ones the
+            same rank must own the same tokens as over torch.distributed, where the next call goes.
         trap: As for `one_shot`.
 
     Raises:
@@ -95,12 +107,18 @@ def two_shot(
     """
     sum_search, sum_row = cells(reduce["thresholds"]), _stride(decode)
     assert memory.holds("two-shot", len(partial), _stride(encode), sum_row)
+    tokens, hidden = len(partial), encode["scale"].numel()
+    share = -(-tokens // memory.ranks)
     _run(
         kernels.two_shot,
         memory,
         partial,
         out,
         width=encode["width"],
+        carries=(
+            *carry_arguments(**carry, tokens=tokens, hidden=hidden),
+            *(*carry_arguments(**of_sum, tokens=share, hidden=hidden), chunk),
+        ),
         tables=(
             *_tables(encode),
             *(reduce["levels"], sum_search.table),
@@ -151,6 +169,7 @@ def _run(
     out: Tensor,
     *,
     width: int,
+    carries: tuple,
     tables: tuple,
     **constants,
 ) -> None:
@@ -163,7 +182,7 @@ def _run(
         programs if len(partial) else 0,
         Tile.of(constants["HIDDEN"]),
         partial,
-        *(values, *values.stride(), len(partial)),
+        *(values, *values.stride(), len(partial), *carries),
         *tables,
         *(target, *target.stride()),
         *(memory.peers, memory.calls, memory.late, memory.rank, memory.ranks),

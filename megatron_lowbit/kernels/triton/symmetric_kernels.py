@@ -9,27 +9,9 @@ import triton
 import triton.language as tl
 
 from megatron_lowbit.kernels.triton.parts import barrier as barrier
+from megatron_lowbit.kernels.triton.parts import reduce as reduce
 from megatron_lowbit.kernels.triton.parts import rows as rows
-
-
-@triton.jit
-def _as_bytes(address):
-    """The bytes at an address of a row or an area."""
-    return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
-
-
-@triton.jit
-def _send_row(peers, rank, ranks, place, ROW: tl.constexpr, WORDS: tl.constexpr):
-    """Copy the row at `place` of this rank's memory to the same place of all others'."""
-    word = tl.arange(0, WORDS)
-    mask = word < ROW // 4
-    tl.debug_barrier()  # all threads have written their bytes of the row
-    own = _as_bytes(tl.load(peers + rank) + place).to(tl.pointer_type(tl.int32))
-    values = tl.load(own + word, mask=mask)
-    for step in range(1, ranks):
-        peer = (rank + step) % ranks
-        theirs = _as_bytes(tl.load(peers + peer) + place).to(tl.pointer_type(tl.int32))
-        tl.store(theirs + word, values, mask=mask)
+from megatron_lowbit.kernels.triton.parts import sending as sending
 
 
 @triton.jit
@@ -38,6 +20,14 @@ def one_shot(
     partial_row_stride,
     partial_column_stride,
     tokens,
+    taken,  # fp32, fp16 or the bits of BF16 [tokens, hidden], or None
+    taken_row_stride,
+    taken_column_stride,
+    given,  # the bits of BF16 [tokens, hidden], or None
+    given_row_stride,
+    given_column_stride,
+    bounded,  # int64 [1], or None
+    largest,
     center,  # fp32 [hidden], or None: this rank's
     encode_scale,  # fp32 [hidden], 0 for a BF16 feature
     encode_index,  # int64 [kept]: BF16 features of the partial
@@ -82,14 +72,22 @@ def one_shot(
     for token in range(program, tokens, PROGRAMS):
         place = tl.cast(rank * tokens + token, tl.int64) * ROW
         rows.encode_row(
-            partial + tl.cast(token, tl.int64) * partial_row_stride,
+            sending.row_of(partial, token, partial_row_stride),
             partial_column_stride,
+            sending.row_of(taken, token, taken_row_stride),
+            taken_column_stride,
+            sending.row_of(given, token, given_row_stride),
+            given_column_stride,
+            bounded,
+            largest,
             center,
             encode_scale,
+            decode_scale,
             encode_index,
             kept,
             cells,
-            _as_bytes(own + place),
+            levels,
+            sending.as_bytes(own + place),
             HIDDEN,
             LOG_BLOCK,
             KEPT,
@@ -97,14 +95,15 @@ def one_shot(
             BITS,
             STEPS,
             CELLS,
+            NATIVE,
             LOG_TILE,
             DOT,
         )
-        _send_row(peers, rank, ranks, half + place, ROW, WORDS)
+        sending.send_row(peers, rank, ranks, half + place, ROW, WORDS)
     barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
     for token in range(program, tokens, PROGRAMS):
         rows.decode_row(
-            _as_bytes(own + tl.cast(token, tl.int64) * ROW),
+            sending.as_bytes(own + tl.cast(token, tl.int64) * ROW),
             tl.cast(tokens, tl.int64) * ROW,
             ranks,
             center_sum,
@@ -112,7 +111,7 @@ def one_shot(
             index,
             kept,
             levels,
-            out + tl.cast(token, tl.int64) * out_row_stride,
+            sending.row_of(out, token, out_row_stride),
             out_column_stride,
             HIDDEN,
             LOG_SUM_BLOCK,
@@ -132,6 +131,23 @@ def two_shot(
     partial_row_stride,
     partial_column_stride,
     tokens,
+    taken,  # fp32, fp16 or the bits of BF16 [tokens, hidden], or None
+    taken_row_stride,
+    taken_column_stride,
+    given,  # the bits of BF16 [tokens, hidden], or None
+    given_row_stride,
+    given_column_stride,
+    bounded,  # int64 [1], or None
+    largest,
+    sum_taken,  # as `taken`, of the sums that this rank owns: [share, hidden]
+    sum_taken_row_stride,
+    sum_taken_column_stride,
+    sum_given,
+    sum_given_row_stride,
+    sum_given_column_stride,
+    sum_bounded,
+    sum_largest,
+    chunk,  # tokens
     center,  # fp32 [hidden], or None: this rank's
     encode_scale,  # fp32 [hidden], 0 for a BF16 feature
     encode_index,  # int64 [kept]: BF16 features of the partial
@@ -184,18 +200,26 @@ def two_shot(
     for place in range(program, share, PROGRAMS):  # every owner's token at this place
         for step in range(ranks):
             owner = (rank + step) % ranks
-            token = owner * share + place
+            token = sending.token_of(place, owner, tokens, chunk, ranks)
             if token < tokens:
                 theirs = tl.load(peers + owner) + half
                 rows.encode_row(
-                    partial + tl.cast(token, tl.int64) * partial_row_stride,
+                    sending.row_of(partial, token, partial_row_stride),
                     partial_column_stride,
+                    sending.row_of(taken, token, taken_row_stride),
+                    taken_column_stride,
+                    sending.row_of(given, token, given_row_stride),
+                    given_column_stride,
+                    bounded,
+                    largest,
                     center,
                     encode_scale,
+                    decode_scale,
                     encode_index,
                     kept,
                     cells,
-                    _as_bytes(theirs + tl.cast(rank * share + place, tl.int64) * ROW),
+                    levels,
+                    sending.as_bytes(theirs + tl.cast(rank * share + place, tl.int64) * ROW),
                     HIDDEN,
                     LOG_BLOCK,
                     KEPT,
@@ -203,24 +227,37 @@ def two_shot(
                     BITS,
                     STEPS,
                     CELLS,
+                    NATIVE,
                     LOG_TILE,
                     DOT,
                 )
     barrier.meet(peers, rank, ranks, 2 * call + 1, polls, late, PEERS, TRAP, NATIVE)
     sums = tl.cast(ranks * share, tl.int64) * ROW  # where they begin in a half
     for place in range(program, share, PROGRAMS):
-        token = rank * share + place
+        token = sending.token_of(place, rank, tokens, chunk, ranks)
         if token < tokens:
             row = sums + tl.cast(token, tl.int64) * SUM_ROW
-            rows.reduce_row(
-                _as_bytes(own + tl.cast(place, tl.int64) * ROW),
+            reduce.reduce_row(
+                sending.as_bytes(own + tl.cast(place, tl.int64) * ROW),
                 tl.cast(share, tl.int64) * ROW,
                 ranks,
+                sending.row_of(sum_taken, place, sum_taken_row_stride),
+                sum_taken_column_stride,
+                sending.row_of(sum_given, place, sum_given_row_stride),
+                sum_given_column_stride,
+                sum_bounded,
+                sum_largest,
+                center_sum,
+                encode_scale,
+                decode_scale,
+                index,
                 kept,
                 levels,
                 sum_cells,
-                _as_bytes(own + row),
+                sum_levels,
+                sending.as_bytes(own + row),
                 HIDDEN,
+                LOG_SUM_BLOCK,
                 KEPT,
                 BODY_BYTES,
                 BITS,
@@ -228,16 +265,18 @@ def two_shot(
                 SUM_BITS,
                 SUM_STEPS,
                 SUM_CELLS,
+                NATIVE,
                 LOG_TILE,
+                DOT,
             )
-            _send_row(peers, rank, ranks, half + row, SUM_ROW, WORDS)
+            sending.send_row(peers, rank, ranks, half + row, SUM_ROW, WORDS)
     barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
     for place in range(program, share, PROGRAMS):
         for owner in range(ranks):
-            token = owner * share + place
+            token = sending.token_of(place, owner, tokens, chunk, ranks)
             if token < tokens:
                 rows.decode_row(
-                    _as_bytes(own + sums + tl.cast(token, tl.int64) * SUM_ROW),
+                    sending.as_bytes(own + sums + tl.cast(token, tl.int64) * SUM_ROW),
                     0,
                     1,
                     center_sum,
@@ -245,7 +284,7 @@ def two_shot(
                     index,
                     kept,
                     sum_levels,
-                    out + tl.cast(token, tl.int64) * out_row_stride,
+                    sending.row_of(out, token, out_row_stride),
                     out_column_stride,
                     HIDDEN,
                     LOG_SUM_BLOCK,

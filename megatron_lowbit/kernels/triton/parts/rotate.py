@@ -54,6 +54,65 @@ def rotate(values, LOG_TILE: tl.constexpr, LOG_BLOCK: tl.constexpr, DOT: tl.cons
 
 
 @triton.jit
+def turned(
+    row,
+    center,
+    scale,
+    HIDDEN: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """fp32 [1 << LOG_TILE]: features centred, scaled and rotated.
+
+    Args:
+        row: fp32 [1 << LOG_TILE], zero from HIDDEN on, as the result is.
+        center: fp32 [hidden], subtracted first; or None.
+        scale: fp32 [hidden], what each feature is multiplied by then; 0 leaves it out.
+        HIDDEN: Features.
+        LOG_BLOCK: As for `rotate`, and so all others.
+        LOG_TILE: See there.
+        DOT: See there.
+    """
+    feature = tl.arange(0, 1 << LOG_TILE)
+    inside = feature < HIDDEN
+    if center is not None:
+        row -= tl.load(center + feature, mask=inside, other=0.0)
+    factor = tl.load(scale + feature, mask=inside, other=0.0)
+    return rotate(tl.where(factor == 0, 0.0, row * factor), LOG_TILE, LOG_BLOCK, DOT)
+
+
+@triton.jit
+def turned_back(
+    row,
+    center,
+    scale,
+    HIDDEN: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """fp32 [1 << LOG_TILE]: a rotated row as features.
+
+    Args:
+        row: fp32 [1 << LOG_TILE].
+        center: fp32 [hidden], added last; or None.
+        scale: fp32 [hidden], what each feature is multiplied by before.
+        HIDDEN: As for `turned`, and so all others.
+        LOG_BLOCK: See there.
+        LOG_TILE: See there.
+        DOT: See there.
+    """
+    feature = tl.arange(0, 1 << LOG_TILE)
+    inside = feature < HIDDEN
+    row = rotate(row, LOG_TILE, LOG_BLOCK, DOT)
+    row *= tl.load(scale + feature, mask=inside, other=0.0)
+    if center is not None:
+        row += tl.load(center + feature, mask=inside, other=0.0)
+    return row
+
+
+@triton.jit
 def _hadamard_matrix():
     """int32 [16, 16] of +1 and -1: the parity of the bits that row and column share."""
     i = tl.arange(0, 16)

@@ -23,6 +23,25 @@ def load_floats(pointers, mask):
 
 
 @triton.jit
+def load_wanted(partial, column_stride, taken, taken_column_stride, place, mask):
+    """fp32 of a token's features at `place`: the partial and what is taken; 0 where masked out.
+
+    Args:
+        partial: fp32, fp16 or the bits of BF16, `column_stride` apart.
+        column_stride: See there.
+        taken: The same, `taken_column_stride` apart; None for nothing.
+        taken_column_stride: See there.
+        place: Which features.
+        mask: Which of them are real.
+    """
+    place = place.to(tl.int64)
+    values = load_floats(partial + place * column_stride, mask)
+    if taken is not None:
+        values += load_floats(taken + place * taken_column_stride, mask)
+    return values
+
+
+@triton.jit
 def store_floats(pointers, values, mask, NATIVE: tl.constexpr):
     """fp32 `values`, rounded to the type at `pointers` (int16: the bits of BF16).
 
@@ -124,6 +143,9 @@ def write_body(
         payload: The bytes of the token's row.
         kept: BF16 features, which lie between codes and scale.
         cells: As for `quantize`.
+
+    Returns:
+        The codes, int32 [1 << LOG_TILE], and the scale as its receivers read it.
     """
     scale = root_mean_square(row, HIDDEN, LOG_TILE)
     scale = tl.where((finite != 0) & (scale < float("inf")), scale, float("nan"))
@@ -132,8 +154,9 @@ def write_body(
     scale = (bits << 16).to(tl.float32, bitcast=True)
     inverse = tl.where(scale == 0, 0.0, tl.div_rn(1.0, scale))
     codes = quantize(row * inverse, cells, STEPS, CELLS)
-    inside = tl.arange(0, 1 << LOG_TILE) < HIDDEN
-    pack(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
+    codes = tl.where(tl.arange(0, 1 << LOG_TILE) < HIDDEN, codes, 0)
+    pack(codes, payload, BODY_BYTES, BITS, LOG_TILE)
+    return codes, scale
 
 
 @triton.jit
@@ -176,26 +199,30 @@ def row_values(
 
 
 @triton.jit
-def write_kept(partial, column_stride, index, kept, floats, KEPT: tl.constexpr):
+def index_of(index, kept, KEPT: tl.constexpr):
+    """int64 [KEPT]: the BF16 features, of int64 [kept]; 0 behind the last one, and which are real.
+
+    KEPT is a power of two, at least `kept`.
+    """
+    j = tl.arange(0, KEPT)
+    mask = j < kept
+    return tl.load(index + j, mask=mask, other=0), mask
+
+
+@triton.jit
+def write_kept(values, kept, floats, KEPT: tl.constexpr):
     """Write a token's BF16 features; gives 1 if all of them are finite, else 0.
 
     Args:
-        partial: The token's features, `column_stride` apart.
-        index: int64 [kept], which of them.
+        values: fp32 [KEPT].
+        kept: How many are real.
         floats: The bytes of the row where the BF16 values begin.
         KEPT: A power of two, at least `kept`.
     """
     j = tl.arange(0, KEPT)
     mask = j < kept
-    feature = tl.load(index + j, mask=mask, other=0)
-    bits = wire_bits(load_floats(partial + feature * column_stride, mask))
+    bits = wire_bits(values)
     store_bytes(floats + 2 * j, bits, mask, 2)
-    return all_finite(bits, mask)
-
-
-@triton.jit
-def all_finite(bits, mask):
-    """1 if no BF16 of the int32 `bits` is a NaN or an infinity, else 0."""
     return tl.min(tl.where(mask & ((bits & 0x7F80) == 0x7F80), 0, 1), axis=0)
 
 

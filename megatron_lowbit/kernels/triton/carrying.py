@@ -1,0 +1,196 @@
+"""Encoding with error feedback in Triton: one program a token, one pass over its data.
+
+The bits are those of `codecs.carry` and `codecs.rotated_hybrid`, the plain torch; `parts.carries`
+says how. Bytes moved a value at 4 bits: encode 2 in, 0.5 out, and a carry's 2 in and 2 out;
+reduce_encode 0.5 in for each rank, 0.5 out, and the same for its carry.
+
+A carry may be written where the one before lay: a program reads its row before.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels.cells import cells
+from megatron_lowbit.kernels.layout import row_bytes
+from megatron_lowbit.kernels.triton import rotated_kernels as kernels
+from megatron_lowbit.kernels.triton.launching import (
+    Tile,
+    carry_arguments,
+    check_partial,
+    check_payloads,
+    dot_type,
+    is_compiled,
+    launch,
+    new_payload,
+    power_of_two,
+)
+
+
+@torch.library.custom_op(
+    "megatron_lowbit::rotated_encode_with_carry", mutates_args=("given", "bounded")
+)
+def encode_with_carry(
+    partial: Tensor,
+    taken: Tensor | None,
+    given: Tensor | None,
+    bounded: Tensor | None,
+    largest: float,
+    width: int,
+    center: Tensor | None,
+    scale: Tensor,
+    decode_scale: Tensor,
+    bf16_index: Tensor,
+    block: int,
+    thresholds: Tensor,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+) -> Tensor:
+    """`rotated.encode` with error feedback (`codecs.carry`).
+
+    Args:
+        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
+        taken: The same; nothing is if None.
+        given: BF16 ``[tokens, hidden]``, any strides: where the error goes. It may be `taken`.
+            Nothing is kept if None.
+        bounded: int64 ``[1]``, counts rows whose error was scaled down; None to count nothing.
+        largest: Of a row: the most that its error may be.
+        width: Hidden size. A folded weight's rows have no features to carry.
+        center: fp32 ``[hidden]``, contiguous: subtracted first, and added by receivers.
+        scale: As for `rotated.encode`.
+        decode_scale: fp32 ``[hidden]``, contiguous, 0 for the features of the index: what receivers
+            multiply by.
+        bf16_index: As for `rotated.encode`, and so all others but:
+        block: See there.
+        thresholds: See there.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: See there.
+        body_bytes: See there.
+
+    Returns:
+        ``uint8 [tokens, row_bytes]``, contiguous.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, the rows come rotated, or there are too
+            many features.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    if width != hidden or block != hidden & -hidden:
+        raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
+    tile, search = Tile.of(hidden), cells(thresholds)
+    values = check_partial(partial, width)
+    payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
+    launch(
+        kernels.encode,
+        len(partial),
+        tile,
+        partial,
+        *(values, *values.stride()),
+        *carry_arguments(taken, given, bounded, largest, len(partial), hidden),
+        *(center, scale, decode_scale, bf16_index, kept, search.table, levels),
+        *(payload, payload.shape[1]),
+        HIDDEN=hidden,
+        LOG_BLOCK=block.bit_length() - 1,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        STEPS=search.steps,
+        CELLS=len(search.table),
+        NATIVE=is_compiled(kernels.encode),
+        DOT=dot_type(kernels.encode),
+    )
+    return payload
+
+
+@encode_with_carry.register_fake
+def _(
+    partial, taken, given, bounded, largest, width, center, scale, decode_scale, bf16_index, *rest
+):
+    row = row_bytes(rest[-1], bf16_index.numel() + 1)
+    return new_payload(partial, partial.shape[0], row)
+
+
+@torch.library.custom_op(
+    "megatron_lowbit::rotated_reduce_encode_with_carry", mutates_args=("given", "bounded")
+)
+def reduce_encode_with_carry(
+    payloads: Tensor,
+    taken: Tensor | None,
+    given: Tensor | None,
+    bounded: Tensor | None,
+    largest: float,
+    center: Tensor | None,
+    scale: Tensor,
+    decode_scale: Tensor,
+    bf16_index: Tensor,
+    block: int,
+    levels: Tensor,
+    bits: int,
+    body_bytes: int,
+    thresholds: Tensor,
+    sum_levels: Tensor,
+    sum_bits: int,
+    sum_body_bytes: int,
+) -> Tensor:
+    """`rotated.reduce_encode` with error feedback of the sum, which is turned back for it.
+
+    Args:
+        payloads: ``uint8 [ranks, tokens, row_bytes]``.
+        taken: As for `encode_with_carry`, of the sum; and so all others but:
+        given: See there.
+        bounded: See there.
+        largest: See there.
+        center: fp32 ``[hidden]``, contiguous: added to the sum, and subtracted before it is
+            encoded.
+        scale: See there.
+        decode_scale: See there.
+        bf16_index: See there.
+        block: See there.
+        levels: fp32 ``[2**bits]``, ascending.
+        bits: Of a value in `payloads`, 1 to 6.
+        body_bytes: Bytes of the packed codes of a row in `payloads`.
+        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
+        sum_levels: fp32 ``[2**sum_bits]``, ascending.
+        sum_bits: Of a value in the result, 1 to 6.
+        sum_body_bytes: Bytes of the packed codes of a row in the result.
+
+    Returns:
+        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
+
+    Raises:
+        LowbitError: A tensor has another shape or type, or too many features.
+    """
+    hidden, kept = scale.numel(), bf16_index.numel()
+    tile, search = Tile.of(hidden), cells(thresholds)
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
+    ranks, tokens, _ = payloads.shape
+    payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
+    launch(
+        kernels.reduce_encode,
+        tokens,
+        tile,
+        payloads,
+        *(payloads, *payloads.stride()[:2], ranks),
+        *carry_arguments(taken, given, bounded, largest, tokens, hidden),
+        *(center, scale, decode_scale, bf16_index, kept, levels, search.table, sum_levels),
+        *(payload, payload.shape[1]),
+        HIDDEN=hidden,
+        LOG_BLOCK=block.bit_length() - 1,
+        KEPT=power_of_two(kept),
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        SUM_BODY_BYTES=sum_body_bytes,
+        SUM_BITS=sum_bits,
+        STEPS=search.steps,
+        CELLS=len(search.table),
+        NATIVE=is_compiled(kernels.reduce_encode),
+        DOT=dot_type(kernels.reduce_encode),
+    )
+    return payload
+
+
+@reduce_encode_with_carry.register_fake
+def _(payloads, taken, given, bounded, largest, center, scale, decode_scale, bf16_index, *rest):
+    row = row_bytes(rest[-1], bf16_index.numel() + 1)
+    return new_payload(payloads, payloads.shape[1], row)
