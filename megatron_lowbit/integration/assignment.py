@@ -133,21 +133,23 @@ def _ruled(recipe: Recipe, rules: Path | None) -> Recipe:
 def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
     """`recipe` with more bits at the ends of chains, whose errors nobody repairs.
 
-    They get what the recipe has at its own end, of partials and of sums, at least `END_BITS` if all
-    are alike. A pipeline stage's last sync point is such an end, too, which no plan knew of.
+    Where all sync points are alike it gets `END_BITS`. A plan knows its own end, but not that a
+    pipeline stage's last sync point is one, too: that gets what the last layer has at most, of
+    partials and of sums.
     """
     known = {CALIBRATED_CODEC, Bf16.name}
     if not recipe or any(assignment.codec not in known for assignment in recipe.values()):
         return recipe
     depth = max(layer for layer, _ in recipe)
     strong = max((a for (layer, _), a in recipe.items() if layer == depth), key=_both_bits)
-    if len(set(recipe.values())) == 1 and strong.codec == CALIBRATED_CODEC:
+    is_planned = len(set(recipe.values())) > 1
+    if not is_planned and strong.codec == CALIBRATED_CODEC:
         strong = replace(strong, bits=END_BITS)
     changed = dict(recipe)
     for chain in members(points, [True] * len(points)):
         end = points[chain[-1]]
         key = (end.layer, end.name)
-        if key in changed:
+        if key in changed and not (is_planned and end.layer == depth):
             changed[key] = _raised(changed[key], strong)
     return changed
 

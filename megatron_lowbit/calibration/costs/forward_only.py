@@ -12,6 +12,8 @@ that are not run cost in proportion to the share of a token's energy that they m
 native run measures for all.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -69,31 +71,63 @@ def by_divergence(
     runs = _Runs(model, summing, index, sequences, vocab_size, dp_group)
     shares_of = _missed(model, summing, errors, len(assignments), sequences)
     missed, passed = (runs.mean(values) for values in shares_of)
-    costs = Costs(torch.zeros(2, 3, *missed.shape[1:], dtype=torch.float64), missed)
     # Those without BF16 features, fewest bits first: they are run.
     ladder = sorted(
         (n for n, a in enumerate(assignments) if a.bf16_features == 0 and a != SKIP),
         key=lambda n: assignments[n].make().bits,
     )
-    rates = torch.zeros(2, *missed.shape[1:], dtype=torch.float64)  # nats per share missed
-    steps = [assignments[n] for n in ladder]
+    rates = torch.zeros(2, *missed.shape[1:], dtype=torch.float64)
     for number in track("divergence", "sync point")(list(range(len(summing.points)))):
-        floor = runs.divergence(number, steps[-1], feedback=True)
+        here = _Ladder(number, ladder, [assignments[n] for n in ladder], missed[PARTIALS, number])
+        floor = runs.divergence(number, here.steps[-1], feedback=True)
         for kind, feedback in ((PLAIN, False), (CARRIED, True)):
-            rates[kind, number] = runs.rates(
-                number, steps, missed[PARTIALS, number], ladder, floor=floor, feedback=feedback
-            )
+            rates[kind, number] = runs.rates(here, floor=floor, feedback=feedback)
+    return _costs(summing, _raised(rates), missed, passed, ladder[0])
+
+
+def _raised(rates: Tensor) -> Tensor:
+    """`rates` with none far below the typical one."""
     for kind in (PLAIN, CARRIED):
         positive = rates[kind][rates[kind] > 0]
-        typical = positive.median() if len(positive) else rates.new_zeros(())
-        rates[kind].clamp_(min=_LEAST * typical.item())
+        typical = positive.median().item() if len(positive) else 0.0
+        rates[kind].clamp_(min=_LEAST * typical)
+    return rates
+
+
+def _costs(summing: Summing, rates: Tensor, missed: Tensor, passed: Tensor, coarsest: int) -> Costs:
+    """What options cost, from nats for each share of the energy that is missed.
+
+    Args:
+        summing: How the model sums.
+        rates: fp64 ``[2, points, options]``, `PLAIN` and `CARRIED`.
+        missed: fp64 ``[2, points, options]``, of partials and of sums.
+        passed: Likewise, as a share of the next sync point's energy.
+        coarsest: The option whose rate the next sync point has for what it takes.
+    """
+    costs = Costs(torch.zeros(2, 3, *missed.shape[1:], dtype=torch.float64), missed)
     for what in (PARTIALS, SUMS):
         costs.nats[what, :HANDED_ON] = rates * missed[what]
         for number, after in following_of(summing.points).items():
-            costs.nats[what, HANDED_ON, number] = (
-                rates[CARRIED, after, ladder[0]] * passed[what, number]
-            )
+            handed_on = rates[CARRIED, after, coarsest] * passed[what, number]
+            costs.nats[what, HANDED_ON, number] = handed_on
     return costs
+
+
+@dataclass(frozen=True)
+class _Ladder:
+    """The options of one sync point that may be run.
+
+    Attributes:
+        number: Of the sync point.
+        columns: Numbers of the options, fewest bits first.
+        steps: The options.
+        missed: fp64 ``[options]``, the share that each option of the sync point misses.
+    """
+
+    number: int
+    columns: list[int]
+    steps: list[Assignment]
+    missed: Tensor
 
 
 class _Runs:
@@ -109,33 +143,20 @@ class _Runs:
             (exact.make(), index.tables_at(p, exact, summing.ranks)) for p in summing.points
         ]
 
-    def rates(
-        self,
-        number: int,
-        ladder: list[Assignment],
-        missed: Tensor,
-        columns: list[int],
-        *,
-        floor: float,
-        feedback: bool,
-    ) -> Tensor:
+    def rates(self, ladder: _Ladder, *, floor: float, feedback: bool) -> Tensor:
         """fp64 ``[options]``: nats for each share of the energy that is missed at one sync point.
 
         Args:
-            number: Of the sync point.
-            ladder: Options to run, fewest bits first.
-            missed: fp64 ``[options]``, of all options.
-            columns: Which of them are in `ladder`.
-            floor: Nats of the last of them, which are left out of those of the others.
+            ladder: What to run there.
+            floor: Nats of its last step, which are left out of those of the others.
             feedback: Whether the next sync point takes the error.
         """
-        rates = torch.zeros_like(missed)
-        finest = missed[columns[-1]]
-        done = missed.new_full((), torch.inf)
-        for assignment, column in zip(ladder[:-1], columns[:-1], strict=True):
-            excess = self.divergence(number, assignment, feedback=feedback) - floor
-            rate = excess / (missed[column] - finest).clamp_min(1e-12)
-            rates = torch.where(missed < done, rate, rates)
+        missed = ladder.missed
+        rates, done = torch.zeros_like(missed), missed.new_full((), torch.inf)
+        for step, column in list(zip(ladder.steps, ladder.columns, strict=True))[:-1]:
+            excess = self.divergence(ladder.number, step, feedback=feedback) - floor
+            share = (missed[column] - missed[ladder.columns[-1]]).clamp_min(1e-12)
+            rates = torch.where(missed < done, excess / share, rates)
             done = missed[column] * 0.75  # finer options go by the next run, if there is one
             if excess <= _PROPORTIONAL:
                 break
