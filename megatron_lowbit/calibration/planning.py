@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lowbit import cli
-from megatron_lowbit.calibration.costs.measure import measure_options
 from megatron_lowbit.calibration.costs.neighbours import following_keys
+from megatron_lowbit.calibration.costs.option_costs import measure_options
 from megatron_lowbit.calibration.costs.stored import stored
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import (

@@ -22,7 +22,7 @@ from toy_sums import (
     sequences,
 )
 
-from megatron_lowbit.calibration.costs import measure
+from megatron_lowbit.calibration.costs import option_costs
 from megatron_lowbit.calibration.costs.gradients import why_no_gradients
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.calibration.plan import (
@@ -50,7 +50,7 @@ def _setting(kind: str = "plain") -> tuple:
 def _measured(model, summing, index, texts, dp_group) -> tuple[dict, str]:
     out = io.StringIO()
     with redirect_stdout(out):
-        options = measure.measure_options(
+        options = option_costs.measure_options(
             model, summing, index, texts, vocab_size=50, dp_group=dp_group, track=lambda *_: iter
         )
     return options, out.getvalue()

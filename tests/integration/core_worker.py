@@ -270,8 +270,8 @@ def sequence_parallel(out: Path) -> dict:
 
 def planning(out: Path) -> dict:
     """What options are predicted to cost, and what some of them do; in fp32, free of rounding."""
-    from megatron_lowbit.calibration.costs import measure
-    from megatron_lowbit.calibration.costs.measure import measure_options
+    from megatron_lowbit.calibration.costs import option_costs
+    from megatron_lowbit.calibration.costs.option_costs import measure_options
     from megatron_lowbit.calibration.plan import plan, predicted_divergence, with_feedback
     from megatron_lowbit.calibration.planning import Planner
     from megatron_lowbit.calibration.recipe import Assignment
@@ -305,7 +305,7 @@ def planning(out: Path) -> dict:
             for kind, one in (("divergence", planner), ("carried", carrying)):
                 predicted = predicted_divergence(one.options, recipe, one.following)
                 result[kind, sequence_parallel, bits] = predicted, one.measure(recipe)
-        with mock.patch.object(measure, "why_no_gradients", lambda *_, **__: "a test"):
+        with mock.patch.object(option_costs, "why_no_gradients", lambda *_, **__: "a test"):
             slow = measure_options(
                 model, summing, index, sequences, **groups, track=lambda *_: iter
             )
