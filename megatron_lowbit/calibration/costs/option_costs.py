@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from megatron_lowbit import cli
 from megatron_lowbit.calibration.costs.forward_only import FEW_TOKENS, by_divergence
-from megatron_lowbit.calibration.costs.gradients import Track, by_gradients, why_no_gradients
+from megatron_lowbit.calibration.costs.gradients import (
+    Track,
+    by_gradients,
+    why_no_gradients,
+    with_direction,
+)
 from megatron_lowbit.calibration.costs.option_errors import PARTIALS, SUMS, Costs, OptionErrors
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import Cost, Option, Options, bits_per_value, candidates
@@ -70,11 +75,12 @@ def measure_options(
         costs = by_gradients(
             *(model, summing, errors, len(assignments), mine), vocab_size=vocab_size, track=track
         )
-        costs = mean_over(costs, len(mine) * sequences.shape[1], device_of(model), dp_group)
+        tokens = len(mine) * sequences.shape[1]
+        costs = with_direction(_mean_over(costs, tokens, device_of(model), dp_group))
     return _options(costs, assignments, summing, index.hidden, device_of(model))
 
 
-def mean_over(
+def _mean_over(
     costs: Costs, tokens: int, device: torch.device, dp_group: dist.ProcessGroup | None
 ) -> Costs:
     """The mean over all data-parallel ranks' tokens of what each has summed over its own."""
