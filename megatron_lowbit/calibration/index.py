@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit._moved import renamed
+from megatron_lowbit.calibration.costs.stored import options_of
 from megatron_lowbit.calibration.plan import Option, Options
 from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
 from megatron_lowbit.calibration.statistics import STATISTICS
@@ -47,6 +48,12 @@ class SyncPointRecord:
             predicted to cost here; None without a recipe.
         divergence_carried: The same if errors are carried to the next sync point; None in an index
             that was calibrated before there was feedback.
+        handed_on: What the next sync point would cost more if it missed all that it takes; None,
+            and all that follows, in an index of before bits of sums were planned.
+        missed: fp64 ``[options]``, the share of what it is given that each option misses.
+        sum_divergence: As `divergence`, of the sum that two-shot quantizes again.
+        sum_divergence_carried: Likewise.
+        sum_handed_on: Likewise.
     """
 
     bf16_index: Tensor
@@ -60,6 +67,11 @@ class SyncPointRecord:
     sum_second_moment: Tensor
     divergence: Tensor | None = None
     divergence_carried: Tensor | None = None
+    handed_on: Tensor | None = None
+    missed: Tensor | None = None
+    sum_divergence: Tensor | None = None
+    sum_divergence_carried: Tensor | None = None
+    sum_handed_on: Tensor | None = None
 
     @property
     def ranges(self) -> Tensor:
@@ -150,8 +162,7 @@ class CalibrationIndex:
         found: Options = {}
         for layer, records in self.layers.items():
             for name, record in records.items():
-                costs = zip(assignments, _costs(record), strict=True)
-                found[layer, name] = [Option(*assignment, *cost) for assignment, cost in costs]
+                found[layer, name] = options_of(assignments, vars(record))
         return found
 
     @property
@@ -219,14 +230,6 @@ class CalibrationIndex:
             statistics=self.record(layer, name).statistics(ranks),
             device=device,
         )
-
-
-def _costs(record: SyncPointRecord) -> list[tuple[float, float | None]]:
-    """Divergence of each option without and with feedback; None where that is not known."""
-    assert record.divergence is not None, "it comes with a recipe"
-    plain, carried = record.divergence.tolist(), record.divergence_carried
-    unknown = [None] * len(plain)
-    return list(zip(plain, unknown if carried is None else carried.tolist(), strict=True))
 
 
 def trusted(mean: Tensor, variance: Tensor) -> Tensor:

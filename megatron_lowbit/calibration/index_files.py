@@ -8,8 +8,10 @@
                                   NAME/{minimum,maximum,mean,second_moment} fp32 [ranks, hidden]
                                   and, of the sum over ranks,
                                   NAME/sum_{minimum,maximum,mean,second_moment} fp32 [hidden];
-                                  with a recipe NAME/divergence fp64 [options], and
-                                  NAME/divergence_carried, the same with error feedback;
+                                  with a recipe, fp64 [options], NAME/divergence, the same with
+                                  error feedback NAME/divergence_carried, NAME/handed_on,
+                                  NAME/missed, and of sums NAME/sum_{divergence,
+                                  divergence_carried,handed_on} (`calibration.plan`);
                                   the layer's number is in the metadata
 
 JSON and safetensors only: reading a stranger's index runs no code. Everything is checked when an

@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from megatron_lowbit.calibration.costs.stored import COSTS, MISSED, SUM_COSTS
 from megatron_lowbit.calibration.index import SUM_STATISTICS, SyncPointRecord
 from megatron_lowbit.calibration.statistics import STATISTICS
 from megatron_lowbit.calibration.validation.impossible import impossible
@@ -24,6 +25,8 @@ from megatron_lowbit.schema import Name
 
 _MOST_POINTS = 64  # in a layer; Megatron's have two or three
 _HEADER = 1 << 20  # bytes
+_COSTS = len(COSTS) + len(SUM_COSTS) + 1
+_MOST_NATS = 1e30  # of an option: beyond all divergences, and sums of them are finite
 _LARGEST = 1 << 28  # bytes of a file, whatever the manifest says
 _NAME = TypeAdapter(Name)
 
@@ -76,7 +79,7 @@ def _read(path: Path, manifest: Manifest, remedy: str) -> bytes:
         raise IndexFileError(f"{path} is missing: {remedy}")
     options = len(manifest.recipe.options) if manifest.recipe else 0
     rows = len(STATISTICS) * manifest.tp_size + len(SUM_STATISTICS) + 1  # and the BF16 index
-    point = rows * 4 * manifest.model.hidden_size + 8 * options
+    point = rows * 4 * manifest.model.hidden_size + 8 * _COSTS * options
     largest = min(_HEADER + _MOST_POINTS * point, _LARGEST)
     return read_regular(path, largest=largest, error=IndexFileError, remedy=remedy)
 
@@ -114,8 +117,9 @@ def _divergences(manifest: Manifest) -> list[str]:
     """What is kept of the options of a recipe, if there is one."""
     if manifest.recipe is None:
         return []
-    carried = manifest.recipe.feedback is not None
-    return ["divergence", "divergence_carried"] if carried else ["divergence"]
+    if manifest.recipe.sum_bits_per_value is not None:
+        return [*COSTS, MISSED, *SUM_COSTS]
+    return list(COSTS[:2] if manifest.recipe.feedback is not None else COSTS[:1])
 
 
 def _record(fields: dict[str, Any], name: str, manifest: Manifest) -> SyncPointRecord:
@@ -147,6 +151,9 @@ def _problem(key: str, value: Tensor | None, manifest: Manifest) -> str | None:
         return "is not finite"
     if of_options and bool((value < 0).any()):
         return f"is {value.min():.3g}, below zero"
+    most = 1.0 if key == MISSED else _MOST_NATS
+    if of_options and bool((value > most).any()):
+        return f"is {value.max():.3g}, above {most:g}"
     return None
 
 

@@ -14,17 +14,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lowbit import cli
+from megatron_lowbit.calibration.costs.neighbours import following_keys
+from megatron_lowbit.calibration.costs.option_costs import measure_options
+from megatron_lowbit.calibration.costs.stored import stored
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import (
     SKIP,
+    Following,
     Options,
     average_bits,
+    average_sum_bits,
     plan,
     predicted_divergence,
     with_feedback,
 )
 from megatron_lowbit.calibration.recipe import Key, Recipe
-from megatron_lowbit.calibration.sensitivity import following_of, measure_options
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
@@ -60,7 +64,12 @@ class Planner:
 
     def for_budget(self, budget: float) -> Recipe:
         """The recipe of least predicted divergence within `budget` bits a value."""
-        return plan(self.options, budget, skipped=self.skipped)
+        return plan(self.options, budget, following=self.following, skipped=self.skipped)
+
+    @property
+    def following(self) -> Following:
+        """Which sync point takes whose errors."""
+        return following_keys(self.summing.points) if self.feedback else {}
 
     def for_target(self, target: float) -> tuple[Recipe, float]:
         """The recipe of fewest bits within `target` nats of measured divergence, and the nats.
@@ -174,27 +183,25 @@ def with_recipe(
         assert target is not None, "one of both is asked for"
         recipe, nats = planner.for_target(target)
         goal = {"target_loss": target, "measured_divergence": nats}
-    return _add(index, recipe, options, goal, feedback)
+    return _add(index, recipe, options, goal, planner)
 
 
 def _add(
-    index: CalibrationIndex,
-    recipe: Recipe,
-    options: Options,
-    goal: dict,
-    feedback: bool,
+    index: CalibrationIndex, recipe: Recipe, options: Options, goal: dict, planner: Planner
 ) -> CalibrationIndex:
+    """`index` with a recipe and, to plan others, with what all options cost."""
     points: dict[str, dict] = {}
     for (layer, name), assignment in recipe.items():
         points.setdefault(str(layer), {})[name] = assignment.to_json()
     first = next(iter(options.values()))
-    carried = with_feedback(options)
-    predicted = predicted_divergence(carried if feedback else options, recipe)
+    of_plan = planner.options, recipe, planner.following
     entry = {
         **goal,
-        "feedback": feedback,
+        "feedback": planner.feedback,
         "bits_per_value": average_bits(options, recipe),
-        "predicted_divergence": predicted,
+        "sum_bits_per_value": average_sum_bits(options, recipe),
+        "predicted_divergence": predicted_divergence(*of_plan),
+        "predicted_two_shot": predicted_divergence(*of_plan, two_shot=True),
         "points": points,
         "options": [
             {"choice": o.assignment.to_json(), "bits_per_value": o.bits_per_value} for o in first
@@ -202,11 +209,7 @@ def _add(
     }
     layers = {
         layer: {
-            name: replace(
-                record,
-                divergence=_fp64([o.divergence for o in options[layer, name]]),
-                divergence_carried=_fp64([o.divergence for o in carried[layer, name]]),
-            )
+            name: replace(record, **stored(options[layer, name]))
             for name, record in records.items()
         }
         for layer, records in index.layers.items()
@@ -231,10 +234,7 @@ def choose_skipped(options: Options, points: Sequence[Point], count: int) -> fro
         key: next(o.divergence for o in of_point if o.assignment == SKIP)
         for key, of_point in options.items()
     }
-    following = {
-        (points[n].layer, points[n].name): (points[m].layer, points[m].name)
-        for n, m in following_of(points).items()
-    }
+    following = following_keys(points)
     before = {after: key for key, after in following.items()}
     chosen: set[Key] = set()
     for key in sorted(following, key=lambda key: costs[key]):
@@ -248,7 +248,3 @@ def choose_skipped(options: Options, points: Sequence[Point], count: int) -> fro
             "neighbours and never the last one that carries errors"
         )
     return frozenset(chosen)
-
-
-def _fp64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)

@@ -9,7 +9,8 @@
     int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
                               BF16 features, chosen at random
     NAME@feedback             any with errors carried to the next sync point (`codecs.carry`)
-    NAME@two-shot             any of these in two-shot, the sum in the bits of the partials
+    NAME@two-shot             any of these in two-shot, sums in the bits of the partials, or in
+                              those that a recipe has for them
     NAME@folded               any with a rotation, folded into the weights; not among the
                               errors by sync point, whose native partials it has not
 
@@ -26,6 +27,7 @@ from functools import partial as bind
 import torch
 from torch import Tensor
 
+from megatron_lowbit.calibration.costs.neighbours import following_keys
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import average_bits, plan, with_feedback
 from megatron_lowbit.calibration.recipe import Recipe
@@ -63,25 +65,29 @@ class Named:
         """The codecs that it uses, for checks."""
         if self.codec is not None:
             return [self.codec]
-        return [assignment.make() for assignment in set(self._recipe(index).values())]
+        options = index.options().values()  # raises where there is no recipe
+        choices = {option.assignment for of_point in options for option in of_point}
+        return [choice.make() for choice in {*choices, *(index.recipe or {}).values()}]
 
     def prepare(self, index: CalibrationIndex, points: Sequence[Point], ranks: int) -> list[tuple]:
         """The codec of each sync point and its tables for a group of `ranks`."""
         if self.codec is None:
-            at = bind(_by_recipe, self._recipe(index))
+            at = bind(_by_recipe, self._recipe(index, points))
         elif self.base in _BASELINES:
             at = bind(_with_features, _BASELINES[self.base], self.codec)
         else:
             at = bind(_uniform, self.codec)
         return [at(index, point, ranks) for point in points]
 
-    def _recipe(self, index: CalibrationIndex) -> Recipe:
+    def _recipe(self, index: CalibrationIndex, points: Sequence[Point]) -> Recipe:
         options, own = index.options(), index.recipe  # raises where there is no recipe
         assert own is not None
         if self.budget is None and (self.has_feedback or not index.has_feedback):
             return own
         budget = self.budget or average_bits(options, own)
-        return plan(with_feedback(options) if self.has_feedback else options, budget)
+        if not self.has_feedback:
+            return plan(options, budget)
+        return plan(with_feedback(options), budget, following=following_keys(points))
 
 
 def parse_variant(name: str) -> Named:

@@ -17,6 +17,7 @@ from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables, get_codec
+from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import members
@@ -129,25 +130,42 @@ def assign(
 def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
     """`recipe` with more bits at the ends of chains, whose errors nobody repairs.
 
-    They get the bits of the recipe's own last sync point, at least `END_BITS` if all are alike. A
-    pipeline stage's last sync point is such an end, too, which no plan knew of.
+    Where all sync points are alike it gets `END_BITS`. A plan knows its own end, but not that a
+    pipeline stage's last sync point is one, too: that gets what the last layer has at most, of
+    partials and of sums.
     """
-    if not recipe or any(assignment.codec != CALIBRATED_CODEC for assignment in recipe.values()):
+    known = {CALIBRATED_CODEC, Bf16.name}
+    if not recipe or any(assignment.codec not in known for assignment in recipe.values()):
         return recipe
-    last = recipe[max(recipe, key=lambda key: key[0])]
-    strong = last if len(set(recipe.values())) > 1 else replace(last, bits=END_BITS)
+    depth = max(layer for layer, _ in recipe)
+    strong = max((a for (layer, _), a in recipe.items() if layer == depth), key=_both_bits)
+    is_planned = len(set(recipe.values())) > 1
+    if not is_planned and strong.codec == CALIBRATED_CODEC:
+        strong = replace(strong, bits=END_BITS)
     changed = dict(recipe)
     for chain in members(points, [True] * len(points)):
         end = points[chain[-1]]
         key = (end.layer, end.name)
-        if key in changed and _first_bits(changed[key]) < _first_bits(strong):
-            changed[key] = replace(changed[key], bits=strong.bits)
+        if key in changed and not (is_planned and end.layer == depth):
+            changed[key] = _raised(changed[key], strong)
     return changed
 
 
-def _first_bits(assignment: Assignment) -> int:
-    """Of partials."""
-    return assignment.make().bits
+def _raised(assignment: Assignment, strong: Assignment) -> Assignment:
+    """`assignment` with at least the bits of `strong`, of partials and of sums."""
+    own, least = _both_bits(assignment), _both_bits(strong)
+    bits = max(own[0], least[0]), max(own[1], least[1])
+    if bits == own:
+        return assignment
+    if strong.codec != assignment.codec:
+        return strong
+    return replace(assignment, bits=bits[0] if bits[0] == bits[1] else bits)
+
+
+def _both_bits(assignment: Assignment) -> tuple[int, int]:
+    """Of partials and of sums."""
+    codec = assignment.make()
+    return codec.bits, codec.sum_bits
 
 
 def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool) -> None:

@@ -8,6 +8,7 @@ promise: on data of the claimed means and energy, whose features are alike, a co
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,8 +20,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from megatron_lowbit.calibration.costs.stored import COSTS, SUM_COSTS
 from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 from megatron_lowbit.calibration.index_files import manifest_digest, read_index, write_index
+from megatron_lowbit.calibration.plan import (
+    Options,
+    average_bits,
+    plan,
+    predicted_divergence,
+)
 from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.calibration.statistics import RunningStatistics, summarize
 from megatron_lowbit.codecs import Tables
@@ -49,8 +57,9 @@ def make(directory: Path) -> None:
         layers[layer] = {name: _record(generator) for name in NAMES}
     choices = [Assignment("shaped-hybrid", bits, 2).to_json() for bits in (2, 4, 6)]
     choices.append(Assignment("bf16", 16).to_json())
+    given = [Assignment("shaped-hybrid", (2, 4), 2).to_json(), *choices[1:]]
     points = {
-        str(layer): {name: choices[(layer + at) % 4] for at, name in enumerate(NAMES)}
+        str(layer): {name: given[(layer + at) % 4] for at, name in enumerate(NAMES)}
         for layer in layers
     }
     manifest = {
@@ -61,8 +70,11 @@ def make(directory: Path) -> None:
         "versions": {"torch": "2"},
         "recipe": {
             "budget": 4.2,
+            "feedback": True,
             "bits_per_value": 4.1,
+            "sum_bits_per_value": 4.2,
             "predicted_divergence": 0.1,
+            "predicted_two_shot": 0.2,
             "points": points,
             "options": [{"choice": c, "bits_per_value": c["bits"] + 0.2} for c in choices],
         },
@@ -81,8 +93,13 @@ def _record(generator: torch.Generator) -> SyncPointRecord:
     *partials, total = statistics.result()
     ranges = torch.stack([2 * torch.maximum(p[0].abs(), p[1].abs()) for p in partials])
     divergence = torch.tensor([0.4, 0.02, 0.001, 0.0], dtype=torch.float64)
+    costs = {name: divergence.clone() for name in (*COSTS, *SUM_COSTS)}
     return SyncPointRecord(
-        select_bf16_index(ranges, 2), *torch.stack(partials, dim=1), *total, divergence=divergence
+        select_bf16_index(ranges, 2),
+        *torch.stack(partials, dim=1),
+        *total,
+        **costs,
+        missed=torch.tensor([0.12, 0.01, 0.001, 0.0], dtype=torch.float64),
     )
 
 
@@ -250,7 +267,20 @@ def outcome(directory: Path) -> str:
                 *(Assignment(each) for each in ("shaped-hybrid", "scaled-hybrid", "static-hybrid")),
             ):
                 _check_codec(index, layer, name, assignment)
+    if index.recipe:
+        _check_plan(index.options())
     return "accepted"
+
+
+def _check_plan(options: Options) -> None:
+    """Whatever options cost, a plan is within its budget, or refused."""
+    following = dict(itertools.pairwise(options))
+    try:
+        recipe = plan(options, 4.2, following=following)
+    except LowbitError:
+        return
+    assert average_bits(options, recipe) <= 4.2 + 1e-6
+    assert math.isfinite(predicted_divergence(options, recipe, following))
 
 
 def _check_codec(index: CalibrationIndex, layer: int, name: str, assignment: Assignment) -> None:

@@ -1,6 +1,7 @@
 """Index files: they come back as written, and every kind of damage is named before it is used."""
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from megatron_lowbit.calibration.costs.stored import COSTS, MISSED, SUM_COSTS
 from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 from megatron_lowbit.calibration.index_files import (
     FORMAT_VERSION,
@@ -18,7 +20,7 @@ from megatron_lowbit.calibration.index_files import (
     read_index,
     write_index,
 )
-from megatron_lowbit.calibration.plan import Option
+from megatron_lowbit.calibration.plan import Cost, Option, plan, with_feedback
 from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import IndexFileError
@@ -97,10 +99,80 @@ def test_a_recipe_and_its_options_come_back(tmp_path):
         (la, n) for la, names in index.layers.items() for n in names
     )
     option = index.options()[2, "mlp.linear_fc2"][1]
-    assert option == Option(Assignment("shaped-hybrid", 4, 2), 4.2, 0.04)
+    assert option == Option(Assignment("shaped-hybrid", 4, 2), 4.2, Cost(0.04))
     assert read_index(tmp_path / "lowbit").bf16_index(
         1, "mlp.linear_fc2", option.assignment.make(), 7
     ).shape == (7,)
+
+
+def _of_sums(index: CalibrationIndex) -> CalibrationIndex:
+    """A recipe with bits of sums of their own, and what they cost."""
+    index = _with_recipe(index)
+    recipe = {**index.manifest["recipe"], "feedback": True, "sum_bits_per_value": 4.2}
+    pair = Assignment("shaped-hybrid", (4, 1), 2).to_json()
+    recipe["points"] = {la: dict.fromkeys(names, pair) for la, names in recipe["points"].items()}
+    costs = torch.tensor([0.12, 0.01, 0.001], dtype=torch.float64)
+    names = (*COSTS, MISSED, *SUM_COSTS)
+    layers = {
+        layer: {
+            name: replace(r, **{key: costs / (1 + n) for n, key in enumerate(names)})
+            for name, r in records.items()
+        }
+        for layer, records in index.layers.items()
+    }
+    return CalibrationIndex({**index.manifest, "recipe": recipe}, layers)
+
+
+def test_bits_and_costs_of_sums_come_back(tmp_path):
+    write_index(_of_sums(make_index()), tmp_path / "lowbit")
+    index = read_index(tmp_path / "lowbit")
+    assert set(index.recipe.values()) == {Assignment("shaped-hybrid", (4, 1), 2)}
+    codec = index.recipe[1, "mlp.linear_fc2"].make()
+    assert (codec.bits, codec.sum_bits) == (4, 1)
+    first = index.options()[1, "mlp.linear_fc2"][0]
+    assert first.cost == Cost(0.12, 0.12 / 2, 0.12 / 3)
+    assert first.missed == 0.12 / 4
+    assert first.of_sum == Cost(0.12 / 5, 0.12 / 6, 0.12 / 7)
+
+
+def test_a_recipe_for_feedback_of_before_sums_is_used_as_it_is(tmp_path):
+    index = _with_recipe(make_index())
+    recipe = {**index.manifest["recipe"], "feedback": True}
+    layers = {
+        layer: {
+            name: replace(r, divergence_carried=r.divergence / 2) for name, r in records.items()
+        }
+        for layer, records in index.layers.items()
+    }
+    write_index(CalibrationIndex({**index.manifest, "recipe": recipe}, layers), tmp_path / "lowbit")
+    index = read_index(tmp_path / "lowbit")
+    assert set(index.recipe.values()) == {Assignment("shaped-hybrid", 4, 2)}
+    options = index.options()
+    assert options[2, "mlp.linear_fc2"][1].cost == Cost(0.04, 0.02, 0.0)
+    planned = plan(with_feedback(options), 4.2, following=dict(itertools.pairwise(options)))
+    assert set(planned.values()) == {Assignment("shaped-hybrid", 4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"missed": 1.5}, r"missed is 1.5, above 1"),
+        ({"sum_handed_on": -0.5}, r"sum_handed_on is -0.5, below zero"),
+        ({"handed_on": 1e300}, r"handed_on is 1e\+300, above 1e\+30"),
+        ({"sum_divergence": None}, r"sum_divergence is missing"),
+    ],
+)
+def test_impossible_costs_are_refused(tmp_path, changes, message):
+    index = _of_sums(make_index())
+    record = index.layers[1]["mlp.linear_fc2"]
+    wrong = {
+        key: None if value is None else torch.full((3,), value, dtype=torch.float64)
+        for key, value in changes.items()
+    }
+    index.layers[1]["mlp.linear_fc2"] = replace(record, **wrong)
+    write_index(index, tmp_path / "lowbit")
+    with pytest.raises(IndexFileError, match=message):
+        read_index(tmp_path / "lowbit")
 
 
 def test_without_a_recipe_there_are_no_options(directory):

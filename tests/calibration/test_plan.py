@@ -2,10 +2,20 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
-from megatron_lowbit.calibration.plan import Option, average_bits, plan, predicted_divergence
+from megatron_lowbit.calibration.plan import (
+    SKIP,
+    Cost,
+    Option,
+    average_bits,
+    average_sum_bits,
+    plan,
+    predicted_divergence,
+    with_feedback,
+)
 from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.errors import LowbitError
 
@@ -20,7 +30,7 @@ def _options(points: int, seed: int) -> dict:
             Option(
                 Assignment("shaped-hybrid", bits, kept),
                 bits + kept / 8,
-                sensitivity * 4.0**-bits * generator.uniform(0.7, 1) / (1 + kept),
+                Cost(sensitivity * 4.0**-bits * generator.uniform(0.7, 1) / (1 + kept)),
             )
             for bits in (2, 3, 4, 5, 6)
             for kept in (0, 1)
@@ -67,3 +77,79 @@ def test_a_budget_for_everything_takes_the_best_of_each():
 def test_a_budget_below_the_least_is_refused():
     with pytest.raises(LowbitError, match=r"budget of 1.5 bits .* ask for 2.00 or more"):
         plan(_options(3, 0), 1.5)
+
+
+def _chained(points: int, seed: int) -> tuple[dict, dict]:
+    """A chain whose sync points hand errors on, with sums, and which takes whose errors."""
+    generator = random.Random(seed)
+    options = {}
+    for layer in range(1, points + 1):
+        partial, passed, total = (10 ** generator.uniform(-3, 0) for _ in range(3))
+        options[layer, "mlp.linear_fc2"] = [
+            Option(
+                Assignment("shaped-hybrid", bits, kept),
+                bits + kept / 8,
+                Cost(1.0, partial * missed / (1 + kept), passed * missed),
+                missed,
+                Cost(1.0, total * missed / (1 + kept), passed * missed / 2),
+            )
+            for bits, missed in ((1, 0.36), (2, 0.12), (3, 0.035), (4, 0.01))
+            for kept in (0, 1)
+        ]
+    return with_feedback(options), dict(itertools.pairwise(options))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("budget", [1.5, 2.1, 3.0])
+def test_neighbours_that_interact_are_planned_together(seed, budget):
+    options, following = _chained(4, seed)
+    recipe = plan(options, budget, following=following)
+    assert average_bits(options, recipe) <= budget + 1e-9
+    best = min(
+        predicted_divergence(options, _recipe(options, chosen), following)
+        for chosen in itertools.product(*options.values())
+        if sum(o.bits_per_value for o in chosen) <= 4 * budget + 1e-9
+    )
+    nats = predicted_divergence(options, recipe, following)
+    assert nats <= 1.5 * best
+    alone = plan(options, budget)
+    assert nats <= predicted_divergence(options, alone, following) + 1e-12
+
+
+def _recipe(options: dict, chosen: tuple) -> dict:
+    return {key: option.assignment for key, option in zip(options, chosen, strict=True)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("budget", [1.5, 2.1, 3.0])
+def test_sums_have_bits_of_their_own_within_the_same_budget(seed, budget):
+    options, following = _chained(12, seed)
+    recipe = plan(options, budget, following=following)
+    assert max(average_bits(options, recipe), average_sum_bits(options, recipe)) <= budget + 1e-9
+    assert any(isinstance(assignment.bits, tuple) for assignment in recipe.values())
+    for assignment in recipe.values():
+        codec = assignment.make()  # a pair that the codec has
+        assert min(codec.bits, codec.sum_bits) >= 1
+    alike = {key: replace(a, bits=a.make().bits) for key, a in recipe.items()}
+    own, same = (
+        predicted_divergence(options, one, following, two_shot=True) for one in (recipe, alike)
+    )
+    assert own < same
+    assert predicted_divergence(options, recipe, following) == pytest.approx(
+        predicted_divergence(options, alike, following)
+    ), "one-shot does not see the bits of sums"
+
+
+def test_who_sends_nothing_sends_no_sum():
+    options, following = _chained(6, 0)
+    for of_point in options.values():
+        of_point.insert(0, Option(SKIP, 0.0, Cost(1.0, 0.5, 0.5), 1.0, Cost(0.0, 0.0, 0.0)))
+    skipped = {list(options)[2]}
+    recipe = plan(options, 2.0, following=following, skipped=skipped)
+    assert {key for key, assignment in recipe.items() if assignment == SKIP} == skipped
+    assert average_sum_bits(options, recipe) <= 2.0
+
+
+def test_options_of_before_have_one_number_of_bits():
+    recipe = plan(_options(10, 0), 4.2)
+    assert all(isinstance(assignment.bits, int) for assignment in recipe.values())

@@ -108,7 +108,11 @@ def whole(tmp_path_factory) -> tuple[str, Path]:
     directory = tmp_path_factory.mktemp("report")
     points = {
         str(layer): {
-            kind: {"codec": "rotated-hybrid", "bits": 4 - layer % 2, "bf16_features": layer}
+            kind: {
+                "codec": "rotated-hybrid",
+                "bits": [3, 5] if layer == 3 else 4 - layer % 2,
+                "bf16_features": layer,
+            }
             for kind in sample.KINDS
         }
         for layer in range(1, 7)
@@ -168,6 +172,7 @@ def test_files_of_another_index_are_named(whole):
 def test_recipe_in_runs_and_manifest_without_lists(whole):
     text = Page(whole[0]).text
     assert "The recipe in full." in text
+    assert "3+5" in text and "Hollow: the bits of sums in two-shot" in text
     assert "emma.txt" in text and "2.13.0" in text
     assert "secret" not in text  # the fingerprints
 

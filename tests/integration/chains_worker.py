@@ -598,6 +598,7 @@ def simulated_ranks(out: Path) -> None:
     index = index_of(model, out)
     real = {}
     cases = [(mode, bits) for mode in ("one-shot", "two-shot") for bits in (1, 2, 4, 0)]
+    cases += [("two-shot", pair) for pair in ((3, 1), (2, 6))]  # sums in bits of their own
     skip = out / f"rules{dist.get_rank()}.json"
     skip.write_text('[{"match": "2.mlp.*", "bits": 0}]')
     for mode, bits in cases:

@@ -270,10 +270,11 @@ def sequence_parallel(out: Path) -> dict:
 
 def planning(out: Path) -> dict:
     """What options are predicted to cost, and what some of them do; in fp32, free of rounding."""
-    from megatron_lowbit.calibration.plan import predicted_divergence, with_feedback
+    from megatron_lowbit.calibration.costs import option_costs
+    from megatron_lowbit.calibration.costs.option_costs import measure_options
+    from megatron_lowbit.calibration.plan import plan, predicted_divergence, with_feedback
     from megatron_lowbit.calibration.planning import Planner
     from megatron_lowbit.calibration.recipe import Assignment
-    from megatron_lowbit.calibration.sensitivity import measure_options
     from megatron_lowbit.integration.sums.simulate import find_summing
     from megatron_lowbit.model.forward import logits
     from megatron_lowbit.model.language_model import LanguageModel
@@ -302,8 +303,16 @@ def planning(out: Path) -> dict:
         for bits in (3, 4, 5):
             recipe = dict.fromkeys(options, Assignment("shaped-hybrid", bits, 0))
             for kind, one in (("divergence", planner), ("carried", carrying)):
-                predicted = predicted_divergence(one.options, recipe)
+                predicted = predicted_divergence(one.options, recipe, one.following)
                 result[kind, sequence_parallel, bits] = predicted, one.measure(recipe)
+        with mock.patch.object(option_costs, "why_no_gradients", lambda *_, **__: "a test"):
+            slow = measure_options(
+                model, summing, index, sequences, **groups, track=lambda *_: iter
+            )
+        result["forward", sequence_parallel] = slow
+        for name, found in (("gradients", options), ("divergence", slow)):
+            recipe = plan(with_feedback(found), 3.0, following=carrying.following)
+            result["plan by", name, sequence_parallel] = carrying.measure(recipe)
     target = 2 * result["divergence", True, 4][1]
     result["target"] = target, *planner.for_target(target)
     return result

@@ -289,6 +289,17 @@ def test_predicted_divergence_with_feedback_is_of_the_measured_size(ranks, seque
         assert 0.3 < predicted / measured < 1.5, (bits, predicted, measured, plain)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_plan_without_gradients_is_nearly_as_good_and_alike_on_all_ranks(
+    ranks, sequence_parallel
+):
+    found = ranks[0]["planning"]
+    for rank in ranks:
+        assert rank["planning"]["forward", sequence_parallel] == found["forward", sequence_parallel]
+    by_gradients = found["plan by", "gradients", sequence_parallel]
+    assert found["plan by", "divergence", sequence_parallel] < 2 * by_gradients
+
+
 def test_a_target_is_met_with_the_fewest_bits(ranks):
     target, recipe, nats = ranks[0]["planning"]["target"]
     assert 0.6 * target < nats <= target

@@ -79,7 +79,9 @@ class PlannedRecipe(Exact):
     measured_divergence: Finite | None = None
     feedback: bool | None = None
     bits_per_value: BitsPerValue | None = None
+    sum_bits_per_value: BitsPerValue | None = None  # none before bits of sums were planned
     predicted_divergence: Nats | None = None
+    predicted_two_shot: Nats | None = None
     points: Annotated[dict[LayerKey, dict[Name, Assigned]], Field(min_length=1)]
     options: Annotated[list[RecipeOption], Field(min_length=1, max_length=_MOST_OPTIONS)]
 

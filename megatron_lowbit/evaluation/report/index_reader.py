@@ -95,18 +95,32 @@ class _Manifest(Strict):
 
 @dataclass(frozen=True)
 class RecipePoint:
-    """What one sync point travels in; None is what the codec leaves no choice about."""
+    """What one sync point travels in; None is what the codec leaves no choice about.
+
+    Attributes:
+        layer: From 1, over all pipeline stages.
+        name: Such as ``mlp.linear_fc2``.
+        codec: By its name.
+        bits: Of partials.
+        bf16_features: How many.
+        sum_bits: Of sums, if they have others.
+    """
 
     layer: int
     name: str
     codec: str
-    bits: Any
+    bits: int | None
     bf16_features: int | None
+    sum_bits: int | None = None
 
     @property
-    def setting(self) -> tuple[str, Any, int | None]:
-        """All that the recipe says of it."""
-        return self.codec, self.bits, self.bf16_features
+    def setting(self) -> "Setting":
+        """All that the recipe says of it; bits of partials and of sums as ``4+6``."""
+        pair = f"{self.bits}+{self.sum_bits}"
+        return self.codec, self.bits if self.sum_bits is None else pair, self.bf16_features
+
+
+Setting = tuple[str, int | str | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ class Run:
     name: str
     first: int
     last: int
-    setting: tuple[str, int | None, int | None]
+    setting: Setting
 
 
 def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
@@ -129,11 +143,16 @@ def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
     if recipe is None:
         return []
     points = [
-        RecipePoint(int(layer), name, entry.codec, entry.bits, entry.bf16_features)
+        _point(int(layer), name, entry)
         for layer, of_layer in recipe.points.items()
         for name, entry in of_layer.items()
     ]
     return sorted(points, key=lambda point: (point.layer, point.name))
+
+
+def _point(layer: int, name: str, entry: Assigned) -> RecipePoint:
+    bits, of_sums = entry.bits if isinstance(entry.bits, list) else (entry.bits, None)
+    return RecipePoint(layer, name, entry.codec, bits, entry.bf16_features, of_sums)
 
 
 def runs(points: list[RecipePoint]) -> list[Run]:

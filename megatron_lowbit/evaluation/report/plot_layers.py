@@ -190,6 +190,8 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
                 values = [getattr(point, key) for point in known]
                 axes.vlines(layers, 0, values, color=_BAND, linewidth=1, alpha=0.5)
                 axes.plot(layers, values, "o", color=_BAND, markersize=4.5, clip_on=False)
+                if key == "bits":
+                    _draw_sums(axes, mine)
                 axes.set_title(f"{kind}: {what}")
         for axes in grid[0]:
             axes.set_ylim(0, max(axes.get_ylim()[1], 1) * 1.08)  # also where all are zero
@@ -197,6 +199,16 @@ def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:
         for axes in grid.flat:
             style.layer_axis(axes, [point.layer for point in points])
             axes.xaxis.label.set_visible(axes in grid[-1])
-        return style.finish(
-            made, name, "What the calibration index's recipe gives to each sync point."
-        )
+        caption = "What the calibration index's recipe gives to each sync point."
+        if any(point.sum_bits is not None for point in points):
+            caption += " Hollow: the bits of sums in two-shot, where they are others."
+        return style.finish(made, name, caption)
+
+
+def _draw_sums(axes, points: list[RecipePoint]) -> None:
+    """Bits of sums, where they are not those of partials."""
+    known = [(point.layer, point.sum_bits) for point in points if point.sum_bits is not None]
+    if known:
+        layers, bits = zip(*known, strict=True)
+        hollow = {"markerfacecolor": "none", "markersize": 6, "clip_on": False}
+        axes.plot(layers, bits, "o", color=_BAND, **hollow)

@@ -250,7 +250,8 @@ def _report(progress: Progress, index: CalibrationIndex, output: Path) -> None:
     recipe = index.manifest.get("recipe")
     if recipe:
         cli.say(
-            f"recipe: {recipe['bits_per_value']:.2f} bits a value on average, errors carried, "
-            f"predicted to cost {recipe['predicted_divergence']:.4f} nats of KL divergence "
-            "(one-shot)"
+            f"recipe: {recipe['bits_per_value']:.2f} bits a value on average, "
+            f"{recipe['sum_bits_per_value']:.2f} of sums, errors carried, predicted to cost "
+            f"{recipe['predicted_divergence']:.4f} nats of KL divergence one-shot, "
+            f"{recipe['predicted_two_shot']:.4f} two-shot"
         )
