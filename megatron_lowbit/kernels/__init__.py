@@ -3,7 +3,8 @@
     select        which kernels serve which tensors: C, Triton or none; codecs ask it
     switches      what a user switches: kernels at all, how the GPU's ones rotate
     cpu/          C, compiled at first use on the user's machine: the rotated family
-    triton/       GPUs: rotated, static, scaled, grouped (peers' formats and bf16), norm, symmetric
+    triton/       GPUs: rotated and carrying (with error feedback), static, scaled, grouped (peers'
+                  formats and bf16), norm, symmetric
     layout        a row, in one dict; cells: how a code is found; peer_memory: shared blocks
 
 Kernels know nothing of codecs. Codecs run their own plain torch where there are none.

@@ -71,20 +71,24 @@ def test_it_compiles_for_a_gpu(tmp_path):
     for name, tile, registers, stack, *_ in found:
         # Those with a barrier keep a few addresses over the calls of slow square roots.
         allowed = 32 if name.startswith("symmetric") else 0
+        # Encodes partials and sums, each with two rows in registers, of which 16 warps have 128.
+        allowed = 352 if name == "symmetric_kernels.two_shot.carry" and tile == "16384" else allowed
         assert int(stack) <= allowed, f"{name} of {tile} values spills: {registers} registers"
 
 
 def test_the_page_has_what_is_known_without_a_gpu(tmp_path):
-    """The tables of kernels/README.md, of one kernel: its bytes are those of its tensors."""
-    said = _run(str(HERE / "triton_page.py"), "reduce_encode", TRITON_CACHE_DIR=str(tmp_path))
-    lines = [line.strip("| ").split(" | ") for line in said.splitlines() if "`" in line]
-    costs, with_carry, resources, _ = lines
-    row = 8192 * 4 // 8 + 2 * (8192 // 128 + 1)  # of each of 8 ranks, and of the sum
-    assert costs[:2] == ["`reduce_encode`", f"{9 * row / 8192:.2f}"]
-    assert with_carry[:2] == ["`reduce_encode` with a carry", f"{9 * row / 8192 + 4:.2f}"]
-    for count, share in (costs[3:], with_carry[3:]):
-        assert int(count) > 0 and 0 < int(share.rstrip("%")) <= 100
-    assert len(resources) == 6 and all(len(cell.split(" / ")) == 3 for cell in resources[1:])
+    """Both tables of kernels/README.md, of one kernel: its bytes are those of its tensors."""
+    only = "rotated_kernels.encode.carry"
+    said = _run(str(HERE / "triton_page.py"), only, TRITON_CACHE_DIR=str(tmp_path))
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if "`" in line]
+    [[name, moved, of_a_copy, instructions, share], [again, *used]] = rows
+    assert name == again == "`encode` with a carry"
+    row = 8192 * 4 // 8 + 2 * (8192 // 128 + 1)
+    assert moved == f"{2 + 2 + row / 8192 + 2:.2f}"
+    assert of_a_copy == f"{(6 + row / 8192) / 4:.2f}x"
+    assert int(instructions) > 50 and 0 < int(share.rstrip("%")) < 100
+    spilled = [int(cell.split(" / ")[1]) for cell in used]
+    assert len(spilled) == 5 and not any(spilled)
 
 
 # What a process of its own does where GPU tensors have no kernels: CPU tensors stand for them.
