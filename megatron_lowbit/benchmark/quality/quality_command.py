@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import ROOT
+from megatron_lowbit.files import ROOT, in_checkout
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -58,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Measure and report."""
     options = parse(argv)
+    in_checkout("examples/data")
     from megatron_lowbit.benchmark.quality import feedback, quality, quality_report
 
     if not options.load.is_dir():

@@ -125,10 +125,11 @@ def summed_by(reduce: Reducer):
     return hook
 
 
+_OVERLAP = OverlapRoute()
 # The first that takes a module serves it. A linear of overlapped shared experts is of another kind,
 # too, a patched linear is a local one, and an inference-optimized linear is Transformer Engine's.
 ROUTES: tuple[Route, ...] = (
-    OverlapRoute(),
+    _OVERLAP,
     PatchedRoute(),
     LocalRoute(),
     InferenceOptimizedRoute(),
@@ -233,6 +234,8 @@ def registered_route(module: nn.Module) -> RegisteredRoute | None:
     Raises:
         LowbitError: Two of them do.
     """
+    if not _registered or _OVERLAP.takes(module):  # which its owner sums, whatever it is
+        return None
     taking = [route for route in _registered if route.takes(module)]
     if len(taking) > 1:
         raise LowbitError(
@@ -243,8 +246,9 @@ def registered_route(module: nn.Module) -> RegisteredRoute | None:
 
 def route_of(module: nn.Module) -> Route | None:
     """The route that takes `module`, or None."""
-    own = registered_route(module) if _registered else None
-    return own or next((route for route in ROUTES if route.takes(module)), None)
+    return registered_route(module) or next(
+        (route for route in ROUTES if route.takes(module)), None
+    )
 
 
 def is_plain(module: nn.Module) -> bool:
