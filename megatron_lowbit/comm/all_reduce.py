@@ -53,7 +53,7 @@ def all_reduce(
         tables: What calibration knows of this tensor (`codec.tables`). Left out: no feature
             travels in BF16, which codecs with calibrated ranges refuse.
         collective: ``native``, ``one-shot`` or ``two-shot``; a `Policy` made once
-            (`comm.policy.policy.make_policy`) for ``hierarchical`` and ``auto``.
+            (`comm.policy.making.make_policy`) for ``hierarchical`` and ``auto``.
         traffic: Counters to add this call to.
         in_place: Put the sum into `x`, as Megatron's own does (64 MB over 1 Gbit/s, 4 ranks: the
             page faults of a new tensor cost 4 % of the time). An `x` that is strided, or whose

@@ -14,7 +14,8 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.comm import all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.feedback import Chain
-from megatron_lowbit.comm.policy.policy import Settings, make_policy
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Settings
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError

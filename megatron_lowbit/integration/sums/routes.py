@@ -136,3 +136,9 @@ ROUTES: tuple[Route, ...] = (
 def route_of(module: nn.Module) -> Route | None:
     """The route that takes `module`, or None."""
     return next((route for route in ROUTES if route.takes(module)), None)
+
+
+def may_scatter(module: nn.Module) -> bool:
+    """Whether the sum of `module` may be a reduce-scatter in inference."""
+    is_optimized = isinstance(route_of(module), InferenceOptimizedRoute)
+    return is_optimized or bool(getattr(module.config, "sequence_parallel", False))
