@@ -105,7 +105,7 @@ def make_case(
     tables, step = partials.tables(codec), reduce_scatter if scatter else all_reduce
     mine = buffers.mine if scatter else buffers.in_place(buffers.mine.dtype)
     call = partial(step, mine, codec=codec, tables=tables, collective=policy)
-    if plan.feedback:  # the first call, which is checked, takes nothing yet
+    if plan.feedback:
         call = partial(call, feedback=ErrorFeedback())
     if not scatter:
         call = partial(call, in_place=True)
@@ -115,7 +115,12 @@ def make_case(
     if collective == "native":
         return Case(variant, call, start, None, correctness.NATIVE_FLOOR)
     expected = correctness.simulate(
-        partials.base, tables, codec=codec, collective=collective, node_size=plan.node_size
+        partials.base,
+        tables,
+        codec=codec,
+        collective=collective,
+        node_size=plan.node_size,
+        feedback=plan.feedback,
     )
     return Case(variant, call, start, expected, correctness.sqnr_floor(codec))
 

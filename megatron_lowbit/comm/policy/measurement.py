@@ -3,16 +3,17 @@
 What is timed is what will run: `all_reduce` and `reduce_scatter` themselves, with the model's own
 codecs and tables, carries taken and given, over symmetric memory where messages go that way. Each
 size is timed in rounds (`comm.policy.timings`), one call of every case after the other without
-barriers, the order turned round from round to round. The ranks agree after each size on how many
-rounds there is time for, so all make the same calls. Counters, carries of the model and random
-numbers are left alone. Kernels are compiled before the clock starts.
+barriers, the order turned round from round to round. The ranks agree on what there is time for, so
+all make the same calls. Counters, carries of the model and random numbers are left alone. Kernels
+are compiled before the clock starts.
 
 On a GPU the times are those on the stream, of calls that no CUDA graph holds. What it costs to
 launch a call is in them, which is more for low bits than for native.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,8 +42,9 @@ SECONDS = 4.5  # with what starts and ends it, 5 at the most
 # A message of a token, then four times as long each.
 _GROWTH = 4
 LARGEST = 64 << 20
-# Of fewer rounds nothing could be said; more hardly narrow an interval.
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
+# A size is visited several times, so that its rounds are spread over all of the time: a machine
+# that is busy for a second must not decide. The first visits, size after size, get a share of it.
+_ROUNDS, _VISITS, _FIRST = 3, 5, 0.6
 
 Call = Callable[[Tensor], object]
 
@@ -87,17 +89,16 @@ def time_collectives(
     Returns:
         The same times on every rank: the means over ranks.
     """
-    hidden = kinds[0].tables.hidden
+    hidden, ranks = kinds[0].tables.hidden, dist.get_world_size(place.group)
     families = [(_all_reduces(kinds, place), 1)]
     if place.scatters:
-        families.append((_scatters(kinds, place), dist.get_world_size(place.group)))
+        families.append((_scatters(kinds, place), ranks))
     found: dict[Case, dict[int, Rounds]] = {}
     for calls, multiple in families:
+        family = _Family(calls, hidden, place)
         tokens = _tokens(sizes, hidden, multiple, place.largest)
-        share = seconds / len(families)
-        for size, times in _time_sizes(calls, tokens, hidden, place, share, sizes is not None):
-            for case, rounds in zip(calls, times, strict=True):
-                found.setdefault(case, {})[size] = rounds
+        family.measure(tokens, seconds / len(families), all_sizes=sizes is not None)
+        found |= family.times()
     return Timings(found)
 
 
@@ -119,9 +120,8 @@ def _all_reduces(kinds: Sequence[Kind], place: Place) -> dict[Case, Call]:
         Case("", False, NATIVE): lambda x: dist.all_reduce(x, group=group),
     }
     for collective, policy in place.policies.items():
-        for kind in kinds:
-            call = partial(all_reduce, collective=policy, in_place=True)
-            calls[kind.case(collective)] = _of_kind(call, kind, place)
+        call = partial(all_reduce, collective=policy, in_place=True)
+        calls |= _of_kinds(call, kinds, collective, place)
     return calls
 
 
@@ -133,80 +133,106 @@ def _scatters(kinds: Sequence[Kind], place: Place) -> dict[Case, Call]:
         native_reduce_scatter(out, x, group=group)
 
     calls: dict[Case, Call] = {Case("", False, NATIVE_SCATTER): native}
-    for kind in kinds:
-        call = partial(reduce_scatter, collective=Policy("one-shot"))
-        calls[kind.case("reduce-scatter")] = _of_kind(call, kind, place)
-    return calls
+    call = partial(reduce_scatter, collective=Policy("one-shot"))
+    return calls | _of_kinds(call, kinds, "reduce-scatter", place)
 
 
-def _of_kind(call: Callable[..., Tensor], kind: Kind, place: Place) -> Call:
-    """`call` as the sync points of `kind` make it: each takes what the one before it gave."""
-    feedback = ErrorFeedback() if kind.carries else None
-    tables = kind.tables.to(place.device)
-    return partial(call, group=place.group, codec=kind.codec, tables=tables, feedback=feedback)
+def _of_kinds(
+    call: Callable[..., Tensor], kinds: Sequence[Kind], collective: str, place: Place
+) -> dict[Case, Call]:
+    """`call` as the sync points of a pass make it: each takes what the one before it gave."""
+    feedback = ErrorFeedback()
+    return {
+        kind.case(collective): partial(
+            call,
+            group=place.group,
+            codec=kind.codec,
+            tables=kind.tables.to(place.device),
+            feedback=feedback if kind.carries else None,
+        )
+        for kind in kinds
+    }
 
 
-def _time_sizes(
-    calls: dict[Case, Call],
-    tokens: list[int],
-    hidden: int,
-    place: Place,
-    seconds: float,
-    all_sizes: bool,
-) -> Iterator[tuple[int, list[Rounds]]]:
-    """Of each size that there is time for: its bytes in BF16, and the rounds of each case."""
-    each = list(calls.values())
-    _round(each, _partial(tokens[0], hidden, place), place)  # compiles
-    start, last = time.perf_counter(), 0.0
-    for number, count in enumerate(tokens):
-        growth = count / tokens[number - 1] if number else 0.0
-        left = seconds - _most(time.perf_counter() - start, place)
-        if growth * last > left and not all_sizes:
-            return
-        mine = _partial(count, hidden, place)
-        began = time.perf_counter()
-        _round(each, mine, place)  # its buffers and pages, and how long a round takes
-        last = _most(time.perf_counter() - began, place)
-        if number and (1 + _LEAST_ROUNDS) * last > left and not all_sizes:
-            return
-        share = left / (len(tokens) - number)
-        rounds = min(max(int(share / last) - 1, _LEAST_ROUNDS), _MOST_ROUNDS)
-        yield BF16_BYTES * count * hidden, _rounds(each, mine, rounds, place)
+class _Family:
+    """Cases that are timed together, at one size after the other."""
 
+    def __init__(self, calls: dict[Case, Call], hidden: int, place: Place):
+        self._cases, self._calls = list(calls), list(calls.values())
+        self._hidden, self._place = hidden, place
+        self._found: dict[int, list[list[float]]] = {}  # by tokens: rounds of all cases
+        self._costs: dict[int, float] = {}  # seconds of a round
 
-def _rounds(calls: list[Call], mine: Tensor, rounds: int, place: Place) -> list[Rounds]:
-    """Milliseconds of each case by round, means over ranks."""
-    by_round = []
-    for number in range(rounds):
-        order = calls if number % 2 else calls[::-1]
-        times = _round(order, mine, place)
-        by_round.append(times if number % 2 else times[::-1])
-    over_ranks = gather_values(by_round, group=place.group)
-    ranks = len(over_ranks)
-    return [
-        tuple(1000 * sum(of_rank[r][case] for of_rank in over_ranks) / ranks for r in range(rounds))
-        for case in range(len(calls))
-    ]
+    def times(self) -> dict[Case, dict[int, Rounds]]:
+        """Milliseconds by case, bytes and round."""
+        row = BF16_BYTES * self._hidden
+        return {
+            case: {
+                row * tokens: tuple(each[number] for each in rounds)
+                for tokens, rounds in self._found.items()
+            }
+            for number, case in enumerate(self._cases)
+        }
 
+    def measure(self, tokens: list[int], seconds: float, *, all_sizes: bool) -> None:
+        """Take times within `seconds`; if `all_sizes` are wanted, however long they take."""
+        self._round(self._partial(tokens[0]))  # compiles
+        start = time.perf_counter()
 
-def _round(calls: Sequence[Call], mine: Tensor, place: Place) -> list[float]:
-    """Seconds of each call on this rank. Before each the partial is put back, as if just made."""
-    x, clocks = mine.clone(), []
-    for call in calls:
-        x.copy_(mine)
-        clock = Clock(place.device)
-        call(x)
-        clocks.append(clock.stop())
-    return [clock.seconds() for clock in clocks]
+        def left() -> float:
+            return seconds - self._most(time.perf_counter() - start)
 
+        for count in tokens:
+            spare = math.inf if all_sizes else left() - (1 - _FIRST) * seconds
+            if not self._reach(count, spare):
+                break
+        for _ in range(_VISITS - 1):
+            for count, cost in self._costs.items():
+                if (1 + _ROUNDS) * cost <= left():
+                    mine = self._partial(count)
+                    self._round(mine)  # gives what the next ones take
+                    self._take(count, mine)
 
-def _partial(tokens: int, hidden: int, place: Place) -> Tensor:
-    """``[tokens, hidden]`` of this rank; nobody else's random numbers are used up."""
-    generator = torch.Generator().manual_seed(dist.get_rank(place.group))
-    part = torch.randn(min(tokens, 256), hidden, generator=generator).to(place.dtype)
-    return part.repeat(-(-tokens // len(part)), 1)[:tokens].contiguous().to(place.device)
+    def _reach(self, tokens: int, seconds: float) -> bool:
+        """Visit a size for the first time, unless that is longer than `seconds`."""
+        shorter = max(self._costs, default=0)
+        if shorter and tokens / shorter * self._costs[shorter] > seconds:
+            return False
+        start, mine = time.perf_counter(), self._partial(tokens)
+        self._round(mine)  # its buffers and pages, and how long a round takes
+        cost = self._most(time.perf_counter() - start)
+        if shorter and (1 + _ROUNDS) * cost > seconds:
+            return False
+        self._costs[tokens] = cost
+        self._take(tokens, mine)
+        return True
 
+    def _take(self, tokens: int, mine: Tensor) -> None:
+        """Some rounds at one size: milliseconds, means over ranks."""
+        rounds = [self._round(mine, backwards=number % 2 == 1) for number in range(_ROUNDS)]
+        over_ranks = gather_values(rounds, group=self._place.group)
+        for of_ranks in zip(*over_ranks, strict=True):
+            means = [1000 * sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
+            self._found.setdefault(tokens, []).append(means)
 
-def _most(seconds: float, place: Place) -> float:
-    """The largest over ranks, the same on all of them."""
-    return max(gather_values(seconds, group=place.group))
+    def _round(self, mine: Tensor, *, backwards: bool = False) -> list[float]:
+        """Seconds of each call on this rank. Before each the partial is put back, as just made."""
+        x, clocks = mine.clone(), []
+        for call in reversed(self._calls) if backwards else self._calls:
+            x.copy_(mine)
+            clock = Clock(x.device)
+            call(x)
+            clocks.append(clock.stop())
+        seconds = [clock.seconds() for clock in clocks]
+        return seconds[::-1] if backwards else seconds
+
+    def _partial(self, tokens: int) -> Tensor:
+        """``[tokens, hidden]`` of this rank; nobody else's random numbers are used up."""
+        place = self._place
+        generator = torch.Generator().manual_seed(dist.get_rank(place.group))
+        part = torch.randn(min(tokens, 256), self._hidden, generator=generator).to(place.dtype)
+        return part.repeat(-(-tokens // len(part)), 1)[:tokens].contiguous().to(place.device)
+
+    def _most(self, seconds: float) -> float:
+        """The largest over ranks, the same on all of them."""
+        return max(gather_values(seconds, group=self._place.group))
