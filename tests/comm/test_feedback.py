@@ -16,6 +16,7 @@ from megatron_lowbit.comm import all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.feedback import Chain
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Settings
+from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
@@ -223,6 +224,7 @@ def rank_hierarchical(rank):
                 tables=steps[0][1],
                 device=torch.device("cpu"),
             )
+            assert policy.times is None, "a fixed mode times nothing"
             errors = {}
             for name, feedback in (("plain", None), ("carried", megatron_lowbit.ErrorFeedback())):
                 stream = 0.0
@@ -236,6 +238,25 @@ def rank_hierarchical(rank):
                 errors[name] = stream.square().mean().item()
             # Of five equal errors one is left, and of each row's carry what BF16 keeps.
             assert errors["carried"] < errors["plain"] / 3, (size, low_bit_inside, errors)
+
+
+def rank_two_levels_by_times(rank):
+    codec = get_codec()
+    policy = make_policy(
+        Settings("auto", node_size=2),
+        group=dist.group.WORLD,
+        kinds=[Kind(codec, codec.tables(HIDDEN), carries=True)],
+        device=torch.device("cpu"),
+        largest=4 << 10,
+        scatters=False,
+    )
+    assert policy.times.candidates == ["one-shot", "two-shot", "hierarchical"]
+    timed = {case.collective for case in policy.times.timings.times}
+    assert timed == {"native", *policy.times.candidates}
+
+
+def test_two_levels_are_timed_where_nodes_are_known(tmp_path):
+    run_ranks(4, rank_two_levels_by_times, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
