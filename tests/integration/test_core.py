@@ -117,6 +117,14 @@ def test_statistics_by_sync_point_and_collective(ranks):
     assert text.endswith("; 0 stay native")
     auto = ranks[0]["collectives"]["rotated-hybrid", (4, 4), "auto"]["text"]
     assert "auto over 3 ranks (by times of this group, " in auto
+    row = torch.bfloat16.itemsize * HIDDEN  # of a token
+    for name, bits, mode in COLLECTIVES:
+        retuned = {rank["collectives"][name, bits, mode]["retuned"].split(":")[0] for rank in ranks}
+        (said,) = retuned  # on all ranks alike
+        if mode == "auto":
+            assert said.startswith(f"auto by times of this group, {row} B to "), said
+        else:
+            assert said == f"{mode} is fixed"
 
 
 def test_sequence_parallel(ranks):
