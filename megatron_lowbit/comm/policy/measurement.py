@@ -44,7 +44,7 @@ _GROWTH = 4
 LARGEST = 64 << 20
 # A size is visited several times, so that its rounds are spread over all of the time: a machine
 # that is busy for a second must not decide. The first visits, size after size, get a share of it.
-_ROUNDS, _VISITS, _FIRST = 3, 5, 0.6
+_ROUNDS, _VISITS, _FIRST = 3, 8, 0.6
 
 Call = Callable[[Tensor], object]
 
