@@ -15,7 +15,7 @@ from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.comm import all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.feedback import Chain
 from megatron_lowbit.comm.policy.making import make_policy
-from megatron_lowbit.comm.policy.policy import Settings
+from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
@@ -274,6 +274,42 @@ def test_a_changed_shape_drops_the_carry_and_counts_it():
     assert chain.dropped == 1
     transposed = chain.step(1, torch.zeros(2, 2, HIDDEN), HIDDEN, gives=True, needs=False)
     assert transposed.carry.taken is None  # as many rows, in another order
+
+
+def test_native_passes_by_a_chain_that_owes_it_nothing():
+    chain, x = Chain(), torch.zeros(4, HIDDEN)
+    call = {"gives": True, "needs": False}
+    for _ in range(2):  # passes that are native throughout
+        assert [chain.by_native(place) for place in range(3)] == [True] * 3
+    assert chain.bytes() == 0
+    first = chain.step(0, x, HIDDEN, **call)
+    first.carry.given.fill_(1.0)
+    assert not chain.by_native(1)  # it is owed the first one's carry
+    assert chain.step(1, x, HIDDEN, **call).carry.taken is not None
+    assert chain.by_native(0)  # another pass
+    assert chain.by_native(1)  # what the pass before gave is not owed
+    assert chain.step(2, x, HIDDEN, **call).carry.taken is None
+    assert chain.dropped == 0
+
+
+def rank_native_with_feedback(rank):
+    """A native policy gives the same bits with feedback and without, and gives nothing on."""
+    policy, feedback = Policy("native"), megatron_lowbit.ErrorFeedback()
+    traffic, owed = Traffic(), torch.randn(5, HIDDEN).bfloat16()
+    for _ in range(3):
+        x = torch.randn(5, HIDDEN).bfloat16()
+        plain = all_reduce(x.clone(), collective=policy, in_place=True)
+        out = all_reduce(x, collective=policy, in_place=True, feedback=feedback, traffic=traffic)
+        assert out is x and torch.equal(out, plain)
+    assert traffic.total().calls == 3 and feedback._chain.bytes() == 0
+    all_reduce(owed, feedback=feedback)
+    x = torch.zeros(5, HIDDEN).bfloat16()
+    out = all_reduce(x, collective=policy, in_place=True, feedback=feedback)
+    assert out.any(), "the carry of the call before goes along"
+
+
+def test_native_with_feedback(tmp_path):
+    run_ranks(2, rank_native_with_feedback, tmp_path)
 
 
 def test_a_pass_that_stopped_leaves_nothing_behind():
