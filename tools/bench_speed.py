@@ -2,8 +2,8 @@
 """Measure the speeds that the project set itself, and print them as a table.
 
 Ranks run on this machine's CPU with Gloo, behind links that tc shapes to a rate (needs root and
-iproute2) or on loopback. Takes about 10 minutes on an idle machine; run nothing else meanwhile. The
-checkpoint is the quickstart's (examples/quickstart.sh makes it).
+iproute2) or on loopback. Takes about half an hour on an idle machine; run nothing else meanwhile.
+The checkpoint is the quickstart's (examples/quickstart.sh makes it).
 
 example:
   python tools/bench_speed.py --output speed.json
