@@ -20,8 +20,10 @@ MODULES = {
     "codecs.grouped": "codecs.peers.group_frame",
     "codecs.symmetric": "codecs.peers.symmetric_groups",
     "comm.choice": "comm.policy.policy",
-    "comm.cost_model": "comm.policy.cost_model",
-    "comm.probe": "comm.policy.probe",
+    "comm.cost_model": "benchmark.prediction.cost_model",
+    "comm.policy.cost_model": "benchmark.prediction.cost_model",
+    "comm.policy.probe": "benchmark.prediction.probe",
+    "comm.probe": "benchmark.prediction.probe",
     "comm.sequence": "comm.reduce_scatter",
     "comm.symmetric": "comm.symmetric_memory",
     "comm.tuning": "comm.policy.tuning",
@@ -39,11 +41,15 @@ MODULES = {
     "integration.transformer_engine": "integration.sums.transformer_engine",
     "kernels.build": "kernels.cpu.build",
 }
-# New module -> {old name: new name}.
+# New module -> {old name: new name, or that of another module}.
 NAMES = {
     "calibration.index": {"Index": "CalibrationIndex"},
     "calibration.recipe": {"CodecChoice": "Assignment"},
-    "comm.policy.policy": {"Chooser": "Policy", "make_chooser": "make_policy"},
+    "comm.policy.policy": {
+        "Chooser": "Policy",
+        "make_chooser": "comm.policy.making.make_policy",
+        "make_policy": "comm.policy.making.make_policy",
+    },
     "comm.traffic": {"Choice": "Decision"},
     "integration.assignment": {"Chosen": "AssignedPoints", "choose": "assign"},
 }
@@ -57,8 +63,9 @@ def renamed(module: str):
         new = NAMES[module.removeprefix(_PACKAGE)].get(name)
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name}", f"{module}.{new}", 3)
-        return getattr(sys.modules[module], new)
+        there, _, own = f"{_PACKAGE}{new}".rpartition(".") if "." in new else (module, "", new)
+        _warn(f"{module}.{name}", f"{there}.{own}", 3)
+        return getattr(import_module(there), own)
 
     return take
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "bench-codecs": "benchmark.codecs.codecs_command",
     "bench-speed": "benchmark.collectives.speed_command",
     "bench-quality": "benchmark.quality.quality_command",
+    "doctor": "benchmark.doctor.doctor_command",
     "robustness": "benchmark.quality.robustness_command",
 }
 _USAGE = f"""\

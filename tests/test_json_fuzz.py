@@ -1,6 +1,7 @@
 """Wrong recipes, tuning files, evaluations, saved states: a line, or read; nothing else."""
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lowbit.calibration.recipe import Assignment, override, read_rules
-from megatron_lowbit.comm.policy.tuning import _parse, interpolate
+from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.comm.policy.timings import ByTimes, Kind
+from megatron_lowbit.comm.policy.tuning import _parse
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.output import read_summary
 from megatron_lowbit.evaluation.report.findings import codec_errors, compare
@@ -26,14 +29,24 @@ _POINTS = {
     (layer, f"mlp.{name}"): Assignment("shaped-hybrid", 4) for layer in (1, 2) for name in "ab"
 }
 _TUNING = {
-    "format_version": 1,
+    "format_version": 2,
     "machine": {"device": "a", "backend": "gloo"},
     "ranks": 2,
     "node_size": None,
     "link": "as it is",
     "times": [
-        {"codec": "", "collective": "native", "points": [[8, 1.0], [64, 2.0]]},
-        {"codec": "bf16 (16 bits)", "collective": "one-shot", "points": [[8, 0.5]]},
+        {
+            "codec": "",
+            "carries": False,
+            "collective": "native",
+            "points": [[8, [1.0, 1.5]], [64, [2.0, 2.5]]],
+        },
+        {
+            "codec": "bf16 (16 bits)",
+            "carries": False,
+            "collective": "one-shot",
+            "points": [[8, [0.5, 0.75]]],
+        },
     ],
 }
 
@@ -45,8 +58,14 @@ def _rules(path: Path) -> None:
 
 
 def _tuning(path: Path) -> None:
-    for points in _parse(path).times.values():
-        assert all(0 < interpolate(points, size) < 1e20 for size in (1, 8, 30, 1 << 20))
+    timings = _parse(path).timings
+    kinds = [Kind(get_codec("bf16"), get_codec("bf16").tables(8))]
+    times = ByTimes(timings, kinds, ["one-shot"], source="it")
+    for size in (1, 8, 30, 1 << 20):
+        assert times.decide("native", size).collective in ("native", "one-shot")
+        for name in ("native", "one-shot"):
+            ms = timings.pass_ms(kinds, name, size)
+            assert math.isnan(ms) or 0 < ms < 1e20
 
 
 def _evaluation(path: Path) -> None:

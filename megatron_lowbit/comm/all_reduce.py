@@ -51,7 +51,7 @@ def all_reduce(
         tables: What calibration knows of this tensor (`codec.tables`). Left out: no feature
             travels in BF16, which codecs with calibrated ranges refuse.
         collective: ``native``, ``one-shot`` or ``two-shot``; a `Policy` made once
-            (`comm.policy.policy.make_policy`) for ``hierarchical`` and ``auto``.
+            (`comm.policy.making.make_policy`) for ``hierarchical`` and ``auto``.
         traffic: Counters to add this call to.
         in_place: Put the sum into `x`, as Megatron's own does (64 MB over 1 Gbit/s, 4 ranks: the
             page faults of a new tensor cost 4 % of the time). An `x` that is strided, or whose
@@ -66,9 +66,10 @@ def all_reduce(
         LowbitError: Unsupported dtype, no feature dimension, unknown codec or collective, tables
             of another codec, hidden size or number of ranks, or a codec of 0 bits without feedback.
     """
-    if in_place and feedback is None and isinstance(collective, Policy) and not records(x):
+    if in_place and isinstance(collective, Policy) and not records(x):
         decision = collective.all_reduce(x.numel())
-        if decision.collective == "native" and x.is_contiguous():
+        is_native = decision.collective == "native" and x.is_contiguous()
+        if is_native and _owes_nothing(feedback, codec):
             return _native(x, group, decision, traffic)
     call = Call(x, group, codec, tables, collective, traffic, feedback)
     whole = call.tables.folded_index is None and x.is_contiguous()
@@ -103,6 +104,18 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def _owes_nothing(feedback: Feedback | None, codec: str | Codec) -> bool:
+    """Whether a native call may go straight to the backend; if so, `feedback` has noted it.
+
+    With feedback that is a pass that goes native as a whole, as `auto` has it. Wrong arguments go
+    the long way, which names them.
+    """
+    if feedback is None:
+        return True
+    by_native = getattr(feedback, "by_native", None)
+    return by_native is not None and bool(getattr(codec, "bits", True)) and by_native()
 
 
 def _native(x: Tensor, group, decision: Decision, traffic: Traffic | None) -> Tensor:

@@ -132,7 +132,7 @@ class Call:
             if collective not in _PLAIN:
                 Settings(collective)  # an unknown one is named
                 raise LowbitError(
-                    f"{collective} needs comm.policy.policy.make_policy, once for a group"
+                    f"{collective} needs comm.policy.making.make_policy, once for a group"
                 )
             self.policy = Policy(collective)
         self.feedback = feedback

@@ -20,7 +20,10 @@ from torch import nn
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
 from megatron_lowbit.comm.call_check import CHECK_SWITCH, is_checking
-from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, Policy, Settings, make_policy
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.measurement import LARGEST
+from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, Policy, Settings
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.assignment import AssignedPoints, assign
 from megatron_lowbit.integration.handle import Extras, Handle
@@ -29,6 +32,7 @@ from megatron_lowbit.integration.sums.cuda_graphs import check_cuda_graphs
 from megatron_lowbit.integration.sums.experts import find_expert_sums
 from megatron_lowbit.integration.sums.folded_weights import Folding, check_foldable
 from megatron_lowbit.integration.sums.gathers import find_gathers
+from megatron_lowbit.integration.sums.routes import may_scatter
 from megatron_lowbit.integration.sums.sync_points import (
     SyncPoint,
     modules_of,
@@ -117,19 +121,20 @@ def apply(
     on_every_rank(is_checking)
     # Tensor-parallel groups agree each for itself; where one cannot, all ranks say so.
     wanted = (all_gather_bits, experts_bits, fold)
-    policy = on_every_rank(lambda: _agreed_policy(points, assigned, settings, wanted))
+    policy = on_every_rank(lambda: _agreed_policy(model, points, assigned, settings, wanted))
     folding = Folding(assigned.points, assigned.tables) if fold else None
     extras = Extras(gatherers, experts, folding)
     return Handle(model, assigned, policy, native | assigned.native, extras, stage_of(model))
 
 
 def _agreed_policy(
-    points: list[SyncPoint], assigned: AssignedPoints, settings: Settings, wanted: tuple
+    model: nn.Module | Iterable[nn.Module],
+    points: list[SyncPoint],
+    assigned: AssignedPoints,
+    settings: Settings,
+    wanted: tuple,
 ) -> Policy | None:
-    """One choice of collectives for all of a stage's sync points; None if none is in low bits.
-
-    A few bits more or less hardly move where each collective wins.
-    """
+    """One policy for all of a stage's sync points; None if none is in low bits."""
     if not points:
         return None
     group, weight = points[0].group, points[0].module.weight
@@ -141,8 +146,21 @@ def _agreed_policy(
     require_equal(CHECK_SWITCH, is_checking(), group=group)
     if not assigned.points:
         return None
-    codec, tables = assigned.typical()
-    return make_policy(settings, group=group, codec=codec, tables=tables, device=weight.device)
+    return make_policy(
+        settings,
+        group=group,
+        device=weight.device,
+        kinds=assigned.kinds(),
+        dtype=weight.dtype,
+        scatters=any(may_scatter(point.module) for point in points),
+        largest=_longest(model) * assigned.tables[0].hidden * BF16_BYTES,
+    )
+
+
+def _longest(model: nn.Module | Iterable[nn.Module]) -> int:
+    """Tokens of the longest sequence that the model is for."""
+    lengths = (getattr(module, "max_sequence_length", None) for _, module in modules_of(model))
+    return next((length for length in lengths if isinstance(length, int)), LARGEST)
 
 
 def _check_fold(model, assigned: AssignedPoints, settings: Settings) -> None:

@@ -67,8 +67,8 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-tuning",
         metavar="FILE",
-        help="times that python -m megatron_lowbit bench-all-reduce --write-tuning measured here, "
-        "for auto (default: a short measurement at load and the cost model)",
+        help="times that python -m megatron_lowbit doctor took here, for auto (default: times "
+        "taken at load, in at most 5 s)",
     )
     group.add_argument(
         "--lowbit-node-size",

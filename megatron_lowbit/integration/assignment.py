@@ -4,7 +4,6 @@ Everything that can fail is read and checked here, before anything is changed.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables, get_codec
 from megatron_lowbit.codecs.bf16 import Bf16
+from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import members
@@ -48,11 +48,14 @@ class AssignedPoints:
     origin: str
     has_feedback: bool = False
 
-    def typical(self) -> tuple[Codec, Tables]:
-        """Codec and tables of the first sync point with the most common codec."""
+    def kinds(self) -> list[Kind]:
+        """The sync points of a pass, by codec: what `auto` times."""
         names = [repr(codec) for codec in self.codecs]
-        at = names.index(Counter(names).most_common(1)[0][0])
-        return self.codecs[at], self.tables[at]
+        firsts = {name: names.index(name) for name in names}
+        return [
+            Kind(self.codecs[at], self.tables[at], names.count(name), self.has_feedback)
+            for name, at in firsts.items()
+        ]
 
     def digest(self) -> str:
         """Of all that sender and receiver must agree on."""

@@ -31,6 +31,7 @@ class SyncPointStatus:
         name: Path under the layer.
         codec: The codec.
         bf16_features: How many features travel in BF16.
+        collective: What sums it; of `auto` with what was timed, and from which size it takes what.
         symmetric_memory: Whether its short messages go over memory that GPUs share: ``on``, or
             ``off: `` and the reason.
         feedback: ``carried`` if the next sync point sends its error along, or why not.
@@ -41,6 +42,7 @@ class SyncPointStatus:
     name: str
     codec: Codec
     bf16_features: int
+    collective: str
     symmetric_memory: str
     feedback: str
     traffic: Counters
@@ -82,6 +84,8 @@ class Handle:
 
     Attributes:
         native: The row-parallel linears of this rank that stay native, with the reason.
+        kinds: The sync points of a pass, by codec.
+        policy: Which collective its messages take; None where no sync point is in low bits.
         layers: The numbers of this rank's layers, which under pipeline parallelism are not all.
         is_removed: Whether `remove` was called.
     """
@@ -97,6 +101,7 @@ class Handle:
     ):
         self._model, taken = model, set(map(str, extras.experts))
         self.native = {name: why for name, why in native.items() if name not in taken}
+        self.policy, self.kinds = policy, assigned.kinds()
         self.layers, self._where = stage.layers, stage.where()
         self._points, self._origin = assigned.points, assigned.origin
         self._extras, folding = extras, extras.folding
@@ -123,6 +128,7 @@ class Handle:
                 point.name,
                 reducer.codec,
                 reducer.tables.bf16_index.numel(),
+                _sums_by(reducer.policy),
                 reducer.policy.symmetric_memory.status(reducer.codec),
                 self._feedback_at(point, reducer),
                 reducer.traffic.total(),
@@ -161,6 +167,20 @@ class Handle:
         gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._extras.gatherers]
         experts = [Counted(e.layer, e.name, e.codec, e.traffic) for e in self._extras.experts]
         return stats(points, gathers, experts)
+
+    def retune(self) -> None:
+        """Time the collectives again, as `apply` did, and decide by that; call it on every rank.
+
+        Between two passes, when nothing else runs on the ranks. What a tuning file says is not
+        used any more.
+
+        Raises:
+            LowbitError: The collective is fixed, or CUDA graphs were captured, which would go on
+                with what they have.
+        """
+        if self.policy is not None and not self.is_removed:
+            check_no_graphs(self._model, "retune()")
+            self.policy.retune()
 
     def remove(self) -> None:
         """Give Megatron's own reduction back, exactly as it was. A second call does nothing.
@@ -209,6 +229,10 @@ class Handle:
         )
         text = f"errors carried between {carrying} sync points, {size / 1024:.1f} KB a token"
         return text + apart
+
+
+def _sums_by(policy: Policy) -> str:
+    return f"auto {policy.spans()}" if policy.mode == "auto" else policy.mode
 
 
 def _codecs(reducers: list[CodecReducer]) -> str:

@@ -20,8 +20,8 @@ from megatron_lowbit.benchmark.prediction.prediction import (
     predict,
 )
 from megatron_lowbit.benchmark.prediction.prediction_check import Result
+from megatron_lowbit.benchmark.prediction.probe import probe
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm.policy.probe import probe
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).parents[2] / "tools" / "predict.py"

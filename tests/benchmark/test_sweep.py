@@ -29,8 +29,8 @@ from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
-from megatron_lowbit.comm.policy.policy import Settings, make_policy
-from megatron_lowbit.comm.policy.tuning import write_tuning
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Settings
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_all_reduce.py"
@@ -149,13 +149,13 @@ def _order_of_calls() -> dict[bool, str]:
 
 
 def _tune_and_choose(rank: int, path: Path) -> tuple[str, str, str]:
-    """Sweep for a tuning file, write it on rank 0, and make the policy of `auto` by it."""
-    variants = choose_variants(codecs=["int4-g32"], collectives=["one-shot"], for_tuning=True)
-    plan = Plan(variants, (4096, 65536), ranks=None, hidden=128, seconds=0.001)
-    measured = sweep.measure(plan, device=torch.device("cpu"), quiet=True)
-    if rank == 0:
-        write_tuning(sweep_report.tuning(measured), path)
-    dist.barrier()
+    """Sweep with a tuning file and carries, and make the policy of `auto` by that file."""
+    variants = choose_variants(codecs=["int4-g32"], collectives=["one-shot", "two-shot"])
+    files = {"write_tuning": path, "tuned": ("int4-g32", "rotated-hybrid")}
+    plan = Plan(
+        variants, (4096, 65536), ranks=None, hidden=128, seconds=0.001, feedback=True, **files
+    )
+    sweep.measure(plan, device=torch.device("cpu"), quiet=True)
     codec = get_codec("int4-g32")
     policy = make_policy(
         Settings("auto", tuning=path),
@@ -194,9 +194,12 @@ def test_tuning_file_serves_auto(two_ranks):
     assert all_reduce in ("native", "one-shot", "two-shot")
     assert reduce_scatter in ("native reduce-scatter", "reduce-scatter")
     times = json.loads(path.read_text())["times"]
-    names = {(entry["codec"], entry["collective"]) for entry in times}
-    low = {("int4-g32 (4 bits)", by) for by in ("one-shot", "two-shot", "reduce-scatter")}
-    assert names == {("", "native"), ("", "native reduce-scatter"), *low}
+    names = {(entry["codec"], entry["carries"], entry["collective"]) for entry in times}
+    # The peers' formats carry nothing by default, ours do.
+    codecs = [("int4-g32 (4 bits)", False), (OURS, False), (OURS, True)]
+    low = {(*codec, by) for codec in codecs for by in ("one-shot", "two-shot", "reduce-scatter")}
+    assert names == {("", False, "native"), ("", False, "native reduce-scatter"), *low}
+    assert {tuple(size for size, _ in entry["points"]) for entry in times} == {(4096, 65536)}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -278,14 +281,6 @@ def test_json_and_its_sidecar(measured, tmp_path):
         "results.json",
         "results.meta.json",
     ]
-
-
-@pytest.mark.slow
-def test_tuning_needs_one_setting_and_a_whole_codec(measured):
-    with pytest.raises(ValueError, match="for one number of ranks"):
-        sweep_report.tuning(sweep.Measured(ROWS, {}, {}))
-    with pytest.raises(ValueError, match="no codec was measured by all of"):
-        sweep_report.tuning(sweep.Measured(ROWS[:6], {}, {}))
 
 
 def test_plot(tmp_path):
@@ -395,7 +390,7 @@ def test_plans_for_several_numbers_of_ranks(monkeypatch, capsys):
 
 def _options(**given):
     names = "sizes codecs collectives ranks link node_size tuning output plot write_tuning".split()
-    defaults = {name: None for name in names} | {"hidden": 4096, "seconds": 1.0}
+    defaults = {name: None for name in names} | {"hidden": 4096, "seconds": 1.0, "feedback": False}
     return sweep_run.Namespace(**(defaults | given))
 
 

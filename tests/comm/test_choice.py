@@ -1,6 +1,7 @@
-"""The policy: modes, tuning files, cost model, nodes, and that all ranks decide alike."""
+"""The policy: modes, tuning files, times taken at load, nodes, and all ranks decide alike."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,37 +12,58 @@ from worker import error_of
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
-from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
-from megatron_lowbit.comm.policy.tuning import Tuning, interpolate, this_machine, write_tuning
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Policy, Settings
+from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
+from megatron_lowbit.comm.policy.tuning import (
+    Tuning,
+    _parse,
+    this_machine,
+    write_tuning,
+)
 from megatron_lowbit.comm.traffic import Decision, Traffic
 from megatron_lowbit.errors import LowbitError
 
 KB = 1 << 10
 NAME = "rotated-hybrid (4 bits)"
 # Low bits win from 64 KB on, two-shot from 1 MB on.
+SIZES = (8 * KB, 64 * KB, 1024 * KB)
 TIMES = {
-    ("", "native"): [(8 * KB, 1.0), (64 * KB, 2.0), (1024 * KB, 20.0)],
-    (NAME, "one-shot"): [(8 * KB, 2.0), (64 * KB, 1.0), (1024 * KB, 12.0)],
-    (NAME, "two-shot"): [(8 * KB, 4.0), (64 * KB, 2.0), (1024 * KB, 6.0)],
-    ("", "native reduce-scatter"): [(8 * KB, 1.0)],
-    (NAME, "reduce-scatter"): [(8 * KB, 0.5)],
+    Case("", False, "native"): (1.0, 2.0, 20.0),
+    Case(NAME, False, "one-shot"): (2.0, 1.0, 12.0),
+    Case(NAME, False, "two-shot"): (4.0, 2.0, 6.0),
+    Case("", False, "native reduce-scatter"): (1.0,),
+    Case(NAME, False, "reduce-scatter"): (0.5,),
 }
 
 
-def _chooser(**settings) -> Policy:
+def _timings(times=None, rounds: int = 6) -> Timings:
+    """Every round alike."""
+    points = {
+        case: {size: (ms,) * rounds for size, ms in zip(SIZES, each, strict=False)}
+        for case, each in (times or TIMES).items()
+    }
+    return Timings(points)
+
+
+def _chooser(kinds=None, largest: int = 64 * KB, **settings) -> Policy:
     codec = get_codec()
     return make_policy(
         Settings(**settings),
         group=dist.group.WORLD,
-        codec=codec,
-        tables=codec.tables(64),
+        kinds=kinds or [Kind(codec, codec.tables(64))],
         device=torch.device("cpu"),
+        largest=largest,
     )
 
 
 def _tuning(**changes) -> Tuning:
     fields = {"machine": this_machine(), "ranks": 2, "node_size": None, "link": "test"}
-    return Tuning(**{**fields, "times": TIMES, **changes})
+    return Tuning(**{**fields, "timings": _timings(), **changes})
+
+
+def _only(*names: tuple[str, str]) -> Timings:
+    return _timings({Case(codec, False, by): (1.0,) for codec, by in names})
 
 
 def _choose(rank: int, directory: Path) -> dict:
@@ -49,8 +71,8 @@ def _choose(rank: int, directory: Path) -> dict:
         "good": _tuning(),
         "ranks": _tuning(ranks=4),
         "machine": _tuning(machine={**this_machine(), "device": "a 486"}),
-        "codec": _tuning(times={("", "native"): [(1, 1.0)], ("bf16 (16 bits)", "x"): [(1, 1.0)]}),
-        "differs": _tuning(times={**TIMES, ("", "native"): [(8 * KB, 1.0 + rank)]}),
+        "codec": _tuning(timings=_only(("", "native"), ("bf16 (16 bits)", "one-shot"))),
+        "differs": _tuning(timings=_timings({**TIMES, Case("", False, "native"): (1.0 + rank,)})),
     }
     own = directory / f"rank{rank}"
     own.mkdir()
@@ -59,28 +81,60 @@ def _choose(rank: int, directory: Path) -> dict:
         if rank == 0 or name == "differs":
             write_tuning(tuning, shared / f"{name}.json")
     dist.barrier()
-    (own / "broken.json").write_text('{"format_version": 1, "times": 3}')
+    (own / "broken.json").write_text('{"format_version": 2, "times": 3}')
+    (directory / "old.json").write_text('{"format_version": 1, "times": []}')
     policy = _chooser(tuning=directory / "good.json")
     traffic = Traffic()
     for tokens in (1, 512, 20_000):
         all_reduce(torch.randn(tokens, 64), collective=policy, traffic=traffic)
-    probed = _chooser()
+    measured = _measured(rank)
+    shaped = get_codec("rotated-hybrid", bits=3)
+    carried = [Kind(get_codec(), get_codec().tables(64), 2, True), Kind(shaped, shaped.tables(64))]
     refused = {
         name: error_of(lambda name=name: _chooser(tuning=directory / f"{name}.json"))
-        for name in ("ranks", "machine", "codec", "none")
+        for name in ("ranks", "machine", "codec", "none", "old")
     }
     return {
         "choices": [policy.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
         "scatter": policy.reduce_scatter(4 * KB).collective,
         "text": policy.spans(),
         "traffic": {decision: counters.calls for decision, counters in traffic.by_decision.items()},
-        "probed": [probed.all_reduce(1 << n) for n in range(10, 28)],
+        "measured": measured,
+        "carries": error_of(lambda: _chooser(carried, tuning=directory / "good.json")),
+        "fixed": error_of(_chooser(mode="one-shot").retune),
         "differs": error_of(lambda: _chooser(tuning=own / "differs.json")),
         "broken": error_of(lambda: _chooser(tuning=own / "broken.json")),
         "modes": error_of(lambda: _chooser(mode="one-shot" if rank else "two-shot")),
         "one_node": error_of(lambda: _chooser(mode="hierarchical", node_size=2)),
         "odd_nodes": error_of(lambda: _chooser(mode="hierarchical", node_size=3)),
         **refused,
+    }
+
+
+def _measured(rank: int) -> dict:
+    """Times taken over real ranks: what they leave alone, and what they decide."""
+    codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, 4)]
+    kinds = [Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs]
+    torch.manual_seed(7)
+    policy = _chooser(kinds)
+    drawn = torch.rand(1).item()
+    torch.manual_seed(7)
+    first = policy.times.timings
+    decided = [policy.all_reduce(1 << n) for n in range(6, 20)]
+    again = [policy.all_reduce(1 << n) for n in range(6, 20)]
+    policy.retune()
+    return {
+        "cases": sorted(first.times),
+        "sizes": first.sizes(),
+        "rounds": {len(rounds) for points in first.times.values() for rounds in points.values()},
+        "least": min(ms for points in first.times.values() for r in points.values() for ms in r),
+        "timings": first,
+        "undisturbed": drawn == torch.rand(1).item(),
+        "fixed": decided == again,
+        "decided": decided,
+        "text": policy.spans(),
+        "retuned": policy.times.timings != first,
+        "anew": policy.times.timings,
     }
 
 
@@ -94,18 +148,33 @@ def test_tuning_file_decides_by_size(results):
     for result in results:
         assert result["choices"] == ["native", "one-shot", "two-shot"]
         assert result["scatter"] == "reduce-scatter"
-        assert "good.json: native, one-shot from 32 KB, two-shot from" in result["text"]
+        assert "by good.json: native, one-shot from 64 KB, two-shot from 1 MB; " in result["text"]
 
 
 def test_what_was_chosen_is_counted_with_its_reason(results):
-    why = "fastest by good.json"
-    expected = {Decision(mode, why): 1 for mode in ("native", "one-shot", "two-shot")}
+    modes = {"native": "native is kept", "one-shot": "faster", "two-shot": "faster"}
+    expected = {Decision(mode, f"{why} by good.json"): 1 for mode, why in modes.items()}
     assert all(result["traffic"] == expected for result in results)
 
 
-def test_cost_model_chooses_alike_on_all_ranks(results):
-    assert results[0]["probed"] == results[1]["probed"]
-    assert all(decision.why == "fastest by the cost model" for decision in results[0]["probed"])
+def test_times_taken_at_load(results):
+    first, second = (result["measured"] for result in results)
+    natives = [Case("", False, "native"), Case("", False, "native reduce-scatter")]
+    names = [f"rotated-hybrid ({bits} bits)" for bits in (2, 4)]
+    ways = ("one-shot", "reduce-scatter", "two-shot")
+    assert first["cases"] == [*natives, *(Case(name, True, by) for name in names for by in ways)]
+    # A token of 64 features, then four times as many.
+    assert first["sizes"] == [128 << 2 * n for n in range(5)][: len(first["sizes"])]
+    assert first["rounds"] <= set(range(3, 25)) and first["least"] > 0
+    assert first["undisturbed"] and first["fixed"] and first["retuned"]
+    assert re.match(
+        r"by times of this group, 128 B to \d+ K?B, taken in \d+\.\d s: \w+", first["text"]
+    )
+    assert "; scatters: " in first["text"]
+    # The very same times on all ranks, and so the same decisions, before and after retuning.
+    for name in ("timings", "anew", "decided", "text"):
+        assert first[name] == second[name], name
+    assert all(d.why.endswith("by times of this group") for d in first["decided"])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +184,12 @@ def test_cost_model_chooses_alike_on_all_ranks(results):
         ("machine", "is for device 'a 486', this is .*write-tuning"),
         ("codec", r"no times of rotated-hybrid \(4 bits\), only of bf16"),
         ("none", "cannot read .*none.json"),
+        ("old", "old.json is a tuning file of format 1, which has neither .*: make it with"),
+        (
+            "carries",
+            r"no times of rotated-hybrid \(4 bits\) with carries, only of",
+        ),
+        ("fixed", "one-shot is fixed: only auto has times"),
         ("differs", "ranks differ in their (collective|tuning file)"),
         ("broken", "ranks differ in their collective|is damaged"),
         ("modes", "ranks differ in their collective"),
@@ -123,8 +198,6 @@ def test_cost_model_chooses_alike_on_all_ranks(results):
     ],
 )
 def test_refused_on_every_rank(results, case, message):
-    import re
-
     for result in results:
         assert re.search(message, result[case]), result[case]
 
@@ -142,40 +215,25 @@ def test_settings_that_mean_nothing(settings, message):
         Settings(**settings)
 
 
-def test_interpolation_is_logarithmic_inside_and_proportional_above():
-    points = [(100, 1.0), (10_000, 10.0)]
-    assert interpolate(points, 10) == 1.0
-    assert interpolate(points, 1000) == pytest.approx(10**0.5)
-    assert interpolate(points, 10_000) == 10.0
-    assert interpolate(points, 30_000) == pytest.approx(30.0)
-
-
-def test_native_is_kept_where_low_bits_save_little():
-    times = {"native": 1.0, "one-shot": 0.95}
-    policy = Policy(
-        "auto", seconds=lambda name, values: times[name], source="a test", candidates=("one-shot",)
-    )
-    assert policy.all_reduce(1).collective == "native"
-    times["one-shot"] = 0.85
-    assert policy.all_reduce(2).collective == "one-shot"
-
-
 @pytest.mark.parametrize("text", ["", "[]", '{"format_version": 7}', '{"format_version": 1}'])
 def test_damaged_tuning_files(text, tmp_path):
-    from megatron_lowbit.comm.policy.tuning import _parse
-
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(LowbitError, match="write-tuning"):
         _parse(tmp_path / "t.json")
 
 
-@pytest.mark.parametrize("points", [[], [[8, 0.0]], [[8, "nan"]], [[8]]])
-def test_bad_points_in_a_tuning_file(points, tmp_path):
-    from megatron_lowbit.comm.policy.tuning import _parse
+def _of_nowhere() -> Tuning:
+    return Tuning(machine={}, ranks=2, node_size=None, link="", timings=_timings())
 
-    write_tuning(
-        Tuning(machine={}, ranks=2, node_size=None, link="", times=TIMES), tmp_path / "t.json"
-    )
+
+def test_a_tuning_file_comes_back(tmp_path):
+    write_tuning(_of_nowhere(), tmp_path / "t.json")
+    assert _parse(tmp_path / "t.json").timings == _timings()
+
+
+@pytest.mark.parametrize("points", [[], [[8, []]], [[8, [0.0]]], [[8, ["nan"]]], [[8, 1.0]], [[8]]])
+def test_bad_points_in_a_tuning_file(points, tmp_path):
+    write_tuning(_of_nowhere(), tmp_path / "t.json")
     content = json.loads((tmp_path / "t.json").read_text())
     content["times"][0]["points"] = points
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -196,16 +254,19 @@ def test_bad_points_in_a_tuning_file(points, tmp_path):
         ("extra", 1, "extra: Extra inputs"),
         ("times", {}, "times: .*valid list"),
         ("times", [], "no times of native"),
-        ("points", [[8, 1e300]], r"times\[0\].points\[0\]\[1\]: .*less than or equal"),
-        ("points", [[8.5, 1.0]], r"times\[0\].points\[0\]\[0\]: .*valid integer"),
-        ("points", [[8, 1.0], [8, 2.0]], r"times\[0\]: points have a size more than once"),
+        ("points", [[8, [1e300]]], r"times\[0\].points\[0\]\[1\]\[0\]: .*less than or equal"),
+        ("points", [[8.5, [1.0]]], r"times\[0\].points\[0\]\[0\]: .*valid integer"),
+        ("points", [[8, [1.0]], [8, [2.0]]], r"times\[0\]: points have a size more than once"),
+        (
+            "points",
+            [[8 * KB, [1.0] * 5]],
+            "one-shot has 6 rounds at 8192 bytes, native 5|has 6 rou",
+        ),
     ],
 )
 def test_values_of_a_tuning_file_are_not_believed(place, value, message, tmp_path):
-    from megatron_lowbit.comm.policy.tuning import _parse
-
     path = tmp_path / "t.json"
-    write_tuning(Tuning(machine={}, ranks=2, node_size=None, link="", times=TIMES), path)
+    write_tuning(_of_nowhere(), path)
     content = json.loads(path.read_text())
     (content["times"][0] if place == "points" else content)[place] = value
     path.write_text(json.dumps(content))
@@ -216,8 +277,6 @@ def test_values_of_a_tuning_file_are_not_believed(place, value, message, tmp_pat
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 400, "NaN", '"\\ud800"'])
 def test_a_tuning_file_that_no_reader_should_choke_on(text, tmp_path):
-    from megatron_lowbit.comm.policy.tuning import _parse
-
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(LowbitError, match=r"t.json is not valid JSON .*write-tuning"):
         _parse(tmp_path / "t.json")

@@ -14,7 +14,9 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.comm import all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.feedback import Chain
-from megatron_lowbit.comm.policy.policy import Settings, make_policy
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Policy, Settings
+from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
@@ -222,6 +224,7 @@ def rank_hierarchical(rank):
                 tables=steps[0][1],
                 device=torch.device("cpu"),
             )
+            assert policy.times is None, "a fixed mode times nothing"
             errors = {}
             for name, feedback in (("plain", None), ("carried", megatron_lowbit.ErrorFeedback())):
                 stream = 0.0
@@ -235,6 +238,25 @@ def rank_hierarchical(rank):
                 errors[name] = stream.square().mean().item()
             # Of five equal errors one is left, and of each row's carry what BF16 keeps.
             assert errors["carried"] < errors["plain"] / 3, (size, low_bit_inside, errors)
+
+
+def rank_two_levels_by_times(rank):
+    codec = get_codec()
+    policy = make_policy(
+        Settings("auto", node_size=2),
+        group=dist.group.WORLD,
+        kinds=[Kind(codec, codec.tables(HIDDEN), carries=True)],
+        device=torch.device("cpu"),
+        largest=4 << 10,
+        scatters=False,
+    )
+    assert policy.times.candidates == ["one-shot", "two-shot", "hierarchical"]
+    timed = {case.collective for case in policy.times.timings.times}
+    assert timed == {"native", *policy.times.candidates}
+
+
+def test_two_levels_are_timed_where_nodes_are_known(tmp_path):
+    run_ranks(4, rank_two_levels_by_times, tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [4, 6])
@@ -252,6 +274,42 @@ def test_a_changed_shape_drops_the_carry_and_counts_it():
     assert chain.dropped == 1
     transposed = chain.step(1, torch.zeros(2, 2, HIDDEN), HIDDEN, gives=True, needs=False)
     assert transposed.carry.taken is None  # as many rows, in another order
+
+
+def test_native_passes_by_a_chain_that_owes_it_nothing():
+    chain, x = Chain(), torch.zeros(4, HIDDEN)
+    call = {"gives": True, "needs": False}
+    for _ in range(2):  # passes that are native throughout
+        assert [chain.by_native(place) for place in range(3)] == [True] * 3
+    assert chain.bytes() == 0
+    first = chain.step(0, x, HIDDEN, **call)
+    first.carry.given.fill_(1.0)
+    assert not chain.by_native(1)  # it is owed the first one's carry
+    assert chain.step(1, x, HIDDEN, **call).carry.taken is not None
+    assert chain.by_native(0)  # another pass
+    assert chain.by_native(1)  # what the pass before gave is not owed
+    assert chain.step(2, x, HIDDEN, **call).carry.taken is None
+    assert chain.dropped == 0
+
+
+def rank_native_with_feedback(rank):
+    """A native policy gives the same bits with feedback and without, and gives nothing on."""
+    policy, feedback = Policy("native"), megatron_lowbit.ErrorFeedback()
+    traffic, owed = Traffic(), torch.randn(5, HIDDEN).bfloat16()
+    for _ in range(3):
+        x = torch.randn(5, HIDDEN).bfloat16()
+        plain = all_reduce(x.clone(), collective=policy, in_place=True)
+        out = all_reduce(x, collective=policy, in_place=True, feedback=feedback, traffic=traffic)
+        assert out is x and torch.equal(out, plain)
+    assert traffic.total().calls == 3 and feedback._chain.bytes() == 0
+    all_reduce(owed, feedback=feedback)
+    x = torch.zeros(5, HIDDEN).bfloat16()
+    out = all_reduce(x, collective=policy, in_place=True, feedback=feedback)
+    assert out.any(), "the carry of the call before goes along"
+
+
+def test_native_with_feedback(tmp_path):
+    run_ranks(2, rank_native_with_feedback, tmp_path)
 
 
 def test_a_pass_that_stopped_leaves_nothing_behind():

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transport
-from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.comm.transport import owned
 from megatron_lowbit.errors import LowbitError

@@ -232,9 +232,22 @@ def run_collectives(model, out: Path) -> dict:
             "logits": whole_logits(model),
             "stats": handle.stats(),
             "text": str(handle),
+            "retuned": _retuned(handle),
         }
         handle.remove()
     return results
+
+
+def _retuned(handle) -> str:
+    """What the sync points go by after `retune`, or why that cannot be."""
+    from megatron_lowbit.errors import LowbitError
+
+    try:
+        handle.retune()
+    except LowbitError as error:
+        return str(error)
+    (way,) = {point.collective for point in handle.status()}
+    return way
 
 
 def sequence_parallel(out: Path) -> dict:

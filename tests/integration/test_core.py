@@ -108,7 +108,7 @@ def test_statistics_by_sync_point_and_collective(ranks):
                 assert choice["seconds"] > 0
                 assert choice["sent_bytes"] > 0
                 if mode == "auto":
-                    assert choice["why"] == "fastest by the cost model"
+                    assert choice["why"].endswith("by times of this group")
                 else:
                     assert (choice["collective"], choice["why"]) == (mode, "fixed")
             assert sum(choice["calls"] for choice in stats["total"]) == len(POINTS)
@@ -116,7 +116,15 @@ def test_statistics_by_sync_point_and_collective(ranks):
     assert "two-shot over 3 ranks; errors carried between 4 sync points, 0.8 KB a token" in text
     assert text.endswith("; 0 stay native")
     auto = ranks[0]["collectives"]["rotated-hybrid", (4, 4), "auto"]["text"]
-    assert "auto over 3 ranks (by the cost model: " in auto
+    assert "auto over 3 ranks (by times of this group, " in auto
+    row = torch.bfloat16.itemsize * HIDDEN  # of a token
+    for name, bits, mode in COLLECTIVES:
+        retuned = {rank["collectives"][name, bits, mode]["retuned"].split(":")[0] for rank in ranks}
+        (said,) = retuned  # on all ranks alike
+        if mode == "auto":
+            assert said.startswith(f"auto by times of this group, {row} B to "), said
+        else:
+            assert said == f"{mode} is fixed"
 
 
 def test_sequence_parallel(ranks):

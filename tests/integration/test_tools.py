@@ -25,6 +25,7 @@ TEXT = ROOT / "examples" / "data" / "persuasion.txt"
 OTHER = TEXT.with_name("kjv.txt")
 CALIBRATE = ROOT / "tools" / "calibrate.py"
 EVALUATE = ROOT / "tools" / "evaluate.py"
+DOCTOR = ROOT / "tools" / "doctor.py"
 GENERATE = ROOT / "examples" / "generate.py"
 SMALL = ["--sequences", "4", "--seq-length", "16"]
 
@@ -290,6 +291,36 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     assert sum(line.startswith(("the world[", "a model of[", "the quick[")) for line in texts) == 3
 
 
+def test_the_doctor_writes_a_tuning_file_that_generation_takes(calibrated, tmp_path):
+    tuning = tmp_path / "new" / "tuning.json"
+    done = forked(3, DOCTOR, "--load", calibrated, "--seconds", "1", "--output", tuning)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for said in (
+        r"^ranks    3, gloo on ",
+        r"^model    4 sync points use shaped-hybrid, .* bits a value.* \(the index's recipe\)$",
+        r"^bits     as in plain torch, .*: one-shot and two-shot by \d codecs?, carries included$",
+        r"^layer 1: self_attention.linear_proj shaped-hybrid \(\d bits\)",
+        r"^time to first token, \d+ tokens: .* in native sums, ",
+        r"^(flags:  --lowbit-tp-comm --lowbit-tuning .*tuning.json|Leave low bits off here: )",
+    ):
+        assert re.search(said, done.stdout, re.MULTILINE), (said, done.stdout)
+    assert [path.name for path in tuning.parent.iterdir()] == ["tuning.json"]
+    times = json.loads(tuning.read_text())["times"]
+    assert {entry["carries"] for entry in times if entry["codec"]} == {True}
+    low_bits = ["--lowbit-tp-comm", "--lowbit-tuning", tuning]
+    done = forked(3, GENERATE, "--load", calibrated, "--prompts", "the", *low_bits)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "auto over 3 ranks (by tuning.json: " in done.stdout
+
+
+def test_the_doctor_without_an_index_says_what_to_do(checkpoint, tmp_path):
+    output = tmp_path / "tuning.json"
+    done = forked(3, DOCTOR, "--load", checkpoint, "--seconds", "1", "--output", output)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "no calibration index: as if all had rotated-hybrid (4 bits)" in done.stdout
+    assert not output.exists()
+
+
 def _command(script: Path, checkpoint: Path, *arguments: str) -> list:
     """A command line with what the script cannot be without."""
     own = ["--prompts", "a"] if script == GENERATE else ["--data", TEXT]
@@ -353,6 +384,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
         (CALIBRATE, ["--data", TEXT, "--simulate-tp", "5"], "5 does not divide the 48 inputs of"),
         (CALIBRATE, ["--data", TEXT, "--bf16-features", "7.5"], "not within 0 and the hidden size"),
         (CALIBRATE, ["--data", TEXT, *SMALL, "--budget", "1"], "below what the codecs can do here"),
+        (DOCTOR, ["--seconds", "1", "--output", "/proc/t.json"], "/proc/t.json cannot be written"),
     ],
 )
 def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arguments, message):

@@ -54,7 +54,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--node-size", type=cli.positive, metavar="L", help="ranks in a node, for hierarchical"
     )
     what.add_argument(
-        "--tuning", type=Path, metavar="FILE", help="for auto (default: the cost model)"
+        "--tuning",
+        type=Path,
+        metavar="FILE",
+        help="for auto (default: times taken before the sweep)",
+    )
+    what.add_argument(
+        "--feedback", action="store_true", help="carry errors from call to call, as models do"
     )
     what.add_argument(
         "--seconds",
@@ -80,7 +86,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="a tuning file for auto on this machine and number of ranks, of --codecs (default: "
-        "rotated-hybrid and shaped-hybrid)",
+        "rotated-hybrid and shaped-hybrid), each with carries and without; times taken after the "
+        "sweep",
     )
     return parser.parse_args(argv)
 

@@ -17,7 +17,10 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     parse_codec,
 )
 from megatron_lowbit.comm import all_reduce, reduce_scatter
-from megatron_lowbit.comm.policy.policy import Policy, Settings, make_policy
+from megatron_lowbit.comm.feedback.chain import ErrorFeedback
+from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.policy import Policy, Settings
+from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.comm.transport import native_reduce_scatter
 
 
@@ -65,8 +68,7 @@ class Choosers:
         return make_policy(
             Settings(mode, tuning=tuning, node_size=node_size),
             group=dist.group.WORLD,
-            codec=codec,
-            tables=partials.tables(codec),
+            kinds=[Kind(codec, partials.tables(codec), carries=plan.feedback)],
             device=self._device,
         )
 
@@ -103,6 +105,8 @@ def make_case(
     tables, step = partials.tables(codec), reduce_scatter if scatter else all_reduce
     mine = buffers.mine if scatter else buffers.in_place(buffers.mine.dtype)
     call = partial(step, mine, codec=codec, tables=tables, collective=policy)
+    if plan.feedback:
+        call = partial(call, feedback=ErrorFeedback())
     if not scatter:
         call = partial(call, in_place=True)
     collective = variant.collective
@@ -111,7 +115,12 @@ def make_case(
     if collective == "native":
         return Case(variant, call, start, None, correctness.NATIVE_FLOOR)
     expected = correctness.simulate(
-        partials.base, tables, codec=codec, collective=collective, node_size=plan.node_size
+        partials.base,
+        tables,
+        codec=codec,
+        collective=collective,
+        node_size=plan.node_size,
+        feedback=plan.feedback,
     )
     return Case(variant, call, start, expected, correctness.sqnr_floor(codec))
 

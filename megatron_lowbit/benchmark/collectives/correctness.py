@@ -13,6 +13,9 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
+from megatron_lowbit.comm.feedback.chain import Chain
+from megatron_lowbit.comm.simulated import simulated_all_reduce
+from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
 
 _PERIOD = 127
@@ -58,10 +61,28 @@ class Partials:
 
 
 def simulate(
-    base: list[Tensor], tables: Tables, *, codec: Codec, collective: str, node_size: int | None
-) -> Tensor:
-    """BF16 ``[tokens, hidden]``: what `collective` must give, bit for bit."""
+    base: list[Tensor],
+    tables: Tables,
+    *,
+    codec: Codec,
+    collective: str,
+    node_size: int | None,
+    feedback: bool = False,
+) -> Tensor | None:
+    """BF16 ``[tokens, hidden]``: what `collective` must give, bit for bit.
+
+    Of a first call with error feedback, which takes nothing yet, the same, but where sums are sent:
+    those are then encoded anew. Nothing of hierarchical, which nobody simulates with feedback.
+    """
     out = torch.empty_like(base[0])
+    if feedback and collective == "two-shot":
+        steps = [Chain().step(0, x, tables.hidden, gives=True, needs=False) for x in base]
+        partials, traffic = torch.stack(base), Traffic()
+        return simulated_all_reduce(
+            partials, tables, codec=codec, collective=collective, traffic=traffic, steps=steps
+        )
+    if feedback and collective == "hierarchical":
+        return None
     if collective in ("one-shot", "reduce-scatter"):
         return _one_shot(base, tables, codec, out)
     if collective == "two-shot":

@@ -29,11 +29,14 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     Plan,
     Variant,
     check_node_size,
+    parse_codec,
     shape_of,
 )
 from megatron_lowbit.benchmark.timing import Times, time_calls
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES
-from megatron_lowbit.comm.policy.tuning import this_machine
+from megatron_lowbit.comm.agreement import on_every_rank
+from megatron_lowbit.comm.policy.making import take_tuning
+from megatron_lowbit.comm.policy.timings import BF16_BYTES, Kind
+from megatron_lowbit.comm.policy.tuning import this_machine, write_tuning
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import import_path
 
@@ -122,7 +125,30 @@ def measure(plan: Plan, *, device: torch.device, quiet: bool = False) -> Measure
             _measure_size(plan, size, policies, measured, device)
             if not quiet:
                 cli.say(_progress(plan, measured))
+        if plan.write_tuning is not None:
+            _write_tuning(plan, plan.write_tuning, device)
     return measured
+
+
+def _write_tuning(plan: Plan, path: Path, device: torch.device) -> None:
+    """Take times of the plan's codecs, with carries and without, and write them on rank 0."""
+    kinds = []
+    for codec in map(parse_codec, plan.tuned):
+        tables = Partials(dist.get_world_size(), 1, plan.hidden, device).tables(codec)
+        kinds += [
+            Kind(codec, tables, carries=c) for c in ((False, True) if codec.carries else (False,))
+        ]
+    assert dist.group.WORLD is not None, "the ranks have started it"
+    tuning = take_tuning(
+        kinds,
+        group=dist.group.WORLD,
+        device=device,
+        seconds=plan.seconds * len(plan.sizes) * 4 * len(kinds),
+        sizes=plan.sizes,
+        node_size=plan.node_size,
+        link=plan.where,
+    )
+    on_every_rank(lambda: write_tuning(tuning, path) if dist.get_rank() == 0 else None)
 
 
 def _measure_size(
@@ -219,7 +245,9 @@ def read_plan(path: Path) -> Plan:
     content = json.loads(path.read_bytes())
     content["variants"] = tuple(Variant(**variant) for variant in content["variants"])
     content["sizes"] = tuple(content["sizes"])
-    content["tuning"] = content["tuning"] and Path(content["tuning"])
+    content["tuned"] = tuple(content["tuned"])
+    for name in ("tuning", "write_tuning"):
+        content[name] = content[name] and Path(content[name])
     return Plan(**content)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_lowbit.benchmark.collectives.links import parse_rate
 from megatron_lowbit.benchmark.collectives.ranks import MOST_RANKS
 from megatron_lowbit.codecs import CALIBRATED_CODEC, DEFAULT_CODEC, parse_codec
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 
 DEFAULT_SIZES = "8K,32K,128K,512K,2M,8M,64M"
@@ -17,6 +17,7 @@ LEAST_SIZE = 1 << 10
 MOST_SIZE = 1 << 32
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
+TUNED = (DEFAULT_CODEC, CALIBRATED_CODEC)
 COLLECTIVES = ("one-shot", "two-shot", "hierarchical", "auto", "reduce-scatter")
 SCATTERS = ("reduce-scatter", "native reduce-scatter")
 
@@ -90,7 +91,10 @@ class Plan:
         link: Rate between them, as in ``1gbit``; None: loopback.
         hidden: Features in a token, fewer where a message is smaller than the tokens it needs.
         node_size: Ranks in a node of hierarchical.
-        tuning: A tuning file for `auto`; the cost model without one.
+        tuning: A tuning file for `auto`; times taken before without one.
+        write_tuning: Where a tuning file of `tuned` goes, by times that are taken after the sweep.
+        tuned: Codecs, as `parse_codec` reads them.
+        feedback: Whether low-bit calls carry errors, each to the next (`comm.feedback`).
         seconds: Of timed calls for each size and variant, at the least seven calls.
         call_by_call: As for `timing.time_calls`.
 
@@ -105,6 +109,9 @@ class Plan:
     hidden: int = 4096
     node_size: int | None = None
     tuning: Path | None = None
+    write_tuning: Path | None = None
+    tuned: tuple[str, ...] = TUNED
+    feedback: bool = False
     seconds: float = 1.0
     call_by_call: bool = False
 
@@ -124,6 +131,8 @@ class Plan:
             raise LowbitError(f"{self.seconds} is no time to measure: take more than 0 seconds")
         for variant in self.variants:
             _check(variant)
+        for codec in self.tuned:
+            parse_codec(codec)
         if self.node_size is not None and self.ranks is not None:
             check_node_size(self.node_size, self.ranks)
 
@@ -160,7 +169,6 @@ def choose_variants(
     *,
     codecs: Iterable[str] | None = None,
     collectives: Iterable[str] | None = None,
-    for_tuning: bool = False,
 ) -> tuple[Variant, ...]:
     """The variants of a command line.
 
@@ -169,7 +177,6 @@ def choose_variants(
         collectives: Those of the default variants that go by them, and the default codec by
             those that none of these goes by; with `codecs` one-shot, two-shot, hierarchical and
             auto if left out.
-        for_tuning: Add what a tuning file needs of `codecs`, or of the default codec.
 
     Raises:
         LowbitError: An unknown codec or collective.
@@ -181,20 +188,14 @@ def choose_variants(
                 f"unknown collective {name!r}: choose from {', '.join(COLLECTIVES)} (native is "
                 "always measured)"
             )
-    names = list(codecs or (DEFAULT_CODEC, CALIBRATED_CODEC))
-    for name in names:
-        parse_codec(name)
     if codecs is not None:
-        chosen = [Variant(c, by) for c in names for by in asked or COLLECTIVES[:-1]]
+        chosen = [Variant(c, by) for c in codecs for by in asked or COLLECTIVES[:-1]]
     elif asked:
         chosen = [v for v in DEFAULT_VARIANTS if v.collective in asked]
         missing = [by for by in asked if all(v.collective != by for v in chosen)]
         chosen += [Variant(DEFAULT_CODEC, by) for by in missing]
     else:
         chosen = list(DEFAULT_VARIANTS)
-    if for_tuning:
-        needed = [by for by in COLLECTIVES if by != "auto"]
-        chosen += [Variant(c, by) for c in names for by in needed]
     return tuple(dict.fromkeys(chosen))
 
 

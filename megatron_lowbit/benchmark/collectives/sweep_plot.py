@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
-from megatron_lowbit.benchmark.collectives.sweep_report import by_variant, size_text
+from megatron_lowbit.benchmark.collectives.sweep_report import by_variant
+from megatron_lowbit.comm.policy.timings import size_text
 from megatron_lowbit.files import write_atomic
 
 # Colour says the codec, marker and dash the collective. Ours is strong, the others are light; the

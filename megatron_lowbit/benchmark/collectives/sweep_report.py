@@ -1,4 +1,4 @@
-"""What a sweep's rows say: a table, the cases that lose, the JSON and its sidecar, a tuning file.
+"""What a sweep's rows say: a table, the cases that lose, the JSON and its sidecar.
 
 All take the rows of `sweep.Measured`, of one sweep or of several put together.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_lowbit import __version__
 from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
-from megatron_lowbit.comm.policy.tuning import Tuning
+from megatron_lowbit.comm.policy.timings import size_text
 from megatron_lowbit.files import is_checkout, write_atomic
 
 Row = dict
@@ -24,14 +24,6 @@ Row = dict
 AUTO_FLOOR = 0.95
 # p90 / p10 of a case: above it, single calls wait for other work on the cores.
 UNSTEADY = 3
-
-
-def size_text(count: int) -> str:
-    """Bytes as in ``512 KB``."""
-    for unit, name in ((1 << 20, "MB"), (1 << 10, "KB")):
-        if count >= unit:
-            return f"{count / unit:.4g} {name}"
-    return f"{count} B"
 
 
 def tables(rows: list[Row]) -> str:
@@ -81,37 +73,6 @@ def choices(measured: Measured) -> list[str]:
     for codec, size, collective in measured.choices:
         by_codec.setdefault(codec, []).append(f"{collective} at {size_text(size)}")
     return [f"auto of {codec} took {', '.join(taken)}" for codec, taken in by_codec.items()]
-
-
-def tuning(measured: Measured, *, node_size: int | None = None) -> Tuning:
-    """The tuning file that the rows make: the natives, and every codec measured by one-shot,
-    two-shot and reduce-scatter.
-
-    Raises:
-        ValueError: The rows are of several settings or without such a codec.
-    """
-    settings = list(_by_setting(measured.rows))
-    if len(settings) != 1:
-        raise ValueError(f"a tuning file is for one number of ranks and link, not {settings}")
-    times: dict[tuple[str, str], list] = {}
-    for row in measured.rows:
-        codec = row["codec"]
-        if codec == "native fp32" or row["collective"] == "auto":
-            continue
-        key = ("" if _is_native(row) else codec, row["collective"])
-        times.setdefault(key, []).append((row["bytes"], row["median_ms"]))
-    needed = ("one-shot", "two-shot", "reduce-scatter")
-    whole = {codec for codec, _ in times if all((codec, by) in times for by in needed)}
-    if not whole:
-        raise ValueError(f"no codec was measured by all of {', '.join(needed)}")
-    ranks, link = settings[0]
-    return Tuning(
-        machine=measured.machine,
-        ranks=ranks,
-        node_size=node_size,
-        link=link,
-        times={key: sorted(points) for key, points in times.items() if key[0] in whole | {""}},
-    )
 
 
 def write(rows: list[Row], path: Path, meta: dict) -> None:

@@ -12,7 +12,6 @@ from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import Plan
 from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.comm.agreement import on_every_rank
-from megatron_lowbit.comm.policy.tuning import write_tuning
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.runtime.rendezvous import check_environment, muster
@@ -46,11 +45,13 @@ def make_plans(options: Namespace) -> list[Plan]:
         variants=plans.choose_variants(
             codecs=_names(options.codecs),
             collectives=_names(options.collectives),
-            for_tuning=bool(options.write_tuning),
         ),
         sizes=plans.parse_sizes(options.sizes or plans.DEFAULT_SIZES),
         hidden=options.hidden,
         tuning=options.tuning,
+        write_tuning=options.write_tuning,
+        tuned=tuple(_names(options.codecs) or plans.TUNED),
+        feedback=options.feedback,
         seconds=options.seconds,
         ranks=counts[0],
         link=options.link,
@@ -117,8 +118,6 @@ def _finish(options: Namespace, sweeps: list[Measured]) -> None:
         )
         written += [options.output, sweep_report.meta_path(options.output)]
     if options.write_tuning is not None:
-        made = sweep_report.tuning(sweeps[0], node_size=options.node_size)
-        write_tuning(made, options.write_tuning)
         written.append(options.write_tuning)
     if options.plot is not None:
         sweep_plot.draw(rows, options.plot)

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_lowbit.benchmark.prediction.cost_model import Costs, Message
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Costs, Message
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 
 NODE_SIZE = 8

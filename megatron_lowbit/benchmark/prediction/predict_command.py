@@ -4,7 +4,7 @@ Without options: for each link, model (Llama 3 shapes) and tensor-parallel size 
 collective and its speedup over native BF16, in decode and prefill. --link, --model and --tp narrow
 this and show the times. Figures of links and cards, with sources, and what is assumed:
 megatron_lowbit/benchmark/prediction/hardware.py; formulas:
-megatron_lowbit/comm/policy/cost_model.py.
+megatron_lowbit/benchmark/prediction/cost_model.py.
 
 --check tests the formulas on this machine: behind emulated links of 100 Mbit/s and 1 Gbit/s they
 must be within 25 % of the measured time wherever 10 ms or more are predicted (below, chance in who

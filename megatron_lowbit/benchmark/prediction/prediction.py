@@ -8,6 +8,8 @@ the model's own work. `hardware` has the figures and their sources.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from megatron_lowbit.benchmark.prediction import cost_model
+from megatron_lowbit.benchmark.prediction.cost_model import Message
 from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
     MODELS,
@@ -16,8 +18,7 @@ from megatron_lowbit.benchmark.prediction.hardware import (
     payload_bytes,
     setup,
 )
-from megatron_lowbit.comm.policy import cost_model
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Message
+from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN
 
 TP_SIZES = (2, 4, 8, 16, 32, 64)
 BATCHES = (1, 16, 64)
@@ -25,8 +26,6 @@ PROMPTS = (2048, 8192, 32768)
 PASSES = [*(("decode", n) for n in BATCHES), *(("prefill", n) for n in PROMPTS)]
 # "hierarchical-low" sends low bits inside a node, too (--lowbit-inside-node low-bit).
 COLLECTIVES = ("native", "one-shot", "two-shot", "hierarchical", "hierarchical-low")
-# As `auto` does (comm.policy.policy): low bits win where they save a tenth of native's time.
-MARGIN = 0.1
 
 
 @dataclass(frozen=True)

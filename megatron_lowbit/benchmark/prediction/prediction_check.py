@@ -1,8 +1,7 @@
 """The cost model against emulated links: predicted and measured in the same process group.
 
-The ranks take their figures by `comm.policy.probe`, as `auto` does, and then time real collectives:
-calls one after the other without barriers, the median of `_REPEATS` on each rank, the mean over
-ranks.
+The ranks take their figures by `benchmark.prediction.probe` and then time real collectives: calls
+one after the other without barriers, the median of `_REPEATS` on each rank, the mean over ranks.
 
 Judged are cases that are predicted to take `SHORTEST` or longer, where bytes and work are the
 cost. Shorter ones are measured and shown: on processors that ranks share, one of them waits for a
@@ -25,10 +24,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
+from megatron_lowbit.benchmark.prediction.cost_model import FORMULAS, Message
+from megatron_lowbit.benchmark.prediction.probe import probe
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm import all_reduce
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, FORMULAS, Message
-from megatron_lowbit.comm.policy.probe import probe
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.files import import_path
 
 TOLERANCE = 0.25

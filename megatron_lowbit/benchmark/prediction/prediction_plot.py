@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lowbit.benchmark.plots import check_plot
+from megatron_lowbit.benchmark.prediction.cost_model import Message
 from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
     MODELS,
@@ -25,7 +26,7 @@ from megatron_lowbit.benchmark.prediction.prediction import (
     times,
 )
 from megatron_lowbit.benchmark.prediction.prediction_report import size
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Message
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.files import write_atomic
 
 # Safe for colour-blind readers (Okabe and Ito); native is grey.

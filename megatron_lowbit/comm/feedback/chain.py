@@ -73,10 +73,10 @@ class Carries:
         self._keys[place] = key
         return buffer[:values].view(rows, hidden)
 
-    def gave(self, place: int, key: _Key) -> bool:
-        """Whether `place` gave a carry in the pass of `key`, under any shape."""
+    def gave_in(self, place: int, number: int) -> bool:
+        """Whether `place` gave a carry in the pass `number`, under any shape."""
         found = self._keys.get(place)
-        return found is not None and found.number == key.number
+        return found is not None and found.number == number
 
     def forget(self, place: int) -> None:
         """`place` has given nothing."""
@@ -136,7 +136,7 @@ class Chain:
             with torch.inference_mode(False):
                 self._bounded = torch.zeros(1, dtype=torch.int64, device=x.device)
         step = Step(self, place, _Key(self._pass, x.shape, x.dtype), hidden, gives, x.device)
-        if place and step.carry.taken is None and self._partials.gave(place - 1, step.key):
+        if place and step.carry.taken is None and self._partials.gave_in(place - 1, self._pass):
             self.dropped += 1
         if needs and step.carry.taken is None:
             raise LowbitError(
@@ -144,6 +144,19 @@ class Chain:
                 "dtype or pass: run the model's layers in order, or plan a recipe without --skip"
             )
         return step
+
+    def by_native(self, place: int) -> bool:
+        """The sync point at `place` is summed by the backend alone, if nothing is owed to it.
+
+        Returns:
+            False if something is, so that `step` must be asked; True if not, and this is noted.
+        """
+        if place and self._partials.gave_in(place - 1, self._pass):
+            return False
+        if place == 0:
+            self.start()
+        self._partials.forget(place)
+        return True
 
     def sums(self, name: str) -> Carries:
         """The carries of one kind of sum."""
@@ -207,6 +220,9 @@ class Feedback(Protocol):
     def step(self, x: Tensor, hidden: int) -> Step:
         """What the call with partial `x` ``[..., hidden]`` takes and gives."""
 
+    def by_native(self) -> bool:
+        """In place of `step`: the call goes native; False if it is owed something and must ask."""
+
 
 class ErrorFeedback:
     """Error feedback for calls of `all_reduce` and `reduce_scatter` without Megatron.
@@ -237,6 +253,12 @@ class ErrorFeedback:
         """What the next call takes and gives; called by the collectives."""
         place, self._place = self._place, self._place + 1
         return self._chain.step(place, x, hidden, gives=True, needs=False)
+
+    def by_native(self) -> bool:
+        """The next call goes native: noted, unless something is owed to it."""
+        is_noted = self._chain.by_native(self._place)
+        self._place += is_noted
+        return is_noted
 
     @property
     def dropped(self) -> int:

@@ -1,38 +1,34 @@
 """The policy: by which collective a message goes, the same on every rank.
 
 A fixed mode takes one collective for every message, so that a token's result never depends on the
-batch that it is in. `auto` takes the fastest for the message's size: by the times of a tuning file
-(`comm.policy.tuning`) if there is one, else by the cost model (`comm.policy.cost_model`) with
-figures measured when the model is loaded (`comm.policy.probe`). Both come to all ranks with the
-same bits, and a message has the same size on all ranks, so all choose alike. Low bits are taken
-only where they promise to save at least `_MARGIN` of native's time.
+batch that it is in. `auto` takes low bits only where they surely save time: by times of this very
+group (`comm.policy.timings`), which are taken when the model is loaded (`comm.policy.measurement`)
+or come from a tuning file (`comm.policy.tuning`). Times come to all ranks with the same bits, and a
+message has the same size on all ranks, so all choose alike. All sync points of a pass have messages
+of one size, so a pass goes by one collective. What was chosen stays until `retune`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megatron_lowbit._moved import renamed
-from megatron_lowbit.codecs import Codec, Tables
-from megatron_lowbit.comm.agreement import on_every_rank, require_equal
-from megatron_lowbit.comm.hierarchical import Nodes, make_nodes, node_size, spans_nodes
-from megatron_lowbit.comm.policy import cost_model
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Message
-from megatron_lowbit.comm.policy.probe import probe
-from megatron_lowbit.comm.policy.tuning import Tuning, read_tuning
-from megatron_lowbit.comm.symmetric_memory import NOT_OPENED, SymmetricMemory, open_symmetric_memory
+from megatron_lowbit.comm.hierarchical import Nodes
+from megatron_lowbit.comm.policy.timings import (
+    BF16_BYTES,
+    NATIVE,
+    NATIVE_SCATTER,
+    ByTimes,
+    size_text,
+)
+from megatron_lowbit.comm.symmetric_memory import NOT_OPENED, SymmetricMemory
 from megatron_lowbit.comm.traffic import Decision
 from megatron_lowbit.errors import LowbitError
 
 MODES = ("auto", "native", "one-shot", "two-shot", "hierarchical")
 DEFAULT_MODE = "auto"
-# Measurements scatter by a few percent, and native is exact.
-_MARGIN = 0.1
 
-Seconds = Callable[[str, int], float | None]
+Measure = Callable[[], ByTimes]
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Settings:
 
     Attributes:
         mode: One of `MODES`.
-        tuning: A tuning file for `auto`; the cost model without one.
+        tuning: A tuning file for `auto`; times taken at load without one.
         node_size: Ranks of the group in a node; from torchrun's local world size if None.
         low_bit_inside: Hierarchical sends low bits inside a node, too, instead of BF16.
 
@@ -65,11 +61,12 @@ class Settings:
 
 
 class Policy:
-    """Chooses a collective for each message of one group and codec.
+    """Chooses a collective for each message of one group.
 
     Attributes:
         mode: One of `MODES`.
         nodes: The two levels of the group, where hierarchical is possible.
+        times: What `auto` goes by; None in a fixed mode.
         symmetric_memory: The memory that short messages go through, or why there is none.
     """
 
@@ -78,180 +75,64 @@ class Policy:
         mode: str,
         *,
         nodes: Nodes | None = None,
-        seconds: Seconds | None = None,
-        source: str = "",
-        candidates: tuple[str, ...] = (),
+        times: ByTimes | None = None,
+        measure: Measure | None = None,
         symmetric_memory: SymmetricMemory = NOT_OPENED,
     ):
-        self.mode, self.nodes, self.symmetric_memory = mode, nodes, symmetric_memory
-        self._seconds, self._source, self._candidates = seconds, source, candidates
+        self.mode, self.nodes, self.times = mode, nodes, times
+        self.symmetric_memory = symmetric_memory
+        self._measure = measure
         self._known: dict[tuple[str, int], Decision] = {}
 
     def all_reduce(self, values: int) -> Decision:
         """The collective for an all-reduce of so many values."""
         if self.mode != "auto":
             return Decision(self.mode, "fixed")
-        return self._fastest("native", self._candidates, values)
+        return self._decided(NATIVE, values)
 
     def reduce_scatter(self, values: int) -> Decision:
         """Low bits or native for a reduce-scatter of so many values."""
         if self.mode == "auto":
-            return self._fastest("native reduce-scatter", ("reduce-scatter",), values)
-        low = "native reduce-scatter" if self.mode == "native" else "reduce-scatter"
+            return self._decided(NATIVE_SCATTER, values)
+        low = NATIVE_SCATTER if self.mode == "native" else "reduce-scatter"
         return Decision(low, "fixed")
+
+    def retune(self) -> None:
+        """Take the times of this group again; call it on every rank alike, between two passes.
+
+        Raises:
+            LowbitError: The mode is fixed.
+        """
+        if self._measure is None:
+            raise LowbitError(f"{self.mode} is fixed: only auto has times that can be taken again")
+        self.times = self._measure()
+        self._known.clear()
 
     def spans(self) -> str:
         """From which message size `auto` takes which collective, in words."""
-        parts, last = [], None
-        for exponent in range(12, 28):
-            name = self.all_reduce((1 << exponent) // BF16_BYTES).collective
-            if name != last:
-                parts.append(name if last is None else f"{name} from {_size(1 << exponent)}")
-            last = name
-        return f"by {self._source}: {', '.join(parts)}"
+        assert self.times is not None, "auto is made with times"
+        text = f"by {self.times.how}: {_spans(self.all_reduce)}"
+        if self.times.timings.sizes(NATIVE_SCATTER):
+            text += f"; scatters: {_spans(self.reduce_scatter)}"
+        return text
 
-    def _fastest(self, native: str, candidates: tuple[str, ...], values: int) -> Decision:
+    def _decided(self, native: str, values: int) -> Decision:
         key = (native, values)
         if key not in self._known:
-            assert self._seconds is not None, "auto is made with times"
-            times = {name: self._seconds(name, values) for name in (native, *candidates)}
-            measured = {name: time for name, time in times.items() if time is not None}
-            best = min(measured, key=measured.__getitem__, default=native)
-            if native in measured and measured[best] > (1 - _MARGIN) * measured[native]:
-                best = native
-            self._known[key] = Decision(best, f"fastest by {self._source}")
+            assert self.times is not None, "auto is made with times"
+            self._known[key] = self.times.decide(native, BF16_BYTES * values)
         return self._known[key]
 
 
-def make_policy(
-    settings: Settings,
-    *,
-    group: dist.ProcessGroup,
-    codec: Codec,
-    tables: Tables,
-    device: torch.device,
-) -> Policy:
-    """Make the policy of a group; call it on every rank of it.
-
-    Args:
-        settings: The same on every rank.
-        group: The ranks that all-reduce.
-        codec: The same on every rank.
-        tables: Of one sync point.
-        device: Where the partials are.
-
-    Raises:
-        LowbitError: On every rank: a tuning file that does not serve here or has no times of
-            `codec`, node boundaries that are unknown or wrong, a codec without statistics of the
-            sum in a mode that sends it, ranks with different settings.
-    """
-    require_equal("collective", str(settings), group=group)
-    if dist.get_world_size(group) == 1:
-        return Policy("native")
-    if settings.mode == "two-shot":
-        codec.sum_tables(tables)
-    size = on_every_rank(lambda: _node_size(settings, group), group=group)
-    nodes = None
-    if size is not None:
-        nodes = make_nodes(group, size=size, low_bit_inside=settings.low_bit_inside)
-    if settings.mode in ("native", "hierarchical"):
-        return Policy(settings.mode, nodes=nodes)
-    symmetric_memory = open_symmetric_memory(group, device)
-    if settings.mode != "auto":
-        return Policy(settings.mode, nodes=nodes, symmetric_memory=symmetric_memory)
-    candidates = ["one-shot"]
-    if not codec.needs_statistics or tables.of_sum is not None:
-        candidates += ["two-shot"] if nodes is None else ["two-shot", "hierarchical"]
-    if (file := settings.tuning) is None:
-        seconds, source = _by_cost_model(codec, tables, group, nodes, device), "the cost model"
-    else:
-        tuning = on_every_rank(lambda: _read(file, codec, group), group=group)
-        require_equal("tuning file", sorted(tuning.times.items()), group=group)
-        seconds, source = _by_tuning(tuning, codec, nodes), file.name
-    return Policy(
-        "auto",
-        nodes=nodes,
-        seconds=seconds,
-        source=source,
-        candidates=tuple(candidates),
-        symmetric_memory=symmetric_memory,
-    )
-
-
-def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
-    """Ranks of the group in a node where hierarchical is asked for or possible, else None."""
-    ranks = dist.get_world_size(group)
-    if settings.mode not in ("hierarchical", "auto"):
-        return None
-    if settings.mode == "auto" and settings.node_size is None and not spans_nodes(group):
-        return None
-    size = settings.node_size or node_size(group)
-    if size < 1 or ranks % size:
-        raise LowbitError(f"nodes of {size} ranks do not divide a group of {ranks}")
-    if size == ranks:
-        raise LowbitError(
-            f"hierarchical needs several nodes, and all {ranks} ranks are on one: use two-shot, or "
-            "give the ranks of a node (--lowbit-node-size)"
-        )
-    return size
-
-
-def _read(path: Path, codec: Codec, group: dist.ProcessGroup) -> Tuning:
-    tuning = read_tuning(path, group=group)
-    if repr(codec) not in tuning.codecs():
-        raise LowbitError(
-            f"{path} has no times of {codec!r}, only of {', '.join(tuning.codecs())}: measure it "
-            "with python -m megatron_lowbit bench-all-reduce --write-tuning (its --codecs chooses "
-            "what it measures)"
-        )
-    return tuning
-
-
-def _by_tuning(tuning: Tuning, codec: Codec, nodes: Nodes | None) -> Seconds:
-    def seconds(collective: str, values: int) -> float | None:
-        if collective == "hierarchical":
-            assert nodes is not None, "no candidate without nodes"
-            if tuning.node_size != nodes.size:
-                return None
-        name = "" if collective.startswith("native") else repr(codec)
-        return tuning.seconds(name, collective, BF16_BYTES * values)
-
-    return seconds
-
-
-def _by_cost_model(
-    codec: Codec,
-    tables: Tables,
-    group: dist.ProcessGroup,
-    nodes: Nodes | None,
-    device: torch.device,
-) -> Seconds:
-    costs = probe(codec, tables, group, agree=group, device=device)
-    inside = between = costs
-    if nodes is not None:
-        inside = probe(codec, tables, nodes.inside, agree=group, device=device)
-        between = probe(codec, tables, nodes.between, agree=group, device=device)
-    partial_bytes = codec.row_bytes(tables) / tables.hidden
-    sum_bytes = codec.for_sum().row_bytes(tables.of_sum or tables) / tables.hidden
-
-    def seconds(collective: str, values: int) -> float:
-        message = Message(values, dist.get_world_size(group), partial_bytes, sum_bytes)
-        if collective == "hierarchical":
-            assert nodes is not None, "no candidate without nodes"
-            return cost_model.hierarchical(
-                message,
-                between,
-                node_size=nodes.size,
-                inside=inside,
-                low_bit_inside=nodes.codec_inside is None,
-            )
-        return cost_model.FORMULAS[collective](message, costs)
-
-    return seconds
-
-
-def _size(count: int) -> str:
-    return f"{count >> 20} MB" if count >= 1 << 20 else f"{count >> 10} KB"
+def _spans(decide: Callable[[int], Decision]) -> str:
+    """``native, one-shot from 32 KB``."""
+    parts, last = [], None
+    for exponent in range(12, 28):
+        name = decide((1 << exponent) // BF16_BYTES).collective
+        if name != last:
+            parts.append(name if last is None else f"{name} from {size_text(1 << exponent)}")
+        last = name
+    return ", ".join(parts)
 
 
 __getattr__ = renamed(__name__)

@@ -1,19 +1,17 @@
-"""The tuning file: times of every collective that tools/bench_all_reduce.py measured on a machine.
+"""The tuning file: times of collectives that were taken on a machine, for `auto` there.
 
-    {"format_version": 1,
+    {"format_version": 2,
      "machine": {"device": "NVIDIA L40S", "backend": "nccl"}, "ranks": 4, "node_size": 4,
      "link": "as it is",
-     "times": [{"codec": "rotated-hybrid (4 bits)", "collective": "two-shot",
-                "points": [[8192, 0.41], ...]}, ...]}
+     "times": [{"codec": "shaped-hybrid (4 bits)", "carries": true, "collective": "two-shot",
+                "points": [[8192, [0.41, 0.43, 0.40]], ...]}, ...]}
 
-A point is the message's size in bytes of BF16 and the median milliseconds. Between two sizes the
-time is interpolated on logarithmic scales; below the smallest it is the smallest's, and above the
-largest it grows with the size.
+A point is the message's size in bytes of BF16 and the milliseconds of each round
+(`comm.policy.timings`). Natives have no codec and carry nothing. Format 1 had a median alone, which
+does not say what is surely faster.
 """
 
-import bisect
 import json
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_lowbit.comm.policy.timings import Case, Timings
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import read_json, shown
 
-FORMAT_VERSION = 1
-_REMEDY = "make it with python -m megatron_lowbit bench-all-reduce --write-tuning on this machine"
-
-Points = list[tuple[int, float]]
+FORMAT_VERSION = 2
+_REMEDY = (
+    "make it with python -m megatron_lowbit doctor --load CKPT, or with "
+    "bench-all-reduce --write-tuning, on this machine"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tuning:
         ranks: Of the group.
         node_size: Ranks in a node that hierarchical was measured with, or None.
         link: What the ranks were joined by, in the words of the benchmark.
-        times: (codec as its repr, collective) -> points; for ``native`` the codec is "".
+        timings: Of every collective.
         origin: Where it was read from, for messages.
     """
 
@@ -48,30 +48,12 @@ class Tuning:
     ranks: int
     node_size: int | None
     link: str
-    times: dict[tuple[str, str], Points]
+    timings: Timings
     origin: str = "tuning file"
 
-    def seconds(self, codec: str, collective: str, message_bytes: int) -> float | None:
-        """Seconds of a message of so many bytes of BF16, or None if that was not measured."""
-        points = self.times.get((codec, collective))
-        return None if points is None else interpolate(points, message_bytes) / 1000
-
     def codecs(self) -> list[str]:
-        """The codecs that were measured."""
-        return sorted({codec for codec, _ in self.times if codec})
-
-
-def interpolate(points: Points, size: int) -> float:
-    """The value at `size`, from ``(size, value)`` in ascending order of size; see the module."""
-    sizes = [point[0] for point in points]
-    if size <= sizes[0]:
-        return points[0][1]
-    if size >= sizes[-1]:
-        return points[-1][1] * size / sizes[-1]
-    above = bisect.bisect_left(sizes, size)
-    (x0, y0), (x1, y1) = points[above - 1], points[above]
-    share = math.log(size / x0) / math.log(x1 / x0)
-    return math.exp(math.log(y0) + share * math.log(y1 / y0))
+        """The codecs that were measured, and whether with carries."""
+        return sorted({str(case) for case in self.timings.times if case.codec})
 
 
 def this_machine(group: dist.ProcessGroup | None = None) -> dict[str, str]:
@@ -91,8 +73,8 @@ def write_tuning(tuning: Tuning, path: Path) -> None:
         "node_size": tuning.node_size,
         "link": tuning.link,
         "times": [
-            {"codec": codec, "collective": collective, "points": points}
-            for (codec, collective), points in sorted(tuning.times.items())
+            {**case._asdict(), "points": sorted(points.items())}
+            for case, points in sorted(tuning.timings.times.items())
         ],
     }
     write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
@@ -122,6 +104,11 @@ def _parse(path: Path) -> Tuning:
 
     content = read_json(Path(path), remedy=_REMEDY)
     version = content.get("format_version") if isinstance(content, dict) else None
+    if version == 1 and type(version) is int:
+        raise LowbitError(
+            f"{path} is a tuning file of format 1, which has neither the scatter of its times nor "
+            f"carries: {_REMEDY}"
+        )
     if type(version) is not int or version != FORMAT_VERSION:
         raise LowbitError(
             f"{path} is not a tuning file of format {FORMAT_VERSION} (found {shown(version)}): "
@@ -133,7 +120,12 @@ def _parse(path: Path) -> Tuning:
         ranks=found.ranks,
         node_size=found.node_size,
         link=found.link,
-        times={(entry.codec, entry.collective): sorted(entry.points) for entry in found.times},
+        timings=Timings(
+            {
+                Case(entry.codec, entry.carries, entry.collective): dict(sorted(entry.points))
+                for entry in found.times
+            }
+        ),
         origin=str(path),
     )
 

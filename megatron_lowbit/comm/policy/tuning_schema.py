@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_lowbit.comm.policy.timings import native_of
 from megatron_lowbit.schema import MOST_RANKS, Exact, Name
 
 Bytes = Annotated[int, Field(ge=1, le=1 << 50)]
@@ -16,12 +17,18 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # strict: JSON has lists only
 
 
+Rounds = Annotated[
+    tuple[Milliseconds, ...], BeforeValidator(_pair), Field(min_length=1, max_length=10_000)
+]
+
+
 class Times(Exact):
     codec: str  # "" for native
+    carries: bool
     collective: Name
     points: Annotated[
-        list[Annotated[tuple[Bytes, Milliseconds], BeforeValidator(_pair)]],
-        Field(min_length=1, max_length=10_000),
+        list[Annotated[tuple[Bytes, Rounds], BeforeValidator(_pair)]],
+        Field(min_length=1, max_length=1000),
     ]
 
     @model_validator(mode="after")
@@ -32,7 +39,7 @@ class Times(Exact):
 
 
 class TuningFile(Exact):
-    format_version: Literal[1]
+    format_version: Literal[2]
     machine: dict[Name, str]
     ranks: Ranks
     node_size: Ranks | None
@@ -41,9 +48,24 @@ class TuningFile(Exact):
 
     @model_validator(mode="after")
     def _has_native(self) -> Self:
-        keys = [(entry.codec, entry.collective) for entry in self.times]
-        if ("", "native") not in keys:
+        keys = [(entry.codec, entry.carries, entry.collective) for entry in self.times]
+        if ("", False, "native") not in keys:
             raise ValueError("no times of native")
         if len(set(keys)) < len(keys):
             raise ValueError("times has a codec and collective more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _has_whole_rounds(self) -> Self:
+        """A round calls every case, so all of a size and rival have as many."""
+        natives = {entry.collective: entry for entry in self.times if not entry.codec}
+        for entry in self.times:
+            native = natives.get(native_of(entry.collective))
+            rival = {size: len(rounds) for size, rounds in native.points} if native else {}
+            for size, rounds in entry.points:
+                if rival.get(size) != len(rounds):
+                    raise ValueError(
+                        f"{entry.codec or entry.collective} has {len(rounds)} rounds at {size} "
+                        f"bytes, native {rival.get(size, 0)}"
+                    )
         return self

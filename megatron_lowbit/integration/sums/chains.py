@@ -127,6 +127,10 @@ class Link:
         """What it takes and gives in this call."""
         return self.chain.step(self.place, x, hidden, gives=self.gives, needs=self.needs)
 
+    def by_native(self) -> bool:
+        """It goes native: noted, unless something is, or must be, owed to it."""
+        return not self.needs and self.chain.by_native(self.place)
+
 
 @dataclass
 class SimulatedLink:

@@ -254,3 +254,9 @@ def route_of(module: nn.Module) -> Route | None:
 def is_plain(module: nn.Module) -> bool:
     """Whether a linear's partial is no more than its input times its weight: Megatron's own."""
     return isinstance(route_of(module), LocalRoute)  # a fork's, whatever it derives from, is not
+
+
+def may_scatter(module: nn.Module) -> bool:
+    """Whether the sum of `module` may be a reduce-scatter in inference."""
+    is_optimized = isinstance(route_of(module), InferenceOptimizedRoute)
+    return is_optimized or bool(getattr(module.config, "sequence_parallel", False))

@@ -26,9 +26,8 @@ by tools/predict.py --check.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.comm.transport import chunk_values
-
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """The cost model's figures for this machine, group and codec, from a short measurement.
 
-`auto` without a tuning file takes them once, when the model is loaded: half a second on a fast
-link, up to five on one of 100 Mbit/s. All ranks work at once, as they will, so what ranks on
-one machine take from each other is in the figures. They are means over ranks, the same on every
-rank, so all choose alike.
+It takes half a second on a fast link, up to five on one of 100 Mbit/s. All ranks work at once, as
+they will, so what ranks on one machine take from each other is in the figures. They are means over
+ranks, the same on every rank.
 
 The bandwidth is that of a stream of chunks like those of a collective, long enough for what happens
 once (a token bucket's burst, a scheduler's time slice of 3-4 ms) not to count. Between ranks that
@@ -14,13 +13,15 @@ The codec's time is the mean: a collective is interrupted as often.
 import time
 from collections.abc import Callable
 from functools import partial as bind
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lowbit.benchmark.prediction.cost_model import Costs
 from megatron_lowbit.codecs import Codec, Tables
-from megatron_lowbit.comm.policy.cost_model import BF16_BYTES, Costs
+from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.comm.transport import CHUNK_VALUES, Channel, Steps, run
 
 _REPEATS = 32
@@ -57,19 +58,43 @@ def probe(
     Returns:
         The same figures on every rank.
     """
-    links = _link_seconds(group, device)
-    figures = [*links, *_codec_seconds(codec, tables, group, device)]
-    step, byte, native, native_byte, call, encode, decode, turn = _mean(figures, agree, device)
+    link = probe_link(group, agree=agree, device=device)
+    figures = _codec_seconds(codec, tables, group, device)
+    call, encode, decode, turn = _mean(figures, agree, device)
     return Costs(
-        latency=step + call,
-        bandwidth=1 / byte,
-        native_latency=native,
-        native_bandwidth=1 / native_byte,
+        latency=link.latency + call,
+        bandwidth=link.bandwidth,
+        native_latency=link.native_latency,
+        native_bandwidth=link.native_bandwidth,
         encode=encode,
         decode=decode,
         turn=turn,
-        per_chunk=step,
+        per_chunk=link.latency,
     )
+
+
+class LinkFigures(NamedTuple):
+    """What joins the ranks, as our messages and native's see it.
+
+    Attributes:
+        latency: Seconds of a step with hardly any bytes.
+        bandwidth: Bytes a second that a rank sends in a stream.
+        native_latency: Seconds of the backend's all-reduce with hardly any bytes.
+        native_bandwidth: Bytes a second that a rank sends in a long one.
+    """
+
+    latency: float
+    bandwidth: float
+    native_latency: float
+    native_bandwidth: float
+
+
+def probe_link(
+    group: dist.ProcessGroup, *, agree: dist.ProcessGroup, device: torch.device
+) -> LinkFigures:
+    """Measure what joins the ranks of `group`; arguments and result as those of `probe`."""
+    step, byte, native, native_byte = _mean(_link_seconds(group, device), agree, device)
+    return LinkFigures(step, 1 / byte, native, 1 / native_byte)
 
 
 def _link_seconds(group: dist.ProcessGroup, device: torch.device) -> list[float]:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_lowbit.comm.policy import cost_model, policy
-from megatron_lowbit.comm.policy.cost_model import FORMULAS, Costs, Message
+from megatron_lowbit.benchmark.prediction import cost_model
+from megatron_lowbit.benchmark.prediction.cost_model import FORMULAS, Costs, Message
 from megatron_lowbit.comm.transport import CHUNK_VALUES
 
 BYTES = 4.1875 / 8
@@ -99,9 +99,3 @@ def test_two_levels_send_what_the_table_says():
     inside = Costs(**{**vars(WIRE), "bandwidth": 1e30})
     got = cost_model.hierarchical(m, WIRE, node_size=8, inside=inside)
     assert got == pytest.approx(BYTES * m.values / 8 / WIRE.bandwidth)  # one-shot between two nodes
-
-
-def test_the_prediction_chooses_as_auto_does():
-    from megatron_lowbit.benchmark.prediction.prediction import MARGIN
-
-    assert MARGIN == policy._MARGIN

@@ -1,0 +1,1 @@
+"""One command that tells somebody on their own machine whether low bits are for them."""

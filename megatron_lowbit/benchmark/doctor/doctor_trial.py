@@ -1,0 +1,137 @@
+"""The doctor's advice behind emulated links, held against a sweep in the same processes.
+
+At each setting the ranks are examined as torchrun's would be, without a model, and then every
+collective is timed at the same messages, with carries, by the sweep. Advice is *right* where low
+bits that it takes are not slower than native in the sweep, and where native that it keeps is not
+slower than low bits by more than the margin that `auto` asks for. It is *wrong* where low bits are
+slower, and *missed* where they would have been faster.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_lowbit import cli
+from megatron_lowbit.benchmark.collectives import sweep
+from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
+from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
+from megatron_lowbit.benchmark.collectives.sweep_plan import Plan, Variant
+from megatron_lowbit.benchmark.doctor.doctor_advice import Pass
+from megatron_lowbit.benchmark.doctor.doctor_run import BITS, HIDDEN, examine_links
+from megatron_lowbit.codecs import DEFAULT_CODEC
+from megatron_lowbit.comm.policy.timings import MARGIN, NATIVE, size_text
+from megatron_lowbit.files import ROOT
+
+SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
+    (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
+)
+_SECONDS = 10.0
+_LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
+_COLLECTIVES = ("one-shot", "two-shot")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Advice on one message.
+
+    Attributes:
+        ranks: Of the group.
+        link: Its rate, or ``loopback``.
+        bits: Of the codec.
+        size: Bytes of the message in BF16.
+        taken: What the doctor says `auto` takes.
+        speedups: By collective: what the sweep measured, over native.
+    """
+
+    ranks: int
+    link: str
+    bits: int
+    size: int
+    taken: str
+    speedups: dict[str, float]
+
+    @property
+    def word(self) -> str:
+        """``right``, ``wrong`` or ``missed``."""
+        if self.taken != NATIVE:
+            return "right" if self.speedups[self.taken] >= 1 else "wrong"
+        return "missed" if max(self.speedups.values()) > 1 / (1 - MARGIN) else "right"
+
+    @property
+    def line(self) -> str:
+        """A row of a Markdown table."""
+        measured = " | ".join(f"{self.speedups[name]:.2f}x" for name in _COLLECTIVES)
+        what = f"{self.link}, {self.ranks} ranks, {self.bits} bits, {size_text(self.size)}"
+        return f"| {what} | {self.taken} | {measured} | {self.word} |"
+
+
+def run() -> None:
+    """Try all settings and print what the doctor said and what the sweep found."""
+    found: list[Verdict] = []
+    for link, ranks in SETTINGS:
+        found += try_out(link, ranks)
+    cli.say("\n| message | the doctor takes | sweep: one-shot | two-shot | advice |")
+    cli.say("| --- " * 5 + "|\n" + "\n".join(one.line for one in found))
+    words = [one.word for one in found]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in ("right", "missed", "wrong"))
+    cli.say(f"\n{len(found)} cases: {counts}")
+
+
+def try_out(link: str | None, ranks: int) -> list[Verdict]:
+    """Examine and sweep at one setting.
+
+    Args:
+        link: A rate for `parse_rate`; loopback if None.
+        ranks: To start.
+
+    Raises:
+        LowbitError: Links cannot be emulated here, or a rank failed.
+    """
+    started = emulated_links(ranks, parse_rate(link)) if link else plain_ranks(ranks)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory(prefix="lowbit-doctor-") as directory, started as group:
+        out = Path(directory) / "verdicts.json"
+        cli.say(f"\n{link or 'loopback'}, {ranks} ranks")
+        argv = [sys.executable, "-m", __name__, str(out), link or "loopback"]
+        group.run(argv, env={"PYTHONPATH": path})
+        return [Verdict(**one) for one in json.loads(out.read_text())]
+
+
+def _rank_main() -> None:
+    """One rank: rank 0 writes what came out."""
+    out, link = Path(sys.argv[1]), sys.argv[2]
+    with sweep.process_group() as device:
+        assert dist.group.WORLD is not None, "it was started"
+        examined = examine_links(dist.group.WORLD, device, _SECONDS)
+        sizes = tuple(sorted({one.size for one in examined[0] if one.tokens <= _LONGEST}))
+        variants = tuple(
+            Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
+        )
+        plan = Plan(variants, sizes, ranks=None, hidden=HIDDEN, feedback=True)
+        rows = sweep.measure(plan, device=device, quiet=True).rows
+        verdicts = list(_verdicts(examined, rows, link))
+        if dist.get_rank() == 0:
+            out.write_text(json.dumps([asdict(one) for one in verdicts]))
+        dist.barrier()
+
+
+def _verdicts(examined: list[list[Pass]], rows: list[dict], link: str) -> Iterator[Verdict]:
+    for bits, passes in zip(BITS, examined, strict=True):
+        taken = {one.size: one.taken for one in passes}
+        for size in sorted({row["bytes"] for row in rows}):
+            mine = {
+                row["collective"]: row["speedup"]
+                for row in rows
+                if row["bytes"] == size and f"({bits} bits)" in row["codec"]
+            }
+            yield Verdict(dist.get_world_size(), link, bits, size, taken[size], mine)
+
+
+if __name__ == "__main__":
+    cli.run(_rank_main)
