@@ -22,6 +22,9 @@ from typing import NamedTuple
 import pytest
 from releases import ROOT
 
+# Collected here, too, with the server of this file.
+from test_serve import test_nothing_listens_beyond_the_loopback  # noqa: F401
+
 PROMPT = "the world"
 POSITIONS = 16384
 PACKAGES = Path(sys.prefix) / "lm-eval"
@@ -140,6 +143,25 @@ BAD_CHATS = [
     (_chat(n=9), "n: Input should be less than or equal to 8"),
     (_chat(max_tokens=-1), "max_tokens"),
 ]
+
+
+def test_a_missing_package_means_the_static_engine_and_is_said(calibrated, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['quart'] = None\n")
+    env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(calibrated), "PORT": "5999"}
+    started = subprocess.Popen(
+        ["bash", ROOT / "examples" / "serve.sh"],
+        env={**env, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    said = [started.stdout.readline(), started.stdout.readline()]
+    started.terminate()
+    started.communicate(timeout=60)
+    assert said[0] == (
+        "serve: the static engine, since the dynamic one's endpoint lacks quart: "
+        'pip install "megatron_lowbit[serve]"\n'
+    )
+    assert said[1].startswith("serve: starting the static engine on port 5999;")
 
 
 def test_curl_gets_what_others_get(server):
