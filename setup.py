@@ -35,9 +35,9 @@ MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib"]
-# megatron-core's text-generation server imports them without declaring them.
-SERVE = ["flask", "flask-restful"]
-DEV = ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", *PATCH]
+# What megatron-core's servers import and do not declare: the static engine's, the dynamic one's.
+SERVE = ["flask", "flask-restful", "quart", "hypercorn", "pyzmq", "msgpack"]
+DEV = ["hypothesis", "mypy", "openai", "pytest", "pytest-xdist", "ruff", *PATCH]
 
 # The patch files lie at the top of a checkout, where people who keep a fork look for them, and go
 # into the package beside the code that applies them.

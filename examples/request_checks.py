@@ -152,7 +152,7 @@ class Checks:
         except RecursionError:
             return _refused("the request is nested too deep")
         except (ValidationError, ValueError) as error:
-            return _refused(_one_line(error))
+            return _refused(one_line(error))
         except BadRequest:
             return _refused("the body is no JSON")
         return None
@@ -189,7 +189,8 @@ def _refused(message: str, status: int = 400) -> Response:
     return make_response(jsonify({"error": message}), status)
 
 
-def _one_line(error: ValueError) -> str:
+def one_line(error: ValueError) -> str:
+    """What is wrong with a request, without the schema's own details."""
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False, include_input=False)[0]

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Megatron's text-generation server in low bits, at TP 3 on this machine's CPU, asked with curl.
+# Megatron's OpenAI-compatible server in low bits, at TP 3 on this machine's CPU, asked with curl.
 #
 #   examples/serve.sh ["A PROMPT" ...]
 #
 # Serves the checkpoint that examples/quickstart.sh makes (run that first), asks for 16 tokens after
-# each prompt, prints the answers, and stops the server.
+# each prompt, prints the answers, and stops the server. The server answers from Megatron's dynamic
+# engine; where that cannot be had, from the static one, and says so.
 #
 #   CKPT=DIR   another checkpoint for TP 3, with a calibration index in DIR/lowbit
 #   ARGS=...   more arguments of Megatron's, for what --use-checkpoint-args forgets
 #   PORT=N     default: 5000
+#   ENGINE=... dynamic (default) or static, Megatron's older server
 #   KEEP=1     leave the server running, until Ctrl-C
 
 set -euo pipefail
@@ -19,7 +21,8 @@ source "$ROOT/tools/setup_env.sh"
 
 CKPT="${CKPT:-$ROOT/out/quickstart/ckpt}"
 PORT="${PORT:-5000}"
-LOG="$ROOT/out/serve.log"
+ENGINE="${ENGINE:-dynamic}"
+LOG="$ROOT/out/serve-$PORT.log"
 mkdir -p "$ROOT/out"
 TOKENS=16
 PROMPTS=("$@")
@@ -28,6 +31,7 @@ PROMPTS=("$@")
 die() { echo "serve: $*" >&2; exit 1; }
 command -v curl >/dev/null || die "curl is not installed"
 [[ -d "$CKPT/lowbit" ]] || die "no calibration index in $CKPT/lowbit: run examples/quickstart.sh first"
+[[ "$ENGINE" == dynamic || "$ENGINE" == static ]] || die "ENGINE=$ENGINE: dynamic or static"
 if curl -s -o /dev/null "http://127.0.0.1:$PORT/"; then
     die "something listens on port $PORT already: set PORT to another"
 fi
@@ -39,9 +43,19 @@ if [[ -e /sys/class/net/lo ]]; then
 fi
 
 ALL=(--load "$CKPT" --use-checkpoint-args --tensor-model-parallel-size 3 --bf16)
+if [[ "$ENGINE" == dynamic ]]; then
+    missing="$("$ENV_PYTHON" -c 'import importlib.util as u
+print(*(name for name in ("quart", "hypercorn", "zmq", "msgpack") if u.find_spec(name) is None))')"
+    if [[ -n "$missing" ]]; then
+        echo "serve: the static engine, since the dynamic one's endpoint lacks $missing:" \
+            'pip install "megatron_lowbit[serve]"'
+        ENGINE=static
+    fi
+fi
 ALL+=(--micro-batch-size 1 --port "$PORT" --lowbit-tp-comm --lowbit-collective one-shot)
 read -ra more <<<"${ARGS:-}"
-SCRIPT="$ROOT/examples/text_generation_server.py"
+SCRIPT="$ROOT/examples/openai_server.py"
+[[ "$ENGINE" == dynamic ]] || SCRIPT="$ROOT/examples/text_generation_server.py"
 
 # Without torchrun, whose store listens on every address: rank 0's listens on this one alone.
 export MASTER_ADDR=127.0.0.1 WORLD_SIZE=3 LOCAL_WORLD_SIZE=3
@@ -63,8 +77,8 @@ stop() {
 }
 trap stop EXIT
 
-echo "serve: starting the server on port $PORT; its messages go to ${LOG#"$ROOT"/}"
-until curl -s -o /dev/null "http://127.0.0.1:$PORT/"; do
+echo "serve: starting the $ENGINE engine on port $PORT; its messages go to ${LOG#"$ROOT"/}"
+until curl -s -o /dev/null --max-time 5 "http://127.0.0.1:$PORT/"; do
     for pid in "${RANKS[@]}"; do
         kill -0 "$pid" 2>/dev/null || {
             tail -n 20 "${LOG%0.log}"*.log >&2
@@ -75,15 +89,29 @@ until curl -s -o /dev/null "http://127.0.0.1:$PORT/"; do
 done
 grep "^> low-bit" "$LOG"
 
-for prompt in "${PROMPTS[@]}"; do
-    request="$("$ENV_PYTHON" -c 'import json, sys
-print(json.dumps({"prompts": [sys.argv[1]], "tokens_to_generate": int(sys.argv[2]), "top_k": 1}))' \
-        "$prompt" "$TOKENS")"
-    echo "serve: PUT /api $request"
-    curl -sS --max-time 300 -X PUT -H "Content-Type: application/json" -d "$request" "http://127.0.0.1:$PORT/api" |
-        "$ENV_PYTHON" -c 'import json, sys
+# ask_dynamic PROMPT, ask_static PROMPT: the request, and the text of the answer
+ask_dynamic() {
+    ask "$1" POST /v1/completions '{"prompt": sys.argv[1], "max_tokens": int(sys.argv[2]), "temperature": 0}' \
+        'answer["choices"][0]["text"]'
+}
+ask_static() {
+    ask "$1" PUT /api '{"prompts": [sys.argv[1]], "tokens_to_generate": int(sys.argv[2]), "top_k": 1}' \
+        'answer["text"][0].removeprefix(sys.argv[1])'
+}
+
+# ask PROMPT METHOD PATH REQUEST TEXT: the last two in Python
+ask() {
+    local request
+    request="$("$ENV_PYTHON" -c "import json, sys; print(json.dumps($4))" "$1" "$TOKENS")"
+    echo "serve: $2 $3 $request"
+    curl -sS --max-time 300 -X "$2" -H "Content-Type: application/json" -d "$request" \
+        "http://127.0.0.1:$PORT$3" | "$ENV_PYTHON" -c "import json, sys
 answer = json.load(sys.stdin)
-print("serve:", answer["text"][0] if "text" in answer else answer)'
+print('serve:', sys.argv[1] + $5 if 'error' not in answer else answer)" "$1"
+}
+
+for prompt in "${PROMPTS[@]}"; do
+    "ask_$ENGINE" "$prompt"
 done
 if [[ -n "${KEEP:-}" ]]; then
     echo "serve: the server stays up on port $PORT; Ctrl-C ends it"

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Megatron-core's text-generation server, started by a plain Megatron script.
+"""Megatron-core's older text-generation server, over the static engine, by a plain Megatron script.
 
 Nothing in it knows of low bits: run it through the launcher.
 
   torchrun --nproc-per-node 3 -m megatron_lowbit.launch examples/text_generation_server.py \\
       --load CKPT --use-checkpoint-args --tensor-model-parallel-size 3 --lowbit-tp-comm
 
-examples/serve.sh does, and asks it. It serves as Megatron-LM's tools/run_text_generation_server.py,
-which no package carries: PUT /api with {"prompts": [...], "tokens_to_generate": N}, and
-POST /completions. A request that it could not serve is answered with status 400
-(request_checks.py): Megatron checks little, and one bad request would end the server for all.
+ENGINE=static examples/serve.sh does, and asks it. It serves as Megatron-LM's
+tools/run_text_generation_server.py, which no package carries: PUT /api with {"prompts": [...],
+"tokens_to_generate": N}, and POST /completions. A request that it could not serve is answered with
+status 400 (request_checks.py): Megatron checks little, and one bad request would end the server.
 """
 
 import argparse
@@ -29,38 +29,15 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.text_generation_server import MegatronServer
 from megatron.core.inference.text_generation_server.endpoints.common import GENERATE_NUM
 from megatron.core.inference.text_generation_server.run_mcore_engine import run_mcore_engine
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import parse_and_validate_args
-from megatron.training.checkpointing import load_checkpoint
-from megatron.training.initialize import initialize_megatron
-from megatron.training.models import GPTModelBuilder
 from request_checks import Checks
+from serving import initialize, load_model
 
 REQUESTS = 8  # prompts in one batch, at most
 
 
-def add_server_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Where the server listens."""
-    group = parser.add_argument_group(title="text generation server")
-    group.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
-    group.add_argument("--port", type=int, default=5000, help="port (default: 5000)")
-    return parser
-
-
-def load_model() -> torch.nn.Module:
-    """The checkpoint's model, built and loaded by Megatron."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    builder = GPTModelBuilder(gpt_config_from_args(get_args()))
-    chunks = builder.build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
-    load_checkpoint(chunks, None, None)
-    return chunks[0].eval()
-
-
 def make_engine(model: torch.nn.Module, args: argparse.Namespace) -> StaticInferenceEngine:
-    """Megatron's static engine as such: the server cannot answer from the dynamic one (0.19.2)."""
+    """Megatron's static engine as such: this server cannot answer from the dynamic one (0.19.2)."""
     context = StaticInferenceContext(REQUESTS, args.max_position_embeddings)
     wrapped = GPTInferenceWrapper(model, context)
     tokenizer = build_tokenizer(args)
@@ -88,13 +65,8 @@ def follow(engine: StaticInferenceEngine) -> None:
 
 def main() -> None:
     """Load, then serve on the first rank; the others follow."""
-    args = parse_and_validate_args(
-        extra_args_provider=add_server_args,
-        args_defaults={"no_load_rng": True, "no_load_optim": True, "micro_batch_size": 1},
-    )
-    args.exit_on_missing_checkpoint = True
-    initialize_megatron()
-    engine = make_engine(load_model(), args)
+    args = initialize()
+    engine = make_engine(load_model(args), args)
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         server = MegatronServer(engine, args)
         checks = Checks(

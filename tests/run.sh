@@ -36,7 +36,7 @@ unit)
     TESTS=(-m "not slow" tests/{codecs,comm,calibration,evaluation,benchmark} tests/test_*.py)
     export LOWBIT_OLDER_MEGATRONS=no
     ;;
--* | "") ;;
+-* | "") export LOWBIT_LM_EVAL=yes ;;
 *)
     if [[ ! -e "${1%%::*}" ]]; then
         echo "tests/run.sh: $1 is neither unit nor a path: see tests/run.sh --help" >&2

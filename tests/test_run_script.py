@@ -130,6 +130,14 @@ def test_the_older_releases_are_added_when_they_are_first_wanted(checkout):
     assert installed(checkout, LOWBIT_OLDER_MEGATRONS="no") == []
 
 
+def test_lm_eval_is_added_when_it_is_first_wanted(checkout):
+    assert not any("lm_eval" in word for word in installed(checkout))
+    pins = str(checkout / "tools" / "lm_eval_requirements.txt")
+    assert installed(checkout, LOWBIT_LM_EVAL="yes") == [pins]
+    assert installed(checkout, LOWBIT_LM_EVAL="yes") == []
+    assert installed(checkout) == []
+
+
 def test_a_new_pin_installs_again(checkout):
     installed(checkout)
     with (checkout / "tools" / "requirements.txt").open("a") as pins:

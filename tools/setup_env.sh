@@ -10,6 +10,7 @@
 #   LOWBIT_PYTHON=/path/to/python  use this environment as it is and install nothing
 #   LOWBIT_OLDER_MEGATRONS=no      leave out the older releases of Megatron-core, which only tests
 #                                  use; a later run without it adds them
+#   LOWBIT_LM_EVAL=yes             add lm-evaluation-harness, in .venv/lm-eval: examples/lm_eval.sh
 #
 # The pinned torch is whatever build the package index gives for this platform. On a GPU machine
 # install the torch, Megatron-core and Transformer Engine that you run with, then this package
@@ -22,6 +23,7 @@ _env_venv="$_env_root/.venv"
 _env_pins="$_env_root/tools/requirements.txt"
 _env_script="$_env_root/tools/setup_env.sh"
 _env_releases="$_env_root/tools/megatron_releases.txt"
+_env_lm_eval_pins="$_env_root/tools/lm_eval_requirements.txt"
 
 _env_die() {
     echo "setup: $*" >&2
@@ -103,6 +105,13 @@ _env_older_megatrons() {
     done < <(grep -v '^#' "$_env_releases")
 }
 
+# In a folder of its own: it is large, and wants an older package than the environment has.
+_env_lm_eval() {
+    rm -rf "$_env_venv/lm-eval"
+    _env_pip "lm-eval (beside the environment)" --no-deps --target "$_env_venv/lm-eval" \
+        -r "$_env_lm_eval_pins"
+}
+
 _env_install() {
     local torch setuptools megatron model tasks
     torch="$(_env_pin torch)" && setuptools="$(_env_pin setuptools)" || exit 1
@@ -150,6 +159,8 @@ _env_setup() (
     _env_step setup _env_install "$_env_pins" "$_env_root/setup.py" "$_env_script"
     [[ "${LOWBIT_OLDER_MEGATRONS:-}" == no ]] ||
         _env_step megatrons _env_older_megatrons "$_env_releases" "$_env_script"
+    [[ "${LOWBIT_LM_EVAL:-}" != yes ]] ||
+        _env_step lm-eval _env_lm_eval "$_env_lm_eval_pins" "$_env_script"
     [[ -z "$installed" ]] || echo "setup: .venv is ready ($((SECONDS - start)) s)"
 )
 

@@ -1,4 +1,4 @@
-"""examples/serve.sh: Megatron's server in low bits, asked over HTTP, says what generate.py says.
+"""ENGINE=static examples/serve.sh: Megatron's server in low bits says what generate.py says.
 
 One server for all tests: it must outlive every bad request.
 """
@@ -51,7 +51,7 @@ def server(calibrated) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(calibrated), "KEEP": "1"}
-    env |= {"ARGS": "--norm-epsilon 3e-05", "PORT": str(port)}
+    env |= {"ARGS": "--norm-epsilon 3e-05", "PORT": str(port), "ENGINE": "static"}
     started = subprocess.Popen(
         ["bash", ROOT / "examples" / "serve.sh", PROMPT],
         env=env,
