@@ -49,7 +49,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompts)
     if options.prompt_file:
         try:
-            lines = options.prompt_file.read_text(encoding="utf-8").splitlines()
+            lines = options.prompt_file.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise LowbitError(f"{options.prompt_file} is not UTF-8 ({error})") from None
         prompts += [line for line in lines if line.strip()]

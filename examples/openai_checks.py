@@ -114,7 +114,7 @@ class Chat(Request):
 
     def texts(self, detokenize: Any) -> list[str]:
         """The messages; what the template puts between them is not counted."""
-        return ["\n".join(message.content for message in self.messages) or " "]
+        return ["\n".join(message.content for message in self.messages)]
 
     @property
     def tokens(self) -> int:
@@ -163,4 +163,6 @@ def install(tokenizer: Any, *, positions: int, vocabulary: int) -> None:
             return refused("the body is no JSON", 400)
         return None
 
+    # The endpoint's own limit is 1 GB, and a body that comes in chunks has no length to look at.
+    endpoints.__all__[0].record(lambda at: at.app.config.update(MAX_CONTENT_LENGTH=BODY_BYTES))
     endpoints.__all__[0].before_app_request(before)

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import multiprocessing
+import os
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ async def serve(model: torch.nn.Module, tokenizer: Any, args: argparse.Namespace
     """Start the engine on every rank and the endpoint on the first; ends with the engine."""
     from megatron.core.inference.apis import MegatronAsyncLLM, ServeConfig
 
+    # Whoever reaches the engine's own sockets steers it: --host opens the endpoint alone.
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     llm = MegatronAsyncLLM(
         model=model,
         tokenizer=tokenizer,
         inference_config=make_config(args),
-        coordinator_host=args.host,
+        coordinator_host="127.0.0.1" if is_one_machine else None,
     )
     if llm.is_primary_rank:
         install(

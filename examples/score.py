@@ -58,7 +58,7 @@ def read_texts(path: Path) -> list[str]:
     """A text a line; empty lines are none."""
     texts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise LowbitError(f"{path} is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, 1):

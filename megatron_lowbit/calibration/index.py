@@ -150,7 +150,7 @@ class CalibrationIndex:
         Raises:
             IndexFileError: The index has no recipe.
         """
-        if "recipe" not in self.manifest:
+        if self.manifest.get("recipe") is None:
             raise IndexFileError(
                 f"{self.origin} has no recipe: make it with python -m megatron_lowbit calibrate "
                 "--budget BITS"
@@ -168,7 +168,7 @@ class CalibrationIndex:
     @property
     def has_feedback(self) -> bool:
         """Whether the recipe was planned for errors that are carried on."""
-        return bool(self.manifest.get("recipe", {}).get("feedback"))
+        return bool((self.manifest.get("recipe") or {}).get("feedback"))
 
     def bf16_index(
         self, layer: int, name: str, codec: Codec, bf16_features: int | None = None

@@ -152,6 +152,15 @@ def average_bits(options: Options, recipe: Recipe) -> float:
     return _average([_option(options, recipe, key) for key in recipe])
 
 
+def least_bits(options: Options) -> float:
+    """The fewest bits a value, where every sync point sends something."""
+    least = [
+        min(o.bits_per_value for o in of_point if o.assignment != SKIP)
+        for of_point in options.values()
+    ]
+    return sum(least) / len(least)
+
+
 def average_sum_bits(options: Options, recipe: Recipe) -> float:
     """Bits a value of a planned recipe's sums, over its sync points."""
     return _average([_option(options, recipe, key, sums=True) for key in recipe])

@@ -8,6 +8,7 @@ since the difference in loss of so few tokens is mostly noise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -234,17 +235,43 @@ def choose_skipped(options: Options, points: Sequence[Point], count: int) -> fro
         key: next(o.divergence for o in of_point if o.assignment == SKIP)
         for key, of_point in options.items()
     }
-    following = following_keys(points)
-    before = {after: key for key, after in following.items()}
-    chosen: set[Key] = set()
-    for key in sorted(following, key=lambda key: costs[key]):
-        if len(chosen) == count:
-            break
-        if following[key] not in chosen and before.get(key) not in chosen:
-            chosen.add(key)
-    if len(chosen) < count:
+    cheapest: _Cheapest = {0: (0.0, ())}
+    for chain in _chains(following_keys(points)):
+        of_chain = _cheapest(chain[:-1], costs)
+        combined: _Cheapest = {}
+        for (m, (cost, keys)), (n, (more, others)) in product(cheapest.items(), of_chain.items()):
+            found = (cost + more, (*keys, *others))
+            combined[m + n] = min(combined.get(m + n, found), found)
+        cheapest = combined
+    if count not in cheapest:
+        outside = next((f" ({p.apart})" for p in points if p.apart), "")
         raise LowbitError(
-            f"--skip {count}: {len(chosen)} of {len(points)} sync points can be skipped, never two "
-            "neighbours and never the last one that carries errors"
+            f"--skip {count}: {max(cheapest)} of {len(points)} sync points can be skipped, never "
+            f"two neighbours, never the last one that carries errors, none that does not{outside}"
         )
-    return frozenset(chosen)
+    return frozenset(cheapest[count][1])
+
+
+_Cheapest = dict[int, tuple[float, tuple[Key, ...]]]  # how many are skipped -> their cost, and they
+
+
+def _cheapest(keys: list[Key], costs: dict[Key, float]) -> _Cheapest:
+    """Of a chain without its end, for each number of skipped ones, never two neighbours."""
+    kept: _Cheapest = {0: (0.0, ())}  # the last key was kept
+    skipped: _Cheapest = {}
+    for key in keys:
+        skipping = {n + 1: (c + costs[key], (*chosen, key)) for n, (c, chosen) in kept.items()}
+        kept = {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
+        skipped = skipping
+    return {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
+
+
+def _chains(following: dict[Key, Key]) -> list[list[Key]]:
+    """The keys of each chain, in order."""
+    chains = []
+    for first in following.keys() - set(following.values()):
+        chain = [first]
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+        chains.append(chain)
+    return sorted(chains)

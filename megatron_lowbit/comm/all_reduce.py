@@ -84,7 +84,7 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx, x, call):
         decision, step = call.policy.all_reduce(x.numel()), call.step(x)
         if decision.collective == "native" and call.codec.bits:
-            total = native_input(x, step)
+            total = native_input(x, step, call)
             if total is x and not call.in_place:
                 total = x.clone(memory_format=torch.contiguous_format)
             return _native(total, call.group, decision, call.traffic)

@@ -89,7 +89,7 @@ class _ReduceScatter(torch.autograd.Function):
         if decision.collective == "native reduce-scatter":
             if len(set(call.counts)) > 1:
                 raise LowbitError(f"native reduce-scatter cannot split by {call.counts}")
-            x = native_input(x, step)
+            x = native_input(x, step, call)
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()
             call.count(decision, x, size, size * (call.ranks - 1) // call.ranks, clock)

@@ -29,7 +29,13 @@ from torch import Tensor
 
 from megatron_lowbit.calibration.costs.neighbours import following_keys
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.calibration.plan import average_bits, plan, with_feedback
+from megatron_lowbit.calibration.plan import (
+    SKIP,
+    average_bits,
+    least_bits,
+    plan,
+    with_feedback,
+)
 from megatron_lowbit.calibration.recipe import Recipe
 from megatron_lowbit.codecs import Codec, Tables, parse_codec
 from megatron_lowbit.errors import LowbitError
@@ -84,10 +90,14 @@ class Named:
         assert own is not None
         if self.budget is None and (self.has_feedback or not index.has_feedback):
             return own
-        budget = self.budget or average_bits(options, own)
-        if not self.has_feedback:
-            return plan(options, budget)
-        return plan(with_feedback(options), budget, following=following_keys(points))
+        skipped = {key for key, assignment in own.items() if assignment == SKIP}
+        budget = average_bits(options, own) if self.budget is None else self.budget
+        if self.has_feedback:
+            costs, following = with_feedback(options), following_keys(points)
+            return plan(costs, budget, skipped=skipped, following=following)
+        if self.budget is None and skipped:  # which only feedback makes good
+            budget = max(budget, least_bits(options))
+        return plan(options, budget)
 
 
 def parse_variant(name: str) -> Named:

@@ -146,6 +146,7 @@ def _agreed_policy(
     require_equal(CHECK_SWITCH, is_checking(), group=group)
     if not assigned.points:
         return None
+    _check_groups(points)
     return make_policy(
         settings,
         group=group,
@@ -155,6 +156,18 @@ def _agreed_policy(
         scatters=any(may_scatter(point.module) for point in points),
         largest=_longest(model) * assigned.tables[0].hidden * BF16_BYTES,
     )
+
+
+def _check_groups(points: list[SyncPoint]) -> None:
+    """Raise unless all sum over the same ranks: one policy, timed on them, is for all."""
+    ranks = dist.get_process_group_ranks(points[0].group)
+    for point in points:
+        mine = dist.get_process_group_ranks(point.group)
+        if mine != ranks:
+            raise LowbitError(
+                f"{point} sums over ranks {mine}, and {points[0]} over {ranks}: all sync points "
+                "of a stage must sum over the same group"
+            )
 
 
 def _longest(model: nn.Module | Iterable[nn.Module]) -> int:

@@ -136,6 +136,7 @@ BAD = [
 BAD_CHATS = [
     ({"max_tokens": 2}, "messages: Field required"),
     (_chat(messages=[]), "messages"),
+    (_chat(messages=[{"role": "user", "content": ""}]), "prompt 0 has no token"),
     (_chat(messages=[{"role": "user"}]), "messages.0.content: Field required"),
     (_chat(messages=[{"role": "tool", "content": "a"}]), "messages.0.role"),
     (_chat(stop=["a"]), f"stop: {ABSENT}"),

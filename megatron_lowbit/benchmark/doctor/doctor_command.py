@@ -34,7 +34,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--load", metavar="CKPT", help="a Megatron checkpoint; lowbit/ beside it")
+    parser.add_argument(
+        "--load",
+        metavar="CKPT",
+        help="a Megatron checkpoint with its calibration index in CKPT/lowbit",
+    )
     parser.add_argument(
         "--seconds",
         type=cli.positive_number,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
-from megatron_lowbit.comm.agreement import on_every_rank, require_some
+from megatron_lowbit.comm.agreement import gather_values, on_every_rank, require_some
 from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.apply import apply
@@ -74,8 +74,11 @@ def load_sums(checkpoint: str, argv: Sequence[str], ranks: int) -> ModelSums:
         raise LowbitError(f"{_TP_FLAG} 1 sums nothing over ranks: give 2 or more")
     session.initialize(args)
     model, index = session.load_model(args), Path(checkpoint) / INDEX_NAME
-    calibrated = on_every_rank(lambda: (index / "manifest.json").exists())
-    sums = _calibrated if calibrated else _not_calibrated
+    found = gather_values((index / "manifest.json").exists())
+    if len(set(found)) > 1:
+        lacking = [rank for rank, here in enumerate(found) if not here]
+        raise LowbitError(f"{index} cannot be seen by ranks {lacking}: put it where all see it")
+    sums = _calibrated if found[0] else _not_calibrated
     return sums(model, index, args.max_position_embeddings)
 
 

@@ -183,7 +183,7 @@ def _backward(model, summing: Summing, sequence: Tensor, vocab_size, generator) 
     # The largest of logits with Gumbel noise is a draw from their softmax.
     everywhere = out.shape[1] * dist.get_world_size(group)
     uniform = torch.rand(len(out), everywhere, generator=generator).clamp_min_(1e-20)
-    noise = -(-uniform.log()).log()[:, entries]
+    noise = -uniform.log_().neg_().log_()[:, entries]  # in place: all of the vocabulary
     drawn = lm.top1(seen + noise.to(out.device), group=group)
     out.backward(lm.log_likelihood_gradient(seen, drawn, group=group))
 

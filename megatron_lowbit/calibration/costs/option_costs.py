@@ -62,7 +62,7 @@ def measure_options(
             f"planning without gradients ({reason}): each sync point's options are run through the "
             "whole model, which is slower"
         )
-        few = sequences[: max(1, FEW_TOKENS // sequences.shape[1])]
+        few = sequences[: max(1, FEW_TOKENS // sequences.shape[1]), :FEW_TOKENS]
         costs = by_divergence(
             *(model, summing, index, errors, assignments, few[rank::ranks]),
             vocab_size=vocab_size,

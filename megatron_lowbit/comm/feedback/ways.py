@@ -38,18 +38,21 @@ def node_carries(call: Call, step: Step | None, tokens: int) -> Carries:
     return Carries(step.carry, **{name: step.sum(name, count) for name, count in rows.items()})
 
 
-def native_input(x: Tensor, step: Step | None) -> Tensor:
+def native_input(x: Tensor, step: Step | None, call: Call) -> Tensor:
     """What the backend sums itself: the partial with what it owes, rounded to its dtype.
+
+    What the rank owes of a two-shot's sums goes along.
 
     That rounding is dropped, so nothing is left to carry.
     """
     if step is None:
         return x
-    step.give_nothing()
-    if step.carry.taken is None:
-        return x
     rows = x.reshape(-1, x.shape[-1])
-    return step.carry.added_to(rows).to(x.dtype).view(x.shape)
+    carry = partial_carry(call, step, len(rows))
+    step.give_nothing()
+    if carry.taken is None:
+        return x
+    return carry.added_to(rows).to(x.dtype).view(x.shape)
 
 
 def skip(call: Call, step: Step, x: Tensor, out: Tensor, *, first: int = 0) -> None:

@@ -77,7 +77,8 @@ def make_policy(
         times = measure()
     else:
         tuning = on_every_rank(lambda: _read(file, kinds, group), group=group)
-        require_equal("tuning file", sorted(tuning.timings.times.items()), group=group)
+        read = (tuning.node_size, sorted(tuning.timings.times.items()))
+        require_equal("tuning file", read, group=group)
         times = _by_tuning(tuning, kinds, place, nodes)
     memory = place.policies["one-shot"].symmetric_memory
     return Policy("auto", nodes=nodes, times=times, measure=measure, symmetric_memory=memory)
@@ -164,8 +165,8 @@ def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
     ranks = dist.get_world_size(group)
     if settings.mode not in ("hierarchical", "auto"):
         return None
-    if settings.mode == "auto" and settings.node_size is None and not spans_nodes(group):
-        return None
+    if settings.mode == "auto" and settings.node_size is None:
+        return _node_size_of_auto(group)
     size = settings.node_size or node_size(group)
     if size < 1 or ranks % size:
         raise LowbitError(f"nodes of {size} ranks do not divide a group of {ranks}")
@@ -177,6 +178,16 @@ def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
     return size
 
 
+def _node_size_of_auto(group: dist.ProcessGroup) -> int | None:
+    """Of a group over nodes; None if it lies unevenly there, where the flat collectives serve."""
+    if not spans_nodes(group):
+        return None
+    try:
+        return node_size(group)
+    except LowbitError:
+        return None
+
+
 def _read(path: Path, kinds: Sequence[Kind], group: dist.ProcessGroup) -> Tuning:
     tuning = read_tuning(path, group=group)
     needed = [kind for kind in kinds if kind.codec.bits]
@@ -185,6 +196,6 @@ def _read(path: Path, kinds: Sequence[Kind], group: dist.ProcessGroup) -> Tuning
         raise LowbitError(
             f"{path} has no times of {missing[0]}, only of {', '.join(tuning.codecs())}: make it "
             "with python -m megatron_lowbit doctor --load CKPT, or measure that codec with "
-            "tools/bench_all_reduce.py --write-tuning (its --codecs)"
+            "python -m megatron_lowbit bench-all-reduce --write-tuning (its --codecs)"
         )
     return tuning

@@ -162,6 +162,7 @@ class _Family:
         self._hidden, self._place = hidden, place
         self._found: dict[int, list[list[float]]] = {}  # by tokens: rounds of all cases
         self._costs: dict[int, float] = {}  # seconds of a round
+        self._compiling = 0.0  # seconds by which first rounds were longer than the next
 
     def times(self) -> dict[Case, dict[int, Rounds]]:
         """Milliseconds by case, bytes and round."""
@@ -176,11 +177,12 @@ class _Family:
 
     def measure(self, tokens: list[int], seconds: float, *, all_sizes: bool) -> None:
         """Take times within `seconds`; if `all_sizes` are wanted, however long they take."""
-        self._round(self._partial(tokens[0]))  # compiles
+        for _ in range(2):  # compiles, the second time with a carry to take
+            self._round(self._partial(tokens[0]))
         start = time.perf_counter()
 
         def left() -> float:
-            return seconds - self._most(time.perf_counter() - start)
+            return seconds + self._compiling - self._most(time.perf_counter() - start)
 
         for count in tokens:
             spare = math.inf if all_sizes else left() - (1 - _FIRST) * seconds
@@ -198,14 +200,21 @@ class _Family:
         shorter = max(self._costs, default=0)
         if shorter and tokens / shorter * self._costs[shorter] > seconds:
             return False
-        start, mine = time.perf_counter(), self._partial(tokens)
-        self._round(mine)  # its buffers and pages, and how long a round takes
-        cost = self._most(time.perf_counter() - start)
+        mine = self._partial(tokens)
+        first = self._seconds(mine)  # its buffers and pages; kernels that are new at this size
+        cost = self._seconds(mine)
+        self._compiling += max(first - cost, 0)
         if shorter and (1 + _ROUNDS) * cost > seconds:
             return False
         self._costs[tokens] = cost
         self._take(tokens, mine)
         return True
+
+    def _seconds(self, mine: Tensor) -> float:
+        """Of a round, on the slowest rank."""
+        start = time.perf_counter()
+        self._round(mine)
+        return self._most(time.perf_counter() - start)
 
     def _take(self, tokens: int, mine: Tensor) -> None:
         """Some rounds at one size: milliseconds, means over ranks."""

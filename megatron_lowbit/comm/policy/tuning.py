@@ -27,7 +27,7 @@ from megatron_lowbit.json_files import read_json, shown
 FORMAT_VERSION = 2
 _REMEDY = (
     "make it with python -m megatron_lowbit doctor --load CKPT, or with "
-    "bench-all-reduce --write-tuning, on this machine"
+    "python -m megatron_lowbit bench-all-reduce --write-tuning, on this machine"
 )
 
 

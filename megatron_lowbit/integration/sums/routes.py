@@ -258,5 +258,6 @@ def is_plain(module: nn.Module) -> bool:
 
 def may_scatter(module: nn.Module) -> bool:
     """Whether the sum of `module` may be a reduce-scatter in inference."""
-    is_optimized = isinstance(route_of(module), InferenceOptimizedRoute)
-    return is_optimized or bool(getattr(module.config, "sequence_parallel", False))
+    if isinstance(route_of(module), (RegisteredRoute, InferenceOptimizedRoute)):
+        return True  # decided at each call
+    return bool(getattr(module.config, "sequence_parallel", False))
