@@ -20,6 +20,7 @@ from core_worker import HIDDEN, VOCAB, build, make_index, message
 
 import megatron_lowbit
 from megatron_lowbit.comm.policy.policy import Settings
+from megatron_lowbit.comm.policy.timings import Case, Timings
 from megatron_lowbit.comm.policy.tuning import Tuning, this_machine, write_tuning
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
 
@@ -286,14 +287,18 @@ def low_bits(model, index, run) -> dict:
 
 def tuned(model, index, out: Path) -> dict:
     """`auto` by a tuning file in which large messages go low-bit and small ones native."""
-    handle = megatron_lowbit.apply(model, index)
-    codec = repr(handle.status()[0].codec)
+    handle = megatron_lowbit.apply(model, index, collective="one-shot")
+    kinds = handle.kinds
     handle.remove()
-    times = {
-        ("", "native"): [(512, 0.1), (1 << 14, 10.0)],
-        (codec, "one-shot"): [(512, 1.0), (1 << 14, 1.0)],
-        (codec, "two-shot"): [(512, 2.0), (1 << 14, 2.0)],
-    }
+    milliseconds = {Case("", False, "native"): (0.1, 10.0)}
+    milliseconds |= {kind.case("one-shot"): (1.0, 1.0) for kind in kinds}
+    milliseconds |= {kind.case("two-shot"): (2.0, 2.0) for kind in kinds}
+    times = Timings(
+        {
+            case: {1024: (short,) * 6, 2048: (long,) * 6}  # 10 and 21 tokens
+            for case, (short, long) in milliseconds.items()
+        }
+    )
     path, ranks = out / "tuning.json", dist.get_world_size()
     if dist.get_rank() == 0:
         write_tuning(Tuning(this_machine(), ranks, None, "as it is", times), path)

@@ -297,7 +297,7 @@ def test_the_doctor_writes_a_tuning_file_that_generation_takes(calibrated, tmp_p
     assert done.returncode == 0, done.stderr[-4000:]
     for said in (
         r"^ranks    3, gloo on ",
-        r"^model    4 sync points use shaped-hybrid, .* bits a value.* \(the index's recipe\)$",
+        r"^model    4 sync points use shaped-hybrid, .* \(the calibration index's recipe\)$",
         r"^bits     as in plain torch, .*: one-shot and two-shot by \d codecs?, carries included$",
         r"^layer 1: self_attention.linear_proj shaped-hybrid \(\d bits\)",
         r"^time to first token, \d+ tokens: .* in native sums, ",
