@@ -68,7 +68,11 @@ def case_lists(draw, ranks: int) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+# As many as matter in unit; the rest are as slow as they are many.
+RANKS = [1, 2, 3, 4, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (5, 6, 7, 8))]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
 def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
     drawn = []
 

@@ -102,6 +102,7 @@ def _compiled(rank: int) -> list[bool]:
     return [*same, torch.equal(inputs[0].grad, inputs[1].grad)]
 
 
+@pytest.mark.slow
 def test_torch_compile_breaks_its_graph_and_goes_on(tmp_path):
     assert run_ranks(2, _compiled, tmp_path) == [[True] * 4] * 2
 

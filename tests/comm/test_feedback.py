@@ -105,7 +105,7 @@ def rank_chains(rank):
                     assert feedback.dropped == 0, case
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_reduces_carry_as_specified_on_every_rank_and_in_simulation(ranks, tmp_path):
     run_ranks(ranks, rank_chains, tmp_path)
 
