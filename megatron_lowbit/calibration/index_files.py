@@ -165,7 +165,10 @@ def _check(manifest: Manifest) -> None:
     assigned = {"codec": (own.name, own.bits, own.bf16_features)}
     if manifest.recipe is not None:
         for number, option in enumerate(manifest.recipe.options):
-            assigned[f"recipe.options[{number}].choice"] = _values(option.choice)
+            where = f"recipe.options[{number}].choice"
+            assigned[where] = _values(option.choice)
+            if isinstance(option.choice.bits, list):
+                raise LowbitError(f"{where}.bits is a pair: options have one number for both")
         for layer, of_layer in manifest.recipe.points.items():
             for name, choice in of_layer.items():
                 assigned[f"recipe.points.{layer}.{name}"] = _values(choice)

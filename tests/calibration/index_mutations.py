@@ -36,7 +36,7 @@ from megatron_lowbit.errors import LowbitError
 
 HIDDEN, RANKS, LAYERS, TOKENS, SEQUENCES = 64, 2, 2, 32, 6
 NAMES = ("self_attention.linear_proj", "mlp.linear_fc2")
-_NOMINAL = {2: 9.3, 3: 14.6, 4: 20.2, 5: 26.0, 6: 31.8, 16: 40.0}  # dB of a Gaussian row
+_NOMINAL = {1: 4.4, 2: 9.3, 3: 14.6, 4: 20.2, 5: 26.0, 6: 31.8, 16: 40.0}  # dB of a Gaussian row
 _BEHIND = 14.0
 _STATIC = -1.0  # static-hybrid knows ranges only: the worst of them give nothing at all
 _VALUES = [
