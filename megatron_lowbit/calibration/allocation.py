@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_PRICES = (-60.0, 40.0)  # nats a bit, as powers of two
+_PRICES = (-60.0, 40.0)  # of the dearest option a bit, as powers of two
 _HALVINGS = 50
 
 
@@ -74,11 +74,12 @@ def spend(terms: Terms, budget: float) -> list[int]:
 
     It must be within reach: the cheapest options take no more.
     """
+    dearest = max(terms.own[terms.own.isfinite()].max().item(), terms.handed_on.max().item()) or 1.0
     low, high = _PRICES
-    chosen = terms.best(2.0**high)
+    chosen = terms.best(dearest * 2.0**high)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        found = terms.best(2.0**middle)
+        found = terms.best(dearest * 2.0**middle)
         if terms.average(found) <= budget + 1e-9:
             chosen, high = found, middle
         else:

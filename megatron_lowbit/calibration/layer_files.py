@@ -26,7 +26,7 @@ from megatron_lowbit.schema import Name
 _MOST_POINTS = 64  # in a layer; Megatron's have two or three
 _HEADER = 1 << 20  # bytes
 _COSTS = len(COSTS) + len(SUM_COSTS) + 1
-_MOST_NATS = 1e9  # of an option: beyond all divergences, and a plan tells sums of them apart
+_MOST_NATS = 1e30  # of an option: beyond all divergences, and sums of them are finite
 _LARGEST = 1 << 28  # bytes of a file, whatever the manifest says
 _NAME = TypeAdapter(Name)
 

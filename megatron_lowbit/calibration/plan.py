@@ -11,6 +11,7 @@ best plan there is for it, and both collectives keep the budget: bits of partial
 average, and bits of sums are.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -132,7 +133,7 @@ def plan(
         LowbitError: `budget` is below the cheapest options.
     """
     order, terms = _terms(options, following, skipped)
-    least = terms.bits.masked_fill(terms.own.isinf(), torch.inf).amin(dim=1).mean().item()
+    least = least_bits(options, skipped=skipped)
     if least > budget + 1e-9:
         raise LowbitError(
             f"a budget of {budget:g} bits a value is below what the codecs can do here: "
@@ -152,12 +153,12 @@ def average_bits(options: Options, recipe: Recipe) -> float:
     return _average([_option(options, recipe, key) for key in recipe])
 
 
-def least_bits(options: Options) -> float:
-    """The fewest bits a value, where every sync point sends something."""
-    least = [
-        min(o.bits_per_value for o in of_point if o.assignment != SKIP)
-        for of_point in options.values()
-    ]
+def least_bits(options: Options, *, skipped: Collection[Key] = ()) -> float:
+    """The fewest bits a value on average, where only the `skipped` ones send nothing."""
+    least = []
+    for key, of_point in options.items():
+        allowed = (o for o in of_point if (o.assignment == SKIP) == (key in skipped))
+        least.append(min((o.bits_per_value for o in allowed), default=math.inf))
     return sum(least) / len(least)
 
 
