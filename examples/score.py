@@ -39,6 +39,7 @@ from megatron_lowbit.integration.arguments import (
 from megatron_lowbit.integration.loops.checks import refuse_pipeline
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.json_files import parse_json
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
 
@@ -58,20 +59,24 @@ def read_texts(path: Path) -> list[str]:
     """A text a line; empty lines are none."""
     texts = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise LowbitError(f"{path} is not UTF-8 ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            texts.append(json.loads(line)["text"] if path.suffix == ".jsonl" else line)
-            texts[-1].encode()
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise LowbitError(f'{path}:{number}: no JSON object with a "text"') from None
+        texts.append(_json_text(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)
     if not texts:
         raise LowbitError(f"{path} has no text")
     return texts
+
+
+def _json_text(line: str, where: str) -> str:
+    value = parse_json(line, where)
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise LowbitError(f'{where}: no JSON object with a "text"')
+    return text
 
 
 def tokens_of(texts: list[str], model: LanguageModel) -> list[Tensor]:

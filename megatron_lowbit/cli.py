@@ -71,13 +71,18 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with ``--load``, for tools that leave the arguments they do not know to Megatron."""
-    made = argparse.ArgumentParser(
+    made = described(description)
+    made.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
+    return made
+
+
+def described(description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints `description` as it stands, and takes no abbreviations."""
+    return argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--load", required=True, metavar="CKPT", help="Megatron checkpoint")
-    return made
 
 
 def add_simulate_tp(parser: argparse.ArgumentParser) -> None:

@@ -133,11 +133,7 @@ def write(page: Path, text: str) -> None:
 
 def parse() -> argparse.Namespace:
     """The arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument("--results", type=Path, metavar="FILE", help="JUnit report of such a run")
     parser.add_argument(
         "--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}"

@@ -47,6 +47,8 @@ def test_low_bits_against_native_over_any_number_of_replicas(calibrated, data, t
     [
         ("texts.jsonl", '{"text": "a b"}\n{"txt": 3}\n', ':2: no JSON object with a "text"'),
         ("texts.jsonl", '["a"]\n', ':1: no JSON object with a "text"'),
+        ("texts.jsonl", "[" * 100_000, ":1 is not valid JSON (it is nested deeper"),
+        ("texts.jsonl", '{"text": "\\ud800"}', "' has a lone surrogate)"),
         ("texts.txt", "\n \n", " has no text"),
         ("short.txt", "the world\na\n", "text 2 has 1 tokens: a score needs 2"),
     ],

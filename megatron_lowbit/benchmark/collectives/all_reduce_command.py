@@ -25,11 +25,7 @@ from megatron_lowbit import cli
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--sizes",

@@ -11,17 +11,14 @@ example:
 import argparse
 from pathlib import Path
 
+from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, check_output
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument(
         "--load",
         type=Path,

@@ -29,11 +29,7 @@ _TUNING = "lowbit-tuning.json"
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument(
         "--load",
         metavar="CKPT",

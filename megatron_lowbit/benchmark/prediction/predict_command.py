@@ -25,11 +25,7 @@ from megatron_lowbit import cli
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, not yet checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument("--link", metavar="NAME", help="one link, with times")
     parser.add_argument("--model", metavar="NAME", help="one of 8b, 70b, 405b, with times")
     parser.add_argument("--tp", type=cli.positive, metavar="RANKS", help="one size, with times")

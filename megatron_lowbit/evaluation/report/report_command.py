@@ -12,14 +12,12 @@ import argparse
 import shlex
 from pathlib import Path
 
+from megatron_lowbit import cli
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Our arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.described(__doc__)
     parser.add_argument(
         "--index",
         required=True,
