@@ -154,7 +154,7 @@ def _agreed_policy(
         kinds=assigned.kinds(),
         dtype=weight.dtype,
         scatters=any(may_scatter(point.module) for point in points),
-        largest=_longest(model) * assigned.tables[0].hidden * BF16_BYTES,
+        largest=_longest_message(model, assigned.tables[0].hidden),
     )
 
 
@@ -170,10 +170,11 @@ def _check_groups(points: list[SyncPoint]) -> None:
             )
 
 
-def _longest(model: nn.Module | Iterable[nn.Module]) -> int:
-    """Tokens of the longest sequence that the model is for."""
+def _longest_message(model: nn.Module | Iterable[nn.Module], hidden: int) -> int:
+    """Bytes in BF16 of the longest sequence that the model is for; `LARGEST` if it does not say."""
     lengths = (getattr(module, "max_sequence_length", None) for _, module in modules_of(model))
-    return next((length for length in lengths if isinstance(length, int)), LARGEST)
+    tokens = next((length for length in lengths if isinstance(length, int)), None)
+    return LARGEST if tokens is None else tokens * hidden * BF16_BYTES
 
 
 def _check_fold(model, assigned: AssignedPoints, settings: Settings) -> None:

@@ -7,13 +7,10 @@ must outlive every bad request and every client that goes away.
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from releases import ROOT
+from served import ask, served
 
 # Collected here, too, with the server of this file.
 from test_serve import test_nothing_listens_beyond_the_loopback  # noqa: F401
@@ -39,17 +37,7 @@ class Server(NamedTuple):
 
     def ask(self, body: object, path="/v1/completions", method="POST") -> tuple[int, str]:
         """Status and answer; `body` as JSON, or bytes as they are."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        url = f"http://127.0.0.1:{self.port}{path}"
-        asked = urllib.request.Request(
-            url, data, {"Content-Type": "application/json"}, method=method
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(asked, timeout=120) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        return ask(self.port, body, path=path, method=method)
 
     def begin(self, body: bytes, *, length: int) -> socket.socket:
         """A connection on which a request has begun."""
@@ -69,27 +57,8 @@ class Server(NamedTuple):
 def server(calibrated) -> Iterator[Server]:
     for package in ("quart", "hypercorn", "zmq", "msgpack"):
         pytest.importorskip(package)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(calibrated), "KEEP": "1"}
-    env |= {"ARGS": "--norm-epsilon 3e-05", "PORT": str(port)}
-    started = subprocess.Popen(
-        ["bash", ROOT / "examples" / "serve.sh", PROMPT],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    said = ""
-    for line in started.stdout:
-        said += line
-        if "the server stays up" in line:
-            break
-    yield Server(port, said)
-    assert started.poll() is None, "the server has ended"
-    started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=60)
+    with served(calibrated, PROMPT) as (port, said):
+        yield Server(port, said)
     with socket.socket() as probe:  # its children have ended, too
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 

@@ -6,12 +6,8 @@ One server for all tests: it must outlive every bad request.
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from forks import forked
 from releases import ROOT
+from served import ask, served
 
 PROMPT = "the world"
 POSITIONS = 16384
@@ -33,41 +30,15 @@ class Server(NamedTuple):
 
     def ask(self, body: object, path="/api", method="PUT", kind="application/json"):
         """Status and answer; `body` as JSON, or bytes as they are."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        url = f"http://127.0.0.1:{self.port}{path}"
-        asked = urllib.request.Request(url, data, {"Content-Type": kind}, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(asked, timeout=120) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+        status, answer = ask(self.port, body, path=path, method=method, kind=kind)
+        return status, json.loads(answer) if status == 200 else answer
 
 
 @pytest.fixture(scope="module")
 def server(calibrated) -> Iterator[Server]:
     pytest.importorskip("flask_restful")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(calibrated), "KEEP": "1"}
-    env |= {"ARGS": "--norm-epsilon 3e-05", "PORT": str(port), "ENGINE": "static"}
-    started = subprocess.Popen(
-        ["bash", ROOT / "examples" / "serve.sh", PROMPT],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    said = ""
-    for line in started.stdout:
-        said += line
-        if "the server stays up" in line:
-            break
-    yield Server(port, said)
-    assert started.poll() is None, "the server has ended"
-    started.send_signal(signal.SIGTERM)
-    started.communicate(timeout=60)
+    with served(calibrated, PROMPT, ENGINE="static") as (port, said):
+        yield Server(port, said)
 
 
 pytestmark = _NEEDED

@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--check",
         action="store_true",
         help="try the advice behind emulated links of three rates against a sweep, without "
-        "torchrun (as root, 15 minutes)",
+        "torchrun (as root)",
     )
     options, others = parser.parse_known_args(argv)
     if others and options.load is None:

@@ -11,20 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
-from megatron_lowbit.kernels.triton import rotated_kernels as kernels
-from megatron_lowbit.kernels.triton.launching import (
-    Tile,
-    carry_arguments,
-    check_partial,
-    check_payloads,
-    dot_type,
-    is_compiled,
-    launch,
-    new_payload,
-    power_of_two,
-)
+from megatron_lowbit.kernels.triton.launching import new_payload
+from megatron_lowbit.kernels.triton.rotated_launching import Carried, launch_encode, launch_reduce
 
 
 @torch.library.custom_op(
@@ -75,32 +64,20 @@ def encode_with_carry(
         LowbitError: A tensor has another shape or type, the rows come rotated, or there are too
             many features.
     """
-    hidden, kept = scale.numel(), bf16_index.numel()
-    if width != hidden or block != hidden & -hidden:
+    if width != scale.numel() or block != width & -width:
         raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
-    tile, search = Tile.of(hidden), cells(thresholds)
-    values = check_partial(partial, width)
-    payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
-    launch(
-        kernels.encode,
-        len(partial),
-        tile,
+    return launch_encode(
         partial,
-        *(values, *values.stride()),
-        *carry_arguments(taken, given, bounded, largest, len(partial), hidden),
-        *(center, scale, decode_scale, bf16_index, kept, search.table, levels),
-        *(payload, payload.shape[1]),
-        HIDDEN=hidden,
-        LOG_BLOCK=block.bit_length() - 1,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-        STEPS=search.steps,
-        CELLS=len(search.table),
-        NATIVE=is_compiled(kernels.encode),
-        DOT=dot_type(kernels.encode),
+        width=width,
+        center=center,
+        scale=scale,
+        bf16_index=bf16_index,
+        block=block,
+        thresholds=thresholds,
+        bits=bits,
+        body_bytes=body_bytes,
+        carry=Carried(taken, given, bounded, largest, decode_scale, levels),
     )
-    return payload
 
 
 @encode_with_carry.register_fake
@@ -161,33 +138,22 @@ def reduce_encode_with_carry(
     Raises:
         LowbitError: A tensor has another shape or type, or too many features.
     """
-    hidden, kept = scale.numel(), bf16_index.numel()
-    tile, search = Tile.of(hidden), cells(thresholds)
-    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
-    ranks, tokens, _ = payloads.shape
-    payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
-    launch(
-        kernels.reduce_encode,
-        tokens,
-        tile,
+    return launch_reduce(
         payloads,
-        *(payloads, *payloads.stride()[:2], ranks),
-        *carry_arguments(taken, given, bounded, largest, tokens, hidden),
-        *(center, scale, decode_scale, bf16_index, kept, levels, search.table, sum_levels),
-        *(payload, payload.shape[1]),
-        HIDDEN=hidden,
-        LOG_BLOCK=block.bit_length() - 1,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-        SUM_BODY_BYTES=sum_body_bytes,
-        SUM_BITS=sum_bits,
-        STEPS=search.steps,
-        CELLS=len(search.table),
-        NATIVE=is_compiled(kernels.reduce_encode),
-        DOT=dot_type(kernels.reduce_encode),
+        hidden=scale.numel(),
+        kept=bf16_index.numel(),
+        levels=levels,
+        bits=bits,
+        body_bytes=body_bytes,
+        thresholds=thresholds,
+        sum_bits=sum_bits,
+        sum_body_bytes=sum_body_bytes,
+        center=center,
+        scale=scale,
+        bf16_index=bf16_index,
+        block=block,
+        carry=Carried(taken, given, bounded, largest, decode_scale, sum_levels),
     )
-    return payload
 
 
 @reduce_encode_with_carry.register_fake

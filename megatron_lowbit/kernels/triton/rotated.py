@@ -13,7 +13,6 @@ synchronisation, and nothing is allocated but the result.
 import torch
 from torch import Tensor
 
-from megatron_lowbit.kernels.cells import cells
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton import rotated_kernels as kernels
 from megatron_lowbit.kernels.triton.carrying import encode_with_carry as encode_with_carry
@@ -21,9 +20,7 @@ from megatron_lowbit.kernels.triton.carrying import (
     reduce_encode_with_carry as reduce_encode_with_carry,
 )
 from megatron_lowbit.kernels.triton.launching import (
-    NO_CARRY,
     Tile,
-    check_partial,
     check_payloads,
     check_sum,
     dot_type,
@@ -33,6 +30,7 @@ from megatron_lowbit.kernels.triton.launching import (
     power_of_two,
     sum_into,
 )
+from megatron_lowbit.kernels.triton.rotated_launching import launch_encode, launch_reduce
 
 _TRIAL = torch.tensor([-1.0, 0.0, 1.0])
 
@@ -69,28 +67,17 @@ def encode(
     Raises:
         LowbitError: `partial` has another shape or type, or too many features.
     """
-    hidden, kept = scale.numel(), bf16_index.numel()
-    tile, search = Tile.of(hidden), cells(thresholds)
-    values = check_partial(partial, width)
-    payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
-    launch(
-        kernels.encode,
-        len(partial),
-        tile,
+    return launch_encode(
         partial,
-        *(values, *values.stride(), *NO_CARRY, center, scale, None),
-        *(bf16_index, kept, search.table, None, payload, payload.shape[1]),
-        HIDDEN=hidden,
-        LOG_BLOCK=block.bit_length() - 1,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-        STEPS=search.steps,
-        CELLS=len(search.table),
-        NATIVE=is_compiled(kernels.encode),
-        DOT=dot_type(kernels.encode),
+        width=width,
+        center=center,
+        scale=scale,
+        bf16_index=bf16_index,
+        block=block,
+        thresholds=thresholds,
+        bits=bits,
+        body_bytes=body_bytes,
     )
-    return payload
 
 
 @encode.register_fake
@@ -206,30 +193,17 @@ def reduce_encode(
     Raises:
         LowbitError: `payloads` has another shape or type, or too many features.
     """
-    tile, search = Tile.of(hidden), cells(thresholds)
-    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
-    ranks, tokens, _ = payloads.shape
-    payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
-    launch(
-        kernels.reduce_encode,
-        tokens,
-        tile,
+    return launch_reduce(
         payloads,
-        *(payloads, *payloads.stride()[:2], ranks, *NO_CARRY, None, None, None, None),
-        *(kept, levels, search.table, None, payload, payload.shape[1]),
-        HIDDEN=hidden,
-        LOG_BLOCK=0,
-        KEPT=power_of_two(kept),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
-        SUM_BODY_BYTES=sum_body_bytes,
-        SUM_BITS=sum_bits,
-        STEPS=search.steps,
-        CELLS=len(search.table),
-        NATIVE=is_compiled(kernels.reduce_encode),
-        DOT="",
+        hidden=hidden,
+        kept=kept,
+        levels=levels,
+        bits=bits,
+        body_bytes=body_bytes,
+        thresholds=thresholds,
+        sum_bits=sum_bits,
+        sum_body_bytes=sum_body_bytes,
     )
-    return payload
 
 
 @reduce_encode.register_fake
