@@ -30,10 +30,17 @@ from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.kernels import select, switches
 from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
-from megatron_lowbit.kernels.triton import carrying, gathered, grouped, norm, rotated, symmetric
+from megatron_lowbit.kernels.triton import (
+    gathered,
+    grouped,
+    norm,
+    rotated,
+    rotated_launching,
+    symmetric,
+)
 from megatron_lowbit.kernels.triton.launching import Tile
 
-MODULES = (carrying, gathered, grouped, norm, rotated, symmetric)
+MODULES = (gathered, grouped, norm, rotated, rotated_launching, symmetric)
 CASES = [(576, 3), (12288, 4)]  # a padded row of several blocks, the longest of the benchmark
 TYPES = {
     **{torch.float32: "*fp32", torch.float16: "*fp16", torch.int16: "*i16"},
