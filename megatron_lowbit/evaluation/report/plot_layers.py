@@ -87,7 +87,7 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
     kinds = by_kind(measured.points)
     with style.figure(8.6) as made:
         grid = made.subplots(2, len(kinds), sharex=True, sharey=True, squeeze=False)
-        made.get_layout_engine().set(rect=(0, 0, 0.85, 1), wspace=0.38)
+        made.get_layout_engine().set(rect=_beside([e.codec for e in errors]), wspace=0.38)
         ends = {}
         for row, what in zip(grid, (_ALL, _WORST), strict=True):
             row[0].set_ylabel(f"SQNR, {what}, dB")
@@ -119,7 +119,7 @@ def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
         return None
     with style.figure(4.6) as made:
         axes = made.subplots()
-        made.get_layout_engine().set(rect=(0, 0, 0.82, 1))
+        made.get_layout_engine().set(rect=_beside(variants))
         ends: list[tuple[float, str, str]] = []
         seen: dict[str, int] = {}
         for variant in variants:
@@ -143,6 +143,11 @@ def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
             "the next block sees: signal to noise of all that the sync points have added so far. "
             "Without feedback errors pile up; with it the next sum repairs each.",
         )
+
+
+def _beside(labels: list[str]) -> tuple[float, float, float, float]:
+    """The part of a figure that leaves room for the longest label at its right edge."""
+    return 0, 0, max(1 - 0.03 - 0.0064 * max(map(len, labels)), 0.5), 1
 
 
 def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError], what: str) -> list:
