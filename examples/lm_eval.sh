@@ -19,10 +19,6 @@
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-export LOWBIT_LM_EVAL=yes
-# shellcheck source=tools/setup_env.sh
-source "$ROOT/tools/setup_env.sh"
-
 OUT="${OUT:-$ROOT/out/lm_eval}"
 CKPT="$(realpath -m "${CKPT:-$ROOT/out/quickstart/ckpt}")"
 TP="${TP:-3}"
@@ -33,6 +29,10 @@ LOWBIT="${LOWBIT:---lowbit-tp-comm --lowbit-collective one-shot}"
 
 die() { echo "lm_eval: $*" >&2; exit 1; }
 [[ -d "$CKPT/lowbit" ]] || die "no index in $CKPT/lowbit: run examples/quickstart.sh first"
+
+export LOWBIT_LM_EVAL=yes # 620 MB, when it is first wanted
+# shellcheck source=tools/setup_env.sh
+source "$ROOT/tools/setup_env.sh"
 
 PACKAGES="${ENV_PYTHON%/bin/*}/lm-eval" # what tools/setup_env.sh puts beside the environment's own
 [[ -d "$PACKAGES" ]] || PACKAGES=""
