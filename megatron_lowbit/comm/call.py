@@ -8,7 +8,11 @@ gives NaN in that token alone; the backward pass is that of Megatron's function 
 
 A group serves one thread at a time. Two at once would mix their messages, since ranks cannot know
 which thread of another rank a message is of: both get an error, and the group is aborted, so that
-the other ranks end, too, and do not wait. `torch.compile` breaks its graph at a collective.
+the other ranks end, too, and do not wait. Only an overlap is seen: a sum just before it may already
+be of two threads, where ranks took them in another order. A group that two threads were in, or that lost a rank in
+the middle of a call, serves no more: what a later call sends would meet the rest of that one, and
+Gloo ends a process whose message is longer than its receiver expects. `torch.compile` breaks its
+graph at a collective.
 """
 
 import contextlib
@@ -16,7 +20,7 @@ import functools
 import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -33,7 +37,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = ("native", "one-shot", "two-shot")
 _CODEC, _COLLECTIVE = (str, Codec), (str, Policy)
 _inside: dict[int, object] = {}  # by id of a group: the call that is under way
-_torn: WeakSet[dist.ProcessGroup] = WeakSet()  # groups that two threads were in at once
+_broken: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()  # and what is said of it
 _eval_frame = torch._C._dynamo.eval_frame  # there before torch._dynamo is, which takes seconds
 
 
@@ -48,6 +52,7 @@ def public(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if _is_compiled():
             return torch.compiler.disable(entered)(x, **call)
         group, me = _group(call.get("group")), object()
+        _require_whole(group)
         if _inside.setdefault(id(group), me) is not me and group.size() > 1:
             _tear(group)
         try:
@@ -57,14 +62,17 @@ def public(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 raise LowbitError(f"{x!r:.80} is no tensor: give [..., hidden]")
             result = function(x, **call)
         except Exception as error:
-            if group in _torn:
-                raise _two_threads(group) from error
+            _require_whole(group, error)
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                _broken[group] = (
+                    f"an earlier collective of {_named(group)} failed ({error!s:.80}): "
+                    "end this process"
+                )
             raise
         finally:
             if _inside.get(id(group)) is me:
                 del _inside[id(group)]
-        if _torn and group in _torn:
-            raise _two_threads(group)
+        _require_whole(group)
         return result
 
     vars(entered)["_torchdynamo_disable"] = True  # as torch.compiler.disable tells the compiler
@@ -92,20 +100,25 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return world
 
 
+def _require_whole(group: dist.ProcessGroup, cause: Exception | None = None) -> None:
+    if _broken and group in _broken:
+        raise LowbitError(_broken[group]) from cause
+
+
 def _tear(group: dist.ProcessGroup) -> NoReturn:
     """Nothing that follows on this group could be trusted: nobody goes on, or waits for this."""
-    if group not in _torn:
-        _torn.add(group)
+    if group not in _broken:
+        _broken[group] = (
+            f"two threads at once in collectives of {_named(group)}: give each a group of its own "
+            "(torch.distributed.new_group), or one thread all of them"
+        )
         with contextlib.suppress(RuntimeError):  # a backend that cannot: the others time out
             group.abort()
-    raise _two_threads(group)
+    raise LowbitError(_broken[group])
 
 
-def _two_threads(group: dist.ProcessGroup) -> LowbitError:
-    return LowbitError(
-        f"two threads at once in collectives of group {dist.get_process_group_ranks(group)}: give "
-        "each a group of its own (torch.distributed.new_group), or one thread all of them"
-    )
+def _named(group: dist.ProcessGroup) -> str:
+    return f"group {dist.get_process_group_ranks(group)}"
 
 
 class Call:

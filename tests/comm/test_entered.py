@@ -108,17 +108,17 @@ def test_torch_compile_breaks_its_graph_and_goes_on(tmp_path):
 
 
 def _two_threads(rank: int) -> dict:
-    """Two threads with sums of their own on one group: each sum, and how each thread ended."""
+    """Two threads with sums of their own on one group: how each ended, and the calls after it."""
     ended, start = {}, time.monotonic()
 
     def sums(thread: int) -> None:
-        x, wrong = torch.full((40, 64), thread + 1.0), 0
+        x = torch.full((40, 64), thread + 1.0)
         try:
             for _ in range(ROUNDS):
-                wrong += not torch.equal(all_reduce(x, codec="bf16"), 3 * x)
-            ended[thread] = (wrong, "no error")
+                all_reduce(x, codec="bf16")
+            ended[thread] = "no error"
         except (LowbitError, RuntimeError) as error:
-            ended[thread] = (wrong, str(error))
+            ended[thread] = str(error)
 
     threads = [threading.Thread(target=sums, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -130,15 +130,14 @@ def _two_threads(rank: int) -> dict:
 
 
 def test_two_threads_on_one_group_are_refused_on_all_ranks(tmp_path):
-    """No sum is wrong, nobody waits for the group's timeout, and the group serves no more."""
+    """No thread gets to its end, nobody waits for a timeout, and the group serves no more."""
     refused = 0
     for result in run_ranks(3, _two_threads, tmp_path):
-        for wrong, error in result["ended"].values():
-            assert wrong == 0
-            assert "two threads at once in collectives of group [0, 1, 2]" in error or (
-                "Connection closed" in error
-            ), error
-            refused += "two threads" in error
+        for error in result["ended"].values():
+            # Who is not refused loses a rank that is, in the words of its system.
+            assert error != "no error"
+            refused += "two threads at once in collectives of group [0, 1, 2]" in error
+        assert "two threads" in result["after"] or "an earlier collective" in result["after"]
         assert result["seconds"] < 30
     assert refused
 
