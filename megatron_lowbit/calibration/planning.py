@@ -191,9 +191,6 @@ def _add(
     index: CalibrationIndex, recipe: Recipe, options: Options, goal: dict, planner: Planner
 ) -> CalibrationIndex:
     """`index` with a recipe and, to plan others, with what all options cost."""
-    points: dict[str, dict] = {}
-    for (layer, name), assignment in recipe.items():
-        points.setdefault(str(layer), {})[name] = assignment.to_json()
     first = next(iter(options.values()))
     of_plan = planner.options, recipe, planner.following
     entry = {
@@ -203,7 +200,7 @@ def _add(
         "sum_bits_per_value": average_sum_bits(options, recipe),
         "predicted_divergence": predicted_divergence(*of_plan),
         "predicted_two_shot": predicted_divergence(*of_plan, two_shot=True),
-        "points": points,
+        "points": points_json(recipe),
         "options": [
             {"choice": o.assignment.to_json(), "bits_per_value": o.bits_per_value} for o in first
         ],
@@ -216,6 +213,14 @@ def _add(
         for layer, records in index.layers.items()
     }
     return replace(index, manifest={**index.manifest, "recipe": entry}, layers=layers)
+
+
+def points_json(recipe: Recipe) -> dict[str, dict]:
+    """A recipe as the manifest has it: layer -> sync point -> what is assigned."""
+    points: dict[str, dict] = {}
+    for (layer, name), assignment in recipe.items():
+        points.setdefault(str(layer), {})[name] = assignment.to_json()
+    return points
 
 
 def choose_skipped(options: Options, points: Sequence[Point], count: int) -> frozenset[Key]:

@@ -61,6 +61,7 @@ class Variant:
 
 
 NATIVE = Variant("native bf16", "native")
+CONTROL = Variant("native bf16, again", "native")  # what native differs by from itself
 NATIVE_FP32 = Variant("native fp32", "native")
 NATIVE_SCATTER = Variant("native bf16", "native reduce-scatter")
 # Our codec in its forms, the paper's method, and the peers as they send: QuickReduce, FlashInfer,
@@ -201,7 +202,7 @@ def choose_variants(
 
 def _check(variant: Variant) -> None:
     if variant.is_native:
-        if variant not in (NATIVE, NATIVE_FP32, NATIVE_SCATTER):
+        if variant not in (NATIVE, CONTROL, NATIVE_FP32, NATIVE_SCATTER):
             raise LowbitError(f"{variant.codec} cannot be measured by {variant.collective}")
         return
     parse_codec(variant.codec)
