@@ -145,6 +145,19 @@ def test_the_tree_of_squares():
 
 
 @needs_kernel
+def test_errors_next_to_their_bound():
+    """C looks at the exact sums of squares only where a quick one is too near to the bound."""
+    partial = sample("normal", (20_000, 33), 0)
+    partial[:, 7] = torch.linspace(0, 40, len(partial))  # the larger, the more of it is missed
+    codec = get_codec("rotated-hybrid", bits=1)
+    tables, taken = _tables(codec, 33, 0), torch.zeros(20_000, 33)
+    bounded = torch.zeros(1, dtype=torch.int64)
+    codec.encode_with_carry(partial, tables, Carry(taken, taken.bfloat16(), bounded))
+    assert 1000 < bounded < 19_000
+    _check_carried(codec, lambda carry: codec.encode_with_carry(partial, tables, carry), taken)
+
+
+@needs_kernel
 @pytest.mark.parametrize("bits", BITS)
 def test_values_next_to_a_threshold(bits):
     """And next to where the cells of kernels/cpu/search.h meet, which have to decide nothing."""

@@ -28,6 +28,39 @@ INLINE void load_wanted(const void *partial, enum dtype dtype, const void *taken
     }
 }
 
+/* What was sent of a group of features. */
+INLINE vf sent(const float *row, const float *center, const float *scale) {
+    vf x = *(const vf *)row * *(const vu *)scale;
+    if (center) x += *(const vu *)center;
+    return x;
+}
+
+/* Errors of a row as BF16, and whether they are surely within their bound and finite. The squares
+ * are those of `keep_exact`, added in another order: of at most 2^15 positive numbers that changes
+ * a sum by less than 2^-8, and NaN and infinity compare as false. */
+INLINE int keep_small(const float *row, const float *wanted, const float *center,
+                      const float *scale, int64_t hidden, float largest, uint16_t *given) {
+    vf of_errors = {0}, of_wanted = {0};
+    int64_t i = 0;
+    for (; i + W <= hidden; i += W) {
+        vf x = *(const vf *)(wanted + i);
+        vf error = x - sent(row + i, center ? center + i : NULL, scale + i);
+        of_errors += error * error;
+        of_wanted += x * x;
+        numbers_to_bf16(error, given + i);
+    }
+    float errors = 0, all = 0;
+    for (int k = 0; k < W; k++) errors += of_errors[k], all += of_wanted[k];
+    for (; i < hidden; i++) {
+        float x = row[i] * scale[i];
+        float error = wanted[i] - (center ? x + center[i] : x);
+        errors += error * error;
+        all += wanted[i] * wanted[i];
+        given[i] = number_to_bf16(error);
+    }
+    return errors < (1 - 0x1p-8f) * largest * largest * all;
+}
+
 /* A row that was turned back becomes its error: wanted less what was sent. */
 INLINE void to_error(float *restrict row, const float *restrict wanted, const float *center,
                      const float *scale, int64_t hidden) {
@@ -37,21 +70,15 @@ INLINE void to_error(float *restrict row, const float *restrict wanted, const fl
         for (int64_t i = 0; i < hidden; i++) row[i] = wanted[i] - (row[i] * scale[i] + center[i]);
 }
 
-/* An error within its bound, as BF16. Both rows are of `new_row`. */
-static void keep(float *wanted, float *error, int64_t hidden, const struct carry *carry,
-                 uint16_t *restrict given) {
+/* An error scaled down to its bound where it is larger, as BF16. Both rows are of `new_row`. */
+static void keep_exact(float *wanted, float *error, int64_t hidden, const struct carry *carry,
+                       uint16_t *restrict given) {
     int64_t size = tree_size(hidden);
     float most = carry->largest * sqrtf(sum_of_squares(wanted, size, wanted + size));
     float large = sqrtf(sum_of_squares(error, size, error + size));
-    if (large > most) {
-        float part = most / large;
-        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(error[i] * part);
-        if (carry->bounded) __atomic_fetch_add(carry->bounded, 1, __ATOMIC_RELAXED);
-    } else if (isfinite(large)) { /* and so all of it, which saves a third of the loop */
-        for (int64_t i = 0; i < hidden; i++) given[i] = number_to_bf16(error[i]);
-    } else {
-        for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(error[i]);
-    }
+    float part = large > most ? most / large : 1;
+    for (int64_t i = 0; i < hidden; i++) given[i] = to_bf16(error[i] * part);
+    if (large > most && carry->bounded) __atomic_fetch_add(carry->bounded, 1, __ATOMIC_RELAXED);
 }
 
 /* How rows are encoded and read back. */
@@ -82,21 +109,35 @@ static void take(const void *values, enum dtype dtype, const void *taken, const 
 
 /* Encode what `take` made, and keep what the payload's row misses of it. */
 static void send(float *wanted, float *row, const struct coding *with, uint8_t *payload,
-                 struct soon next, const struct carry *carry, uint8_t *given) {
+                 struct soon next, const struct carry *carry, uint8_t *at) {
     table scaled;
+    const int64_t hidden = with->hidden, *index = with->index;
+    uint8_t *features = payload + with->to.floats;
+    uint16_t *given = (uint16_t *)at;
     for (int64_t j = 0; j < with->to.kept; j++) {
-        put16(payload + with->to.floats + 2 * j, to_wire(wanted[with->index[j]]));
-        row[with->index[j]] = 0;
+        put16(features + 2 * j, to_wire(wanted[index[j]]));
+        row[index[j]] = 0;
     }
     rotate(row, with->padded, with->block);
-    write_row(row, with->hidden, &with->search, with->to, payload, next, with->levels, scaled);
-    memset(row + with->hidden, 0, sizeof(float) * (with->padded - with->hidden));
+    write_row(row, hidden, &with->search, with->to, payload, next, with->levels, scaled);
+    memset(row + hidden, 0, sizeof(float) * (with->padded - hidden));
     rotate(row, with->padded, with->block);
-    to_error(row, wanted, with->center, with->decode_scale, with->hidden);
-    for (int64_t j = 0; j < with->to.kept; j++)
-        row[with->index[j]] =
-            wanted[with->index[j]] - from_bf16(get16(payload + with->to.floats + 2 * j));
-    keep(wanted, row, with->hidden, carry, (uint16_t *)given);
+    /* BF16 features are left out of both sums of squares: their errors are below the bound. */
+    float *aside = wanted + tree_size(hidden);
+    for (int64_t j = 0; j < with->to.kept; j++) {
+        aside[j] = wanted[index[j]];
+        wanted[index[j]] = row[index[j]] = 0;
+    }
+    int is_small = keep_small(row, wanted, with->center, with->decode_scale, hidden,
+                              carry->largest, given);
+    for (int64_t j = 0; j < with->to.kept; j++) wanted[index[j]] = aside[j];
+    if (!is_small) to_error(row, wanted, with->center, with->decode_scale, hidden);
+    for (int64_t j = 0; j < with->to.kept; j++) {
+        float error = wanted[index[j]] - from_bf16(get16(features + 2 * j));
+        row[index[j]] = error;
+        given[index[j]] = to_bf16(error);
+    }
+    if (!is_small) keep_exact(wanted, row, hidden, carry, given);
 }
 
 /* `encode` of the partial and what is taken, and the error that is given: one row at a time, all of

@@ -88,6 +88,17 @@ INLINE vi read_nibbles(const uint8_t *from) {
 #endif
 }
 
+/* The W codes of fewer bits at `from`: 8 of them are in one word, of which each lane shifts its own
+ * down. */
+INLINE vi read_few(const uint8_t *from, int bits) {
+    uint32_t low = 0, high = 0;
+    memcpy(&low, from, bits);
+    if (W > 8) memcpy(&high, from + bits, bits);
+    const vi upper = LANES >= 8;
+    vw words = (vw)((((int32_t)low - (vi){0}) & ~upper) | (((int32_t)high - (vi){0}) & upper));
+    return (vi)(words >> (vw)(LANES % 8 * bits)) & ((1 << bits) - 1);
+}
+
 /* Lane k of `read_nibbles` had the upper half of the codes if k is odd. */
 INLINE vf in_order(vf x, int bits) {
 #ifdef PERMUTE2
@@ -98,6 +109,11 @@ INLINE vf in_order(vf x, int bits) {
 
 /* The codes of a group; reads GROUP bytes, of which the first PACKED(bits) matter. */
 INLINE void read_group(const uint8_t *group, int bits, vi *codes) {
+    if (bits < 4 && W >= 8) {
+#pragma GCC unroll 4
+        for (int i = 0; i < GROUP; i += W) codes[i / W] = read_few(group + i / 8 * bits, bits);
+        return;
+    }
     uint8_t bytes[GROUP];
     for (int word = 0; word < GROUP / 8 && bits != 4; word++) {
         uint64_t x;

@@ -49,8 +49,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * W), may_alias));
+typedef float vu __attribute__((vector_size(4 * W), may_alias, aligned(4))); /* anywhere */
 typedef int32_t vi __attribute__((vector_size(4 * W), may_alias));
 typedef uint64_t vq __attribute__((vector_size(4 * W), may_alias));
+typedef uint32_t vw __attribute__((vector_size(4 * W), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * W), may_alias, aligned(2)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vhalf __attribute__((vector_size(W / 2)));
 
@@ -74,6 +77,11 @@ INLINE float from_bf16(uint16_t h) { return from_bits((uint32_t)h << 16); }
 INLINE uint16_t number_to_bf16(float f) {
     uint32_t u = to_bits(f);
     return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
+
+INLINE void numbers_to_bf16(vf x, uint16_t *to) {
+    vw u = (vw)x;
+    *(vh *)to = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, vh);
 }
 
 /* Every NaN is 0xffff, as torch writes it on x86. */
