@@ -181,5 +181,8 @@ def test_links_alone(capfd):
     lines = printed.splitlines()
     assert [line.split()[0] for line in lines[:5]] == "ranks links memory kernels bits".split()
     assert "2, gloo on " in lines[0] and "symmetric memory off: tensors are on cpu" in lines[2]
-    assert len(re.findall(r"decode, 1 sequence +8 KB", printed)) == 2  # in 4 bits and in 2
+    for bits in (4, 2):
+        head = f"rotated-hybrid in {bits} bits, errors carried:\npass "
+        assert printed.count(head) == 1
+    assert len(re.findall(r"decode, 1 sequence +8 KB", printed)) == 2
     assert lines[-1].endswith("ask again with --load CKPT.")

@@ -27,8 +27,9 @@ def links_alone(seconds: float) -> None:
     with process_group() as device:
         group = dist.group.WORLD
         assert group is not None, "torchrun has started it"
-        for found in examine_links(group, device, seconds):
-            cli.say("\n".join(["", *table(found)]))
+        for bits, found in examine_links(group, device, seconds).items():
+            head = f"{DEFAULT_CODEC} in {bits} bits, errors carried:"
+            cli.say("\n".join(["", head, *table(found)]))
         cli.say(
             "\nA sum each; a model has two a layer. Next: calibrate a checkpoint, and ask again "
             "with --load CKPT."
@@ -37,8 +38,8 @@ def links_alone(seconds: float) -> None:
 
 def examine_links(
     group: dist.ProcessGroup, device: torch.device, seconds: float
-) -> list[list[Pass]]:
-    """Say what joins the ranks, and time single sums: the passes of each of `BITS`."""
+) -> dict[int, list[Pass]]:
+    """Say what joins the ranks, and time single sums: the passes by each of `BITS`."""
     cli.say("\n".join(group_lines(group, device)))
     kinds = []
     for bits in BITS:
@@ -46,10 +47,10 @@ def examine_links(
         kinds.append(Kind(codec, codec.tables(HIDDEN, device=device), carries=True))
     cli.say(check_bits(kinds, _COLLECTIVES, group, device))
     timings = take_tuning(kinds, group=group, device=device, seconds=seconds).timings
-    found = []
-    for kind in kinds:
+    found = {}
+    for bits, kind in zip(BITS, kinds, strict=True):
         times = ByTimes(timings, [kind], _COLLECTIVES, source=repr(kind.codec))
-        found.append(passes(times, HIDDEN, LONGEST))
+        found[bits] = passes(times, HIDDEN, LONGEST)
     return found
 
 

@@ -109,7 +109,7 @@ def _rank_main() -> None:
     with sweep.process_group() as device:
         assert dist.group.WORLD is not None, "it was started"
         examined = examine_links(dist.group.WORLD, device, _SECONDS)
-        sizes = tuple(sorted({one.size for one in examined[0] if one.tokens <= _LONGEST}))
+        sizes = tuple(sorted({one.size for one in examined[BITS[0]] if one.tokens <= _LONGEST}))
         variants = tuple(
             Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
         )
@@ -121,8 +121,8 @@ def _rank_main() -> None:
         dist.barrier()
 
 
-def _verdicts(examined: list[list[Pass]], rows: list[dict], link: str) -> Iterator[Verdict]:
-    for bits, passes in zip(BITS, examined, strict=True):
+def _verdicts(examined: dict[int, list[Pass]], rows: list[dict], link: str) -> Iterator[Verdict]:
+    for bits, passes in examined.items():
         taken = {one.size: one.taken for one in passes}
         for size in sorted({row["bytes"] for row in rows}):
             mine = {
