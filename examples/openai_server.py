@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import socket
 from typing import Any
 
 import torch
@@ -44,17 +45,28 @@ def make_config(args: argparse.Namespace) -> Any:
     )
 
 
+def own_address() -> str:
+    """Where the engine's own sockets listen; --host opens the endpoint alone.
+
+    Whoever reaches them steers the engine: so the loopback, where all ranks are on one machine.
+    Otherwise the address on the way to rank 0: the host name is often that of a loopback.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        return probe.getsockname()[0]
+
+
 async def serve(model: torch.nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
     """Start the engine on every rank and the endpoint on the first; ends with the engine."""
     from megatron.core.inference.apis import MegatronAsyncLLM, ServeConfig
 
-    # Whoever reaches the engine's own sockets steers it: --host opens the endpoint alone.
-    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     llm = MegatronAsyncLLM(
         model=model,
         tokenizer=tokenizer,
         inference_config=make_config(args),
-        coordinator_host="127.0.0.1" if is_one_machine else None,
+        coordinator_host=own_address(),
     )
     if llm.is_primary_rank:
         install(

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from releases import ROOT
+from releases import NEWEST, ROOT
 from served import ask, served
 
 # Collected here, too, with the server of this file.
 from test_serve import test_nothing_listens_beyond_the_loopback  # noqa: F401
 
+ENDPOINT = "OpenAI-compatible endpoint over the dynamic engine"
 PROMPT = "the world"
 POSITIONS = 16384
 PACKAGES = Path(sys.prefix) / "lm-eval"
@@ -134,6 +135,7 @@ def test_a_missing_package_means_the_static_engine_and_is_said(calibrated, tmp_p
     assert said[1].startswith("serve: starting the static engine on port 5999;")
 
 
+@pytest.mark.support(ENDPOINT, NEWEST)
 def test_curl_gets_what_others_get(server):
     assert "serve: starting the dynamic engine on port" in server.said
     assert "> low-bit communication: 4 sync points use shaped-hybrid" in server.said
@@ -166,6 +168,7 @@ def test_a_client_that_goes_away_is_harmless(server):
     assert server.text() == first
 
 
+@pytest.mark.support(ENDPOINT, NEWEST)
 def test_the_official_client(server):
     openai = pytest.importorskip("openai")
     url = f"http://127.0.0.1:{server.port}/v1"
