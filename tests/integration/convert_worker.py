@@ -30,6 +30,8 @@ CHECKPOINTS = {
     "stopping-ckpt": ("stopping", 1),
     **{f"{name}-ckpt": (name, 1) for name in FAMILIES},
 }
+# The same for Megatron's HybridModel: its model.
+HYBRIDS = {f"{name}-hybrid": name for name in ("tied", "mistral", "qwen3", "gemma")}
 # These replace what another conversion wrote: a stale file would give other logits.
 REPLACED = "replaced"
 BF16 = "gemma-bf16"
@@ -42,6 +44,7 @@ LOADS = (
     (REPLACED, 1),
     ("stopping-ckpt", 3),
     *((f"{name}-ckpt", size) for name in FAMILIES for size in (1, 3)),
+    *zip(HYBRIDS, (1, 3, 1, 3), strict=True),
 )
 # What tokenizers treat differently: runs of spaces, lines, other scripts, special tokens in a text.
 TEXTS = ["two  spaces\n\nand lines\t", "naïve café 中文 🙂", "a <bos> <|im_end|> b", "f(x):\n    x"]
@@ -58,6 +61,8 @@ def convert_all(directory: Path) -> None:
     for save, (name, size) in CHECKPOINTS.items():
         args = convert(directory / name, save=directory / save, tensor_parallel=size, dtype="fp32")
         results[save] = load_flags(args, directory / save)
+    for save, name in HYBRIDS.items():
+        convert(directory / name, save=directory / save, dtype="fp32", hybrid=True)
     for dtype in ("bf16", "fp32"):
         convert(directory / "tied", save=directory / REPLACED, dtype=dtype)
     convert(directory / "gemma", save=directory / BF16, dtype="bf16")

@@ -22,13 +22,22 @@ except ModuleNotFoundError:
 if not HAVE_MEGATRON:
     pytest.skip("megatron.training is not installed", allow_module_level=True)
 
-from convert_worker import BF16, CHECKPOINTS, LOADS, NEW_TOKENS, PROMPTS, REPLACED, TEXTS  # noqa: E402
+from convert_worker import (  # noqa: E402
+    BF16,
+    CHECKPOINTS,
+    HYBRIDS,
+    LOADS,
+    NEW_TOKENS,
+    PROMPTS,
+    REPLACED,
+    TEXTS,
+)
 from forks import forked  # noqa: E402
 from tiny_llama import LLAMA3_ROPE, SHAPE, VOCABULARY, hugging_face_model  # noqa: E402
 from tiny_models import hugging_face_models  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration.convert import convert_command, hf_source  # noqa: E402
+from megatron_lowbit.integration.convert import conversion, convert_command, hf_source  # noqa: E402
 from megatron_lowbit.integration.convert.weights import open_weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +88,8 @@ def stops_of(directory: Path, words) -> list[int]:
 
 def model_of(save: str) -> str:
     """The name of the model that a checkpoint was converted from."""
+    if save in HYBRIDS:
+        return HYBRIDS[save]
     return "tied" if save == REPLACED else CHECKPOINTS[save][0]
 
 
@@ -310,6 +321,17 @@ def test_a_window_and_what_is_switched_off_are_read(tmp_path):
     transformers.MistralConfig(**SHAPE, sliding_window=None).save_pretrained(tmp_path)
     read = hf_source.read_config(tmp_path)
     assert (read.window, read.windowed) == (None, (False, False))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("qwen2", "1 of 2 layers have a sliding window"), ("untied", "Llama-3 rope scaling .factor")],
+)
+def test_what_a_hybrid_model_does_not_have_is_refused(models, tmp_path, name, why):
+    directory, _ = models
+    with pytest.raises(LowbitError, match=f"--hybrid: {why}"):
+        conversion.convert(directory / name, save=tmp_path / "ckpt", hybrid=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensor_parallel_sizes_that_do_not_divide_are_refused(tmp_path):

@@ -1,7 +1,7 @@
 """Models from Hugging Face or GGUF files to Megatron-core checkpoints.
 
-One process, no GPU and no torchrun: the weights go into a GPTModel on the CPU, which writes itself
-as a torch_dist checkpoint, the format that any tensor-parallel size can load. The checkpoint holds
+One process, no GPU and no torchrun: the weights go into a model on the CPU, which writes itself as
+a torch_dist checkpoint, the format that any tensor-parallel size can load. The checkpoint holds
 Megatron's arguments for the architecture and the tokenizer, so that `--load DIR` is all a tool
 needs. Only megatron.core and transformers are used.
 """
@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from megatron_lowbit.integration.convert.translate import (
 from megatron_lowbit.integration.convert.weights import Weights, open_weights
 from megatron_lowbit.integration.cpu.device import enable_cpu
 from megatron_lowbit.integration.runtime.checkpoint import TRACKER
+from megatron_lowbit.integration.runtime.hybrid import local_final_norm, local_stack_spec
 from megatron_lowbit.integration.runtime.quiet import quiet
 
 # What a converted checkpoint's directory holds, with what calibration adds.
@@ -42,6 +44,7 @@ def convert(
     save: str | os.PathLike,
     tensor_parallel: int = 1,
     dtype: str = "bf16",
+    hybrid: bool = False,
     progress: bool = False,
 ) -> argparse.Namespace:
     """Converts a Hugging Face directory or a GGUF file into a Megatron-core checkpoint.
@@ -55,6 +58,7 @@ def convert(
         tensor_parallel: The tensor-parallel size that is recorded, and that the vocabulary is
             padded for. Other sizes can load the checkpoint too.
         dtype: Of the stored weights: "bf16", "fp16" or "fp32".
+        hybrid: For Megatron's HybridModel instead of its GPTModel: the same model, the same logits.
         progress: Shows a progress bar on stderr.
 
     Returns:
@@ -72,7 +76,9 @@ def convert(
     arch.check_tensor_parallel(tensor_parallel)
     if dtype not in DTYPES:
         raise LowbitError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    args = megatron_args(arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer")
+    args = megatron_args(
+        arch, ranks=tensor_parallel, dtype=dtype, tokenizer=target / "tokenizer", hybrid=hybrid
+    )
     tokenizer = load_tokenizer(source, arch.vocab)
     with (
         open_weights(source, arch, DTYPES[dtype]) as get,
@@ -107,7 +113,7 @@ def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None
         from torch.distributed.checkpoint import CheckpointException
 
         model = _build(arch, args)
-        _fill(model, arch, get, progress=progress)
+        _fill(model, arch, get, hybrid="hybrid_layer_pattern" in args, progress=progress)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
         _check_space(model, directory)
         try:
@@ -148,16 +154,15 @@ def single_process_group() -> Iterator[None]:
 
 
 def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
-    """An empty GPTModel on the CPU, with the parameters that `arch` has; it is never run.
+    """An empty model on the CPU, with the parameters that `arch` has; it is never run.
 
     Its local layers store the same keys as Transformer Engine's: Megatron maps the norms.
     """
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
+    pattern = getattr(args, "hybrid_layer_pattern", None)
     config = TransformerConfig(
-        num_layers=arch.layers,
+        num_layers=args.num_layers,
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
         num_attention_heads=arch.heads,
@@ -172,12 +177,10 @@ def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
         params_dtype=args.params_dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
+        **({"is_hybrid_model": True} if pattern else {}),
     )
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            normalization="RMSNorm", qk_layernorm=arch.family.qk_norm
-        ),
+    make = partial(_hybrid_model, config, pattern) if pattern else partial(_gpt_model, config)
+    return make(
         vocab_size=args.padded_vocab_size,
         max_sequence_length=arch.max_positions,
         position_embedding_type="rope",
@@ -186,8 +189,28 @@ def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
     ).to(args.params_dtype)
 
 
+def _gpt_model(config, **outside) -> torch.nn.Module:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    return GPTModel(config=config, transformer_layer_spec=spec, **outside)
+
+
+def _hybrid_model(config, pattern: str, **outside) -> torch.nn.Module:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    with local_final_norm():
+        stack = local_stack_spec(config, pattern)
+        return HybridModel(config, stack, hybrid_layer_pattern=pattern, **outside)
+
+
 @torch.no_grad()
-def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress: bool) -> None:
+def _fill(
+    model: torch.nn.Module, arch: Architecture, get: Weights, *, hybrid: bool, progress: bool
+) -> None:
     """Copies every weight into `model`; rows of the padded vocabulary become zero."""
     from tqdm import tqdm
 
@@ -200,7 +223,7 @@ def _fill(model: torch.nn.Module, arch: Architecture, get: Weights, *, progress:
             parameter.zero_()
             parameter[: weight.shape[0]].copy_(weight)
 
-    put(outer_weights(get, arch))
+    put(outer_weights(get, arch, hybrid=hybrid))
     for layer in tqdm(range(arch.layers), desc="layers", unit="layer", disable=not progress):
-        put(layer_weights(get, arch, layer))
+        put(layer_weights(get, arch, layer, hybrid=hybrid))
     assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"

@@ -45,6 +45,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="bf16",
         help="of the stored weights (default: bf16)",
     )
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="a checkpoint of Megatron's HybridModel instead of GPTModel (megatron-core 0.19 and "
+        "newer)",
+    )
     return parser.parse_args(argv)
 
 
@@ -58,10 +64,13 @@ def main(argv: list[str]) -> None:
         save=options.save,
         tensor_parallel=options.tensor_model_parallel_size,
         dtype=options.dtype,
+        hybrid=options.hybrid,
         progress=True,
     )
     print(f"wrote {options.save}; to load it:")
     print("  " + translate.load_flags(args, options.save))
+    if options.hybrid:
+        print("  (Megatron's own scripts want --model-provider hybrid, too)")
     if len(args.eos_token_ids or ()) > 1:
         stops = ", ".join(map(str, args.eos_token_ids))
         print(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.convert.families import Architecture
 from megatron_lowbit.integration.convert.weights import Weights
 
@@ -17,14 +18,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCAB_MULTIPLE = 128  # Megatron's default for --make-vocab-size-divisible-by
 
 
-def layer_weights(get: Weights, arch: Architecture, layer: int) -> dict[str, torch.Tensor]:
-    """Megatron's parameters of one transformer layer.
+def layer_weights(
+    get: Weights, arch: Architecture, layer: int, *, hybrid: bool = False
+) -> dict[str, torch.Tensor]:
+    """Megatron's parameters of one transformer layer, which is two layers of a HybridModel.
 
     Megatron stores `linear_qkv` by query group, `[q of the group | k | v]`, and `linear_fc1` as
     `[gate | up]`, so that an even split of the rows is a tensor-parallel split.
     """
-    source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-    attention = f"{target}self_attention."
+    source = f"model.layers.{layer}."
+    first, second = (2 * layer, 2 * layer + 1) if hybrid else (layer, layer)
+    attention_layer, mlp_layer = f"decoder.layers.{first}.", f"decoder.layers.{second}."
+    attention = f"{attention_layer}self_attention."
 
     def qkv(kind: str) -> torch.Tensor:
         parts = [get(f"{source}self_attn.{name}_proj.{kind}") for name in "qkv"]
@@ -36,12 +41,12 @@ def layer_weights(get: Weights, arch: Architecture, layer: int) -> dict[str, tor
 
     gate_up = [get(f"{source}mlp.{name}_proj.weight") for name in ("gate", "up")]
     weights = {
-        f"{target}input_layernorm.weight": norm("input_layernorm"),
+        f"{attention_layer}input_layernorm.weight": norm("input_layernorm"),
         f"{attention}linear_qkv.weight": qkv("weight"),
         f"{attention}linear_proj.weight": get(f"{source}self_attn.o_proj.weight"),
-        f"{target}pre_mlp_layernorm.weight": norm("post_attention_layernorm"),
-        f"{target}mlp.linear_fc1.weight": torch.cat(gate_up),
-        f"{target}mlp.linear_fc2.weight": get(f"{source}mlp.down_proj.weight"),
+        f"{mlp_layer}pre_mlp_layernorm.weight": norm("post_attention_layernorm"),
+        f"{mlp_layer}mlp.linear_fc1.weight": torch.cat(gate_up),
+        f"{mlp_layer}mlp.linear_fc2.weight": get(f"{source}mlp.down_proj.weight"),
     }
     if arch.family.qkv_bias:
         weights[f"{attention}linear_qkv.bias"] = qkv("bias")
@@ -51,11 +56,14 @@ def layer_weights(get: Weights, arch: Architecture, layer: int) -> dict[str, tor
     return weights
 
 
-def outer_weights(get: Weights, arch: Architecture) -> dict[str, torch.Tensor]:
+def outer_weights(
+    get: Weights, arch: Architecture, *, hybrid: bool = False
+) -> dict[str, torch.Tensor]:
     """Megatron's parameters outside the layers, before padding."""
+    final_norm = "decoder.final_norm" if hybrid else "decoder.final_layernorm"
     weights = {
         "embedding.word_embeddings.weight": get("model.embed_tokens.weight"),
-        "decoder.final_layernorm.weight": _norm(get, arch, "model.norm.weight"),
+        f"{final_norm}.weight": _norm(get, arch, "model.norm.weight"),
     }
     if not arch.tied:
         weights["output_layer.weight"] = get("lm_head.weight")
@@ -74,12 +82,16 @@ def _norm(get: Weights, arch: Architecture, name: str) -> torch.Tensor:
 
 
 def megatron_args(
-    arch: Architecture, *, ranks: int, dtype: str, tokenizer: Path
+    arch: Architecture, *, ranks: int, dtype: str, tokenizer: Path, hybrid: bool = False
 ) -> argparse.Namespace:
-    """Megatron's arguments for the model, as `--use-checkpoint-args` reads them."""
+    """Megatron's arguments for the model, as `--use-checkpoint-args` reads them.
+
+    Raises:
+        LowbitError: A HybridModel cannot be so.
+    """
     multiple = VOCAB_MULTIPLE * ranks
     return argparse.Namespace(
-        num_layers=arch.layers,
+        **_layer_args(arch, hybrid),
         hidden_size=arch.hidden,
         ffn_hidden_size=arch.ffn,
         num_attention_heads=arch.heads,
@@ -126,6 +138,25 @@ def megatron_args(
         **_activation_args(arch),
         **_embedding_args(arch, dtype),
     )
+
+
+def _layer_args(arch: Architecture, hybrid: bool) -> dict:
+    """Layers of a GPTModel, or of a HybridModel: attention and MLP in turn."""
+    if not hybrid:
+        return {"num_layers": arch.layers}
+    windows = sum(arch.windowed)
+    if windows not in (0, arch.layers):
+        raise LowbitError(
+            f"--hybrid: {windows} of {arch.layers} layers have a sliding window, which Megatron's "
+            "HybridModel has in all layers or in none: convert without --hybrid"
+        )
+    if arch.rope_factor is not None:
+        raise LowbitError(
+            f"--hybrid: Llama-3 rope scaling (factor {arch.rope_factor}), which Megatron's "
+            "HybridModel does not have: convert without --hybrid"
+        )
+    pattern = "*-" * arch.layers
+    return {"num_layers": len(pattern), "hybrid_layer_pattern": pattern, "is_hybrid_model": True}
 
 
 def _window_args(arch: Architecture) -> dict:
