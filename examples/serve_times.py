@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 
 from megatron_lowbit import cli
 from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
+from megatron_lowbit.calibration.corpus import read_corpus
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, check_output, write_atomic
+from megatron_lowbit.integration.convert.hf_source import load_tokenizer
+from megatron_lowbit.integration.runtime.model_files import refuse_own_code
 
 LOW_BITS = "--lowbit-tp-comm --lowbit-collective"
 WAYS = {
@@ -61,9 +64,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Serve in each way, and print a table."""
     options = parse()
-    for path in (options.load / "lowbit", options.data):
-        if not path.exists():
-            raise LowbitError(f"{path} is missing: see examples/quickstart.sh")
+    if not (options.load / "lowbit").is_dir():
+        raise LowbitError(f"no calibration index in {options.load}/lowbit: calibrate it first")
     if options.output is not None:
         check_output(options.output)
     prompts = prompts_of(options)
@@ -77,7 +79,7 @@ def main() -> None:
         write_atomic(options.output, json.dumps(content, indent=1).encode())
 
 
-def measure(way: str, prompts: list[int], options: argparse.Namespace) -> dict:
+def measure(way: str, prompts: list[list[int]], options: argparse.Namespace) -> dict:
     """Start the ranks behind their links, and let the one beside the client measure."""
     flags = f"{WAYS[way]} {options.args}".split()
     with tempfile.TemporaryDirectory() as directory:
@@ -121,7 +123,7 @@ class Rank:
         with self._log.open("w") as log:
             self._server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
-    def run(self, prompts: list[int]) -> None:
+    def run(self, prompts: list[list[int]]) -> None:
         """Until all is measured.
 
         Raises:
@@ -155,20 +157,20 @@ def is_up() -> bool:
         return False
 
 
-def ask(prompts: list[int]) -> dict[str, float]:
+def ask(prompts: list[list[int]]) -> dict[str, float]:
     """What the client measures: medians, after a request of each kind.
 
     Returns:
         ``ttft`` in seconds; ``alone`` and ``together``: tokens a second.
     """
-    parts = [prompts[i : i + PROMPT] for i in range(0, len(prompts), PROMPT)]
-    first = [complete(part, 1) for part in parts[: REPEATS + 1]]
-    alone = [TOKENS / complete(part[:SHORT], TOKENS) for part in parts[: REPEATS + 1]]
+    some, short = prompts[: REPEATS + 1], [prompt[:SHORT] for prompt in prompts]
+    first = [complete(prompt[:PROMPT], 1) for prompt in some]
+    alone = [TOKENS / complete(prompt[:SHORT], TOKENS) for prompt in some]
     together = []
     with ThreadPoolExecutor(AT_ONCE) as clients:
         for _ in range(REPEATS + 1):
             start = time.perf_counter()
-            list(clients.map(lambda part: complete(part[:SHORT], TOKENS), parts[:AT_ONCE]))
+            list(clients.map(lambda prompt: complete(prompt, TOKENS), short))
             together.append(AT_ONCE * TOKENS / (time.perf_counter() - start))
     named = {"ttft": first, "alone": alone, "together": together}
     return {name: statistics.median(values[1:]) for name, values in named.items()}
@@ -189,16 +191,14 @@ def complete(prompt: list[int], tokens: int) -> float:
     return seconds
 
 
-def prompts_of(options: argparse.Namespace) -> list[int]:
-    """Tokens of the text, enough for all prompts."""
-    from tokenizers import Tokenizer
-
-    path = options.load / "tokenizer" / "tokenizer.json"
-    text = options.data.read_text(encoding="utf-8")
-    ids = Tokenizer.from_file(str(path)).encode(text[: 20 * PROMPT * AT_ONCE]).ids
-    if len(ids) < PROMPT * AT_ONCE:
-        raise LowbitError(f"--data {options.data}: {len(ids)} tokens, needs {PROMPT * AT_ONCE}")
-    return ids[: PROMPT * AT_ONCE]
+def prompts_of(options: argparse.Namespace) -> list[list[int]]:
+    """Tokens of `AT_ONCE` prompts, `PROMPT` of each and one more."""
+    words = options.load / "tokenizer"
+    if not (words / "tokenizer.json").is_file():
+        raise LowbitError(f"--load {options.load}: no tokenizer/tokenizer.json in it")
+    refuse_own_code(words)
+    tokenizer = load_tokenizer(words, vocab=sys.maxsize)  # nothing is looked up
+    return read_corpus([options.data], tokenizer.encode).first(AT_ONCE, PROMPT).tolist()
 
 
 if __name__ == "__main__":
