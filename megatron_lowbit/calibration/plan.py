@@ -262,7 +262,14 @@ def _option(options: Options, recipe: Recipe, key: Key, *, sums: bool = False) -
     assigned = recipe[key]
     if isinstance(assigned.bits, tuple):
         assigned = replace(assigned, bits=assigned.bits[sums])
-    return next(option for option in options[key] if option.assignment == assigned)
+    for option in options[key]:
+        if option.assignment == assigned:
+            return option
+    layer, name = key
+    raise LowbitError(
+        f"the recipe has {assigned} at layer {layer} {name}, which is none of the options that it "
+        "was planned from: calibrate this model anew"
+    )
 
 
 def _fits(option: Assignment, partials: Assignment) -> bool:

@@ -153,3 +153,10 @@ def test_who_sends_nothing_sends_no_sum():
 def test_options_of_before_have_one_number_of_bits():
     recipe = plan(_options(10, 0), 4.2)
     assert all(isinstance(assignment.bits, int) for assignment in recipe.values())
+
+
+def test_a_recipe_that_was_planned_from_other_options_is_named():
+    options = _options(3, 0)
+    recipe = plan(options, 3.0) | {(2, "mlp.linear_fc2"): Assignment("shaped-hybrid", 9, 0)}
+    with pytest.raises(LowbitError, match="9.* at layer 2 mlp.linear_fc2, which is none of the"):
+        average_bits(options, recipe)
