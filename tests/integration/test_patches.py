@@ -7,7 +7,6 @@ import ast
 import contextlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 from releases import NEWEST, OLDER, RELEASES, ROOT, folder_of
 
-from megatron_lowbit import files
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.patching import patch_command
 from megatron_lowbit.integration.patching.edits import EDITS
@@ -358,37 +356,3 @@ def test_make_refuses_to_mix_descriptions(tree, patches):
     message = "arguments is described otherwise than when arguments.patch was made: make all"
     patchctl("make", tree, "--patches", patches, fails=message)
     assert contents(patches) == before
-
-
-def failing(source, target) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def doing_nothing(source, target) -> None:
-    """Says that it renamed, as git apply says that it applied."""
-
-
-@pytest.mark.parametrize("fault", [failing, doing_nothing])
-def test_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, fault):
-    paths = [tmp_path / name for name in "abc"]
-    for path in paths:
-        path.write_bytes(b"old")
-    paths[0].chmod(0o640)
-    linked = tmp_path / "linked"
-    linked.hardlink_to(paths[0])
-    real = os.replace
-
-    def faulty(source, target):
-        is_fault = Path(target) == paths[2] and Path(source).read_bytes() == b"new"
-        (fault if is_fault else real)(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.os, "replace", faulty)
-        with pytest.raises((OSError, LowbitError), match="No space left|does not hold what was"):
-            files.replace_together(dict.fromkeys(paths, b"new"))
-    assert [path.read_bytes() for path in paths] == [b"old"] * 3
-    files.replace_together(dict.fromkeys(paths, b"new"))
-    assert [path.read_bytes() for path in paths] == [b"new"] * 3
-    assert paths[0].stat().st_mode & 0o777 == 0o640
-    assert linked.read_bytes() == b"old", "a package manager's cache"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "linked"]

@@ -43,22 +43,31 @@ class FileState:
     after: str = ""
 
 
-@dataclass(frozen=True)
 class State:
-    """A tree as the patches see it.
+    """A Megatron as the patches see it.
 
     Attributes:
-        tree: The tree.
+        tree: The Megatron.
         files: For each edit what its file is like.
         release: The release that all files are of, patches taken out; None for an unlisted one.
         dirty: Files that differ from that, or in a git checkout from its last commit, by more than
             the patches.
     """
 
-    tree: Tree
-    files: list[FileState]
-    release: str | None
-    dirty: list[str]
+    def __init__(self, root: Path, patches: Path):
+        """Look at a folder that holds ``megatron/``, with the patch files of another.
+
+        Raises:
+            LowbitError: No Megatron, no patches, or a patch that would change another function.
+        """
+        self.tree, manifest = Tree(root), read_patches(patches)
+        self.files = [_look_at(edit, self.tree.read(edit.path), manifest) for edit in EDITS]
+        there = [file for file in self.files if file.state != ABSENT]
+        if not there:
+            raise LowbitError(f"{root} has none of the files that the patches change: no Megatron")
+        self.release = _release(manifest, there)
+        changed = [] if self.release else [f for f in there if _is_dirty(self.tree, manifest, f)]
+        self.dirty = [file.edit.path for file in changed]
 
     def __str__(self) -> str:
         known = f"the files of {self.release}" if self.release else "not a listed release"
@@ -67,73 +76,45 @@ class State:
         lines += [f"  {f.edit.name:<18} {f.state:<13} {f.edit.path}" for f in self.files]
         return "\n".join(lines)
 
-
-def look(root: Path, patches: Path) -> State:
-    """See what the patches are to a Megatron.
-
-    Args:
-        root: The folder that holds ``megatron/``.
-        patches: The folder of the patch files.
-
-    Raises:
-        LowbitError: No Megatron, no patches, or a patch that would change another function.
-    """
-    tree, manifest = Tree(root), read_patches(patches)
-    files = [_look_at(edit, tree.read(edit.path), manifest) for edit in EDITS]
-    there = [file for file in files if file.state != ABSENT]
-    if not there:
-        raise LowbitError(f"{root} has none of the files that the patches change: no Megatron")
-    release = _release(manifest, there)
-    dirty = [] if release else [f.edit.path for f in there if _is_dirty(tree, manifest, f)]
-    return State(tree, files, release, dirty)
-
-
-def require_usable(state: State, *, unlisted: bool, dirty: bool) -> None:
-    """Raise LowbitError for a tree that only a flag makes us touch, or that no patch fits.
-
-    Args:
-        state: From `look`.
-        unlisted: Whether the user allows a release that the manifest does not list.
-        dirty: Whether the user allows files with uncommitted changes.
-    """
-    root, version = state.tree.root, state.tree.version
-    if state.dirty and not dirty:
-        raise LowbitError(
-            f"{state.dirty[0]} in {root} has changes of yours: commit or undo them, or pass --dirty"
-        )
-    if not state.release and not state.dirty and not unlisted:
-        raise LowbitError(
-            f"{root} (megatron-core {version}) is not a release that patches/manifest.json lists: "
-            "pass --unlisted to try, or add it by python -m megatron_lowbit patch make"
-        )
-    for file in state.files:
-        path = root / file.edit.path
-        if file.state == MISFIT and "\r\n" in file.before:
+    def require_usable(self, *, unlisted: bool, dirty: bool) -> None:
+        """Raise LowbitError for a tree that only a flag makes us touch, or that no patch fits."""
+        root = self.tree.root
+        if self.dirty and not dirty:
             raise LowbitError(
-                f"{path}: some of its lines end as on Windows and others do not, and no patch "
-                "fits: end all alike"
+                f"{self.dirty[0]} in {root} has changes of yours: commit or undo them, or pass "
+                "--dirty"
             )
-        if file.state == MISFIT:
+        if not self.release and not self.dirty and not unlisted:
             raise LowbitError(
-                f"{file.edit.name}.patch does not fit {path}: make one for this release by "
+                f"{root} (megatron-core {self.tree.version}) is not a release that "
+                "patches/manifest.json lists: pass --unlisted to try, or add it by "
                 "python -m megatron_lowbit patch make"
             )
+        for file in self.files:
+            path = root / file.edit.path
+            if file.state == MISFIT and "\r\n" in file.before:
+                raise LowbitError(
+                    f"{path}: some of its lines end as on Windows and others do not, and no patch "
+                    "fits: end all alike"
+                )
+            if file.state == MISFIT:
+                raise LowbitError(
+                    f"{file.edit.name}.patch does not fit {path}: make one for this release by "
+                    "python -m megatron_lowbit patch make"
+                )
 
+    def apply(self) -> list[str]:
+        """Put in the patches that are not in; gives their names. On an error none is put in."""
+        return self._replace({f.edit: f.after for f in self.files if f.state == FITS})
 
-def apply(state: State) -> list[str]:
-    """Put in the patches that are not in; gives their names. All of them or, on an error, none."""
-    return _replace(state, {f.edit: f.after for f in state.files if f.state == FITS})
+    def revert(self) -> list[str]:
+        """Take out the patches that are in; gives their names. On an error none is taken out."""
+        return self._replace({f.edit: f.before for f in self.files if f.state == APPLIED})
 
-
-def revert(state: State) -> list[str]:
-    """Take out the patches that are in; gives their names. All of them or, on an error, none."""
-    return _replace(state, {f.edit: f.before for f in state.files if f.state == APPLIED})
-
-
-def _replace(state: State, texts: dict[Edit, str]) -> list[str]:
-    tree = state.tree
-    replace_together({tree.root / e.path: tree.encode(e.path, texts[e]) for e in texts})
-    return [edit.name for edit in texts]
+    def _replace(self, texts: dict[Edit, str]) -> list[str]:
+        tree = self.tree
+        replace_together({tree.root / e.path: tree.encode(e.path, texts[e]) for e in texts})
+        return [edit.name for edit in texts]
 
 
 def _look_at(edit: Edit, text: str | None, manifest: Manifest) -> FileState:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, is_checkout
-from megatron_lowbit.integration.patching import control
+from megatron_lowbit.integration.patching.control import State
 from megatron_lowbit.integration.patching.make import make
 
 _HELP = {
@@ -64,15 +64,15 @@ def main(argv: list[str]) -> None:
         served = make(options.tree, patches, release=options.release, upstream=options.upstream)
         print(f"{options.tree} is served by {', '.join(served)}")
         return
-    state = control.look(options.tree, patches)
+    state = State(options.tree, patches)
     if command in ("status", "check"):
         print(state)
     if command != "status":
-        control.require_usable(state, unlisted=options.unlisted, dirty=options.dirty)
+        state.require_usable(unlisted=options.unlisted, dirty=options.dirty)
     if command == "apply":
-        print(f"applied: {', '.join(control.apply(state)) or 'nothing, all are in'}")
+        print(f"applied: {', '.join(state.apply()) or 'nothing, all are in'}")
     if command == "revert":
-        print(f"reverted: {', '.join(control.revert(state)) or 'nothing, none is in'}")
+        print(f"reverted: {', '.join(state.revert()) or 'nothing, none is in'}")
 
 
 def _own_patches(command: str) -> Path:
