@@ -215,9 +215,14 @@ def test_a_fork_is_unlisted_once_it_is_committed(tree, autocrlf):
     patchctl("apply", tree, fails="is not a release that patches/manifest.json lists")
     assert patchctl("apply", tree, "--unlisted") == "applied: nothing, all are in\n"
     assert patchctl("revert", tree, "--unlisted").startswith("reverted: row_parallel_hook, arg")
-    assert contents(tree) == {**before, LAYERS: before[LAYERS] + mine}
+    fork = {**before, LAYERS: before[LAYERS] + mine}
+    assert contents(tree) == fork
+    git(tree, "commit", "-qam", "a fork without patches")
     assert patchctl("apply", tree, "--unlisted").startswith("applied: row_parallel_hook, arg")
+    assert "changes of yours" not in patchctl("status", tree)
     assert contents(tree) == patched
+    patchctl("revert", tree, "--unlisted")
+    assert contents(tree) == fork
 
 
 def test_windows_line_ends_are_kept_and_mixed_ones_said(tree, patches):
