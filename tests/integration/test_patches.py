@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from releases import NEWEST, OLDER, RELEASES, ROOT, folder_of
+from releases import MAIN, NEWEST, OLDER, RELEASES, ROOT, folder_of
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.patching import patch_command
@@ -123,7 +123,8 @@ def test_every_release_is_patched_in_the_right_functions_and_back(release, tmp_p
     assert patchctl("apply", tree) == "applied: nothing, all are in\n"
     assert contents(tree) == after
     status = patchctl("status", tree)
-    assert "the files of" in status and status.count(" applied ") == len(edits)
+    assert f"the files of {'main-' if release == MAIN else release}" in status
+    assert status.count(" applied ") == len(edits)
     assert status.count("no such file") == len(EDITS) - len(edits)
     assert patchctl("revert", tree) == f"reverted: {names}\n"
     assert contents(tree) == before
@@ -322,12 +323,13 @@ BY_HAND = (PATCHES / "load_hook.patch").read_text().replace("it says why not", "
         ("manifest.json", '{"format": 2}', "format: Input should be 1 (2); restore it, or run"),
         ("load_hook.patch", None, "load_hook.patch is missing"),
         ("load_hook.patch", BY_HAND, "was changed by hand"),
+        ("load_hook.patch", "\xff", "was changed by hand"),
     ],
 )
 def test_broken_patches_are_refused(tree, patches, name, text, message):
     (patches / name).unlink()
     if text is not None:
-        (patches / name).write_text(text)
+        (patches / name).write_text(text, encoding="latin-1")
     patchctl("apply", tree, "--patches", patches, fails=message)
 
 
@@ -342,11 +344,11 @@ def test_what_is_no_megatron_is_refused(tmp_path, command):
         patchctl(command, tmp_path, fails="has none of the files that the patches change")
 
 
-def test_the_tool_of_a_checkout_fails_with_one_line(tmp_path):
-    tool = [sys.executable, ROOT / "tools" / "patchctl.py", "apply", tmp_path]
+def test_the_tool_of_a_checkout_fails_with_one_line():
+    tool = [sys.executable, ROOT / "tools" / "patchctl.py", "apply", __file__]
     done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(f"patchctl.py: error: {tmp_path} holds no {VERSION}: name a ")
+    assert done.stderr.startswith(f"patchctl.py: error: {__file__} holds no {VERSION}: name a ")
 
 
 def test_make_says_which_anchor_is_gone(tree):

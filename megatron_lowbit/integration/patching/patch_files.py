@@ -102,7 +102,8 @@ def read_patches(directory: Path) -> Manifest:
 
 def _read_diff(path: Path, expected: str) -> str:
     try:
-        text = plain(path.read_bytes())  # git may have checked it out with Windows line ends
+        # git may have checked it out with Windows line ends, or an editor broken its UTF-8.
+        text = plain(path.read_bytes(), errors="replace")
     except FileNotFoundError:
         raise LowbitError(f"{path} is missing: {_RESTORE}") from None
     if sha256(text) != expected:

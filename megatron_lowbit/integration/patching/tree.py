@@ -35,10 +35,10 @@ class Tree:
 
         megatron-core's packages before 0.17 lack some.
         """
+        if not (self.root / path).is_file():
+            return None
         try:
             return plain((self.root / path).read_bytes())
-        except FileNotFoundError:
-            return None
         except UnicodeDecodeError as error:
             raise LowbitError(f"{self.root / path} is not UTF-8 ({error})") from None
 
