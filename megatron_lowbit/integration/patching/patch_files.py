@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.patching.tree import plain
 from megatron_lowbit.json_files import read_json
-from megatron_lowbit.schema import Exact, Name, Sha256, validated
+from megatron_lowbit.schema import Exact, Sha256, validated
 
 NAME = "manifest.json"
 _RESTORE = "restore it, or run python -m megatron_lowbit patch make"
@@ -26,7 +26,7 @@ class Release(Exact):
     """Where a release's files come from: its version, and a commit of Megatron-LM or a package."""
 
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
-    upstream: Name
+    upstream: str
 
 
 class Patch(Exact):
@@ -47,15 +47,15 @@ class Patch(Exact):
 
     model_config = ConfigDict(frozen=False)
 
-    file: Name
-    touches: Name
-    function: Name
-    purpose: Name
-    removal: Name
-    made_from: Name
+    file: str
+    touches: str
+    function: str
+    purpose: str
+    removal: str
+    made_from: str
     sha256: Sha256 = ""
-    applies_to: Name = ""
-    files: dict[Name, Sums]
+    applies_to: str = ""
+    files: dict[str, Sums]
     diff: str = Field(default="", exclude=True)
 
     def put_in(self, text: str) -> str | None:
@@ -76,7 +76,7 @@ class Manifest(Exact):
     model_config = ConfigDict(frozen=False)
 
     format: Literal[1] = 1
-    releases: dict[Name, Release]
+    releases: dict[str, Release]
     patches: list[Patch]
 
     def of(self, path: str) -> list[Patch]:
