@@ -265,9 +265,11 @@ def test_an_unlisted_release_is_refused_unless_told_and_can_be_listed(tree, patc
     assert all(patch["applies_to"] == "0.13.1 to 9.9.9" for patch in listed["patches"])
 
 
+LINE, MORE = "    parser = _add_validation_args(parser)\n", "    parser = _add_more(parser)\n"
+
+
 def test_a_release_with_other_lines_around_gets_a_patch_file_of_its_own(tree, patches):
-    line, more = "    parser = _add_validation_args(parser)\n", "    parser = _add_more(parser)\n"
-    before = as_new_release(tree, ARGUMENTS, lambda text: text.replace(line, more + line))
+    before = as_new_release(tree, ARGUMENTS, lambda text: text.replace(LINE, MORE + LINE))
     patchctl("apply", tree, "--unlisted", fails="arguments.patch does not fit")
     assert contents(tree) == before, "all or nothing"
     assert "arguments-9.9.9.patch" in patchctl("make", tree, "--patches", patches)
@@ -279,9 +281,19 @@ def test_a_release_with_other_lines_around_gets_a_patch_file_of_its_own(tree, pa
     other = copy_of(NEWEST, tree / "other")
     patchctl("apply", other, "--patches", patches)
     assert_patched(other)
-    as_new_release(tree, ARGUMENTS, lambda text: text.replace(more, ""))
+    as_new_release(tree, ARGUMENTS, lambda text: text.replace(MORE, ""))
     assert "-9.9.9" not in patchctl("make", tree, "--patches", patches), "made anew"
     assert not (patches / "arguments-9.9.9.patch").exists()
+
+
+def test_make_takes_no_patch_file_that_would_change_another_function(tree, patches):
+    def change(text: str) -> str:
+        lines = text[text.index("    parser = _add_checkpointing_args(") :].splitlines(True)[:6]
+        return "".join([text.replace(LINE, MORE + LINE), "\n\ndef other(parser):\n", *lines])
+
+    as_new_release(tree, ARGUMENTS, change)
+    patchctl("apply", tree, "--unlisted", fails="outside add_megatron_arguments")
+    assert "arguments-9.9.9.patch" in patchctl("make", tree, "--patches", patches)
 
 
 FORWARD = "if self.explicit_expert_comm:\n            assert self.skip_bias_add"
