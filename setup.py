@@ -28,16 +28,14 @@ def read_readme() -> str:
 
 
 TRITON = ["triton"]
-PATCH = ["unidiff"]  # python -m megatron_lowbit patch
 # megatron-core imports the others without declaring them.
 MEGATRON = ["megatron-core>=0.13", "einops", "psutil", "transformers", "typing_extensions", *TRITON]
-MEGATRON += PATCH
 CALIBRATE = ["gguf", "sentencepiece", "tqdm", "transformers"]
 BENCH = ["matplotlib"]
 REPORT = ["jinja2", "matplotlib"]
 # What megatron-core's servers import and do not declare: the static engine's, the dynamic one's.
 SERVE = ["flask", "flask-restful", "quart", "hypercorn", "pyzmq", "msgpack"]
-DEV = ["hypothesis", "mypy", "openai", "pytest", "pytest-xdist", "ruff", *PATCH]
+DEV = ["hypothesis", "mypy", "openai", "pytest", "pytest-xdist", "ruff"]
 
 # The patch files lie at the top of a checkout, where people who keep a fork look for them, and go
 # into the package beside the code that applies them.
@@ -67,7 +65,6 @@ setup(
         "megatron": MEGATRON,
         "calibrate": CALIBRATE,
         "triton": TRITON,
-        "patch": PATCH,
         "bench": BENCH,
         "report": REPORT,
         "serve": SERVE,

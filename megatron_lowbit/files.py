@@ -79,8 +79,9 @@ def write_atomic(target: Path, data: bytes) -> None:
 def replace_together(contents: dict[Path, bytes]) -> None:
     """Replace files that exist: all of them, or on any error none. Their modes are kept.
 
-    Each is renamed into place, so a file that is hard-linked into a package manager's cache is
-    replaced here and not changed there.
+    Success means that each file was read again, and holds what was to be written. Each is renamed
+    into place, so a file that is hard-linked into a package manager's cache is replaced here and
+    not changed there.
     """
     before = {path: path.read_bytes() for path in contents}
     staged = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
@@ -91,6 +92,9 @@ def replace_together(contents: dict[Path, bytes]) -> None:
         for path in contents:
             done.append(path)
             os.replace(staged[path], path)
+        for path, data in contents.items():
+            if path.read_bytes() != data:
+                raise LowbitError(f"{path} does not hold what was written to it: try again")
     except BaseException:
         for path in done:
             _stage(staged[path], before[path], path)

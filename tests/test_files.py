@@ -1,4 +1,7 @@
-"""Outputs that cannot be written are refused before the work: by the helper, and by each tool."""
+"""Outputs that cannot be written are refused before the work: by the helper, and by each tool.
+
+Files that are replaced are replaced together.
+"""
 
 import os
 import subprocess
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lowbit import files
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_output
 
@@ -60,3 +64,37 @@ def test_tools_say_so_before_the_work(tmp_path, argv):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert done.stderr.count("\n") == 1 and argv[1] in done.stderr or "meta" in done.stderr
+
+
+def failing(source, target) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def doing_nothing(source, target) -> None:
+    """Says that it renamed, as git apply says that it applied."""
+
+
+@pytest.mark.parametrize("fault", [failing, doing_nothing])
+def test_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, fault):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(b"old")
+    paths[0].chmod(0o640)
+    linked = tmp_path / "linked"
+    linked.hardlink_to(paths[0])
+    real = os.replace
+
+    def faulty(source, target):
+        is_fault = Path(target) == paths[2] and Path(source).read_bytes() == b"new"
+        (fault if is_fault else real)(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "replace", faulty)
+        with pytest.raises((OSError, LowbitError), match="No space left|does not hold what was"):
+            files.replace_together(dict.fromkeys(paths, b"new"))
+    assert [path.read_bytes() for path in paths] == [b"old"] * 3
+    files.replace_together(dict.fromkeys(paths, b"new"))
+    assert [path.read_bytes() for path in paths] == [b"new"] * 3
+    assert paths[0].stat().st_mode & 0o777 == 0o640
+    assert linked.read_bytes() == b"old", "a package manager's cache"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "linked"]

@@ -168,6 +168,9 @@ class RotatedHybrid(Codec):
     ) -> tuple[Tensor, Tensor]:
         """`decode_sum`, then bias and residual, then RMSNorm; on a GPU in one pass.
 
+        A public interface, for layers that can hand over their norm: Megatron's cannot, so nothing
+        in this package calls it.
+
         Everything is fp32 up to the end. The squares of the body are summed by the pairwise tree of
         `rotation.sum_of_squares`, those of the BF16 features by one of their own, added last.
 

@@ -1,43 +1,7 @@
-"""The JSON output of an evaluation.
+"""The JSON output of an evaluation: it is made and written, and read again.
 
-    {"format": 3, "model": NAME, "tp_size": 3, "simulated": false, "index_sha256": ...,
-     "variants": [{"variant": NAME, "collective": "one-shot", "bits_per_value": 4.14,
-                   "wire_bytes_per_token": 35760.0}, ...],
-     "native": {"wire_bytes_per_token": 92160.0},
-     "texts": [{"name": "persuasion.txt", "sha256", "tokens", "seq_length",
-                "native": {"perplexity"},
-                "results": [{"variant": NAME, "perplexity", "delta_nll", "delta_nll_stderr",
-                             "kl", "kl_stderr", "top1"}, ...]}, ...],
-     "tasks": [{"name": "boolq", "items": 200, "metric": "acc",
-                "native": {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"},
-                "results": [{"variant": NAME, "acc", ..., "difference", "difference_stderr",
-                             "kept", "same_choice"}, ...]}, ...],
-     "task_average": {"native": 0.43, "native_stderr",
-                      "results": [{"variant": NAME, "average", "difference", "kept", each with its
-                                   _stderr, "kept_low", "kept_high"}, ...]},
-     "long_context": [{"name": "persuasion.txt", "sha256", "sequences", "seq_length",
-                       "buckets": [[0, 512], [512, 1024], ...], "needles": 20,
-                       "native": {"nll": [...], "retrieved", "retrieved_by_depth"},
-                       "results": [{"variant": NAME, "delta_nll": [...], "kl": [...], "retrieved",
-                                    "lost", "gained"}, ...]}],
-     "generation": [{"name": "persuasion.txt", "sha256", "prompts", "prompt_length", "new_tokens",
-                     "results": [{"variant": NAME, "mean_agreement", "median_agreement",
-                                  "full_agreement"}, ...]}],
-     "sync_points": {"sequences": 4,
-                     "points": [{"layer": 1, "name": "mlp.linear_fc2", "sqnr": {NAME: dB, ...},
-                                 "worst_token_sqnr": {NAME: dB, ...},
-                                 "stream_sqnr": {NAME: dB, ...}}, ...]}}
-
-The lists of what was not measured are empty, and ``task_average`` is null. Bits per value and bytes
-per token are those of all units of all measures together, from the real payloads; a token's bytes
-are what one rank sends for it through all sync points, native ones those of a ring. ``delta_nll``
-and ``kl`` are nats a token, with standard errors over sequences (null for a single one); ``top1``
-is the share of tokens whose most likely next token is native's. In ``long_context`` lists have an
-entry for each bucket of positions, and ``retrieved`` is the share of the planted needles that are
-found (`evaluation.measures.needles`); agreement is in tokens that are native's, before the first
-that is not. A measured figure's standard error is under the same key with ``_stderr``. A number
-that is not finite is null, such as the SQNR of sums without error. In format 2 a variant's name was
-under ``codec``; `read_summary` reads it, too.
+`evaluation_schema` says what it holds. In format 2 a variant's name was under ``codec``;
+`read_summary` reads it, too.
 """
 
 import json
@@ -48,12 +12,12 @@ from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.evaluation_loop import Evaluation
+from megatron_lowbit.evaluation.evaluation_schema import FORMAT
 from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.tasks import average
 from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import read_json
 
-FORMAT = 3
 _OLD = 2  # a variant's name was under "codec"
 
 

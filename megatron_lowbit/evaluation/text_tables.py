@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from megatron_lowbit.text_table import markdown
+
 
 def tables(summary: dict) -> Iterator[str]:
     """A table with its title for each thing that was measured.
@@ -32,7 +34,7 @@ def tables(summary: dict) -> Iterator[str]:
 def _titled(summary: dict, what: str, rows: list[list[str]]) -> str:
     size = f"TP {summary['tp_size']}" + (", simulated" if summary["simulated"] else "")
     head, *body = rows
-    return f"{summary['model']}, {size}, {what}\n\n{_aligned([head, ['---'] * len(head), *body])}"
+    return f"{summary['model']}, {size}, {what}\n\n{markdown(head, body)}"
 
 
 def _text(summary: dict, text: dict) -> list[list[str]]:
@@ -101,12 +103,6 @@ def _generation(measured: dict) -> list[list[str]]:
     return rows
 
 
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def with_error(value: float, error: float | None, *, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
@@ -115,9 +111,3 @@ def _percent_of(row: dict, key: str) -> str:
     """A share and its standard error, in percent."""
     error = row[f"{key}_stderr"]
     return with_error(100 * row[key], None if error is None else 100 * error, digits=1)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

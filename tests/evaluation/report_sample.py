@@ -176,6 +176,7 @@ def _task(name: str, random_: random.Random) -> dict:
                 "kept": 1 - lost / base,
                 "difference": -lost,
                 "difference_stderr": 0.01,
+                "same_choice": 1 - lost,
             }
         )
     native = _accuracy(base, random_)
@@ -193,6 +194,7 @@ def _average(random_: random.Random) -> dict:
                 "average": 0.43 * kept,
                 "average_stderr": 0.011,
                 "kept": kept,
+                "kept_stderr": width / 2,
                 "kept_low": kept - width,
                 "kept_high": kept + width,
                 "difference": 0.43 * (kept - 1),
@@ -211,19 +213,31 @@ def _long_context(random_: random.Random) -> dict:
             {
                 "variant": codec,
                 "delta_nll": [0.8 * value for value in curve],
+                "delta_nll_stderr": [0.1 * value for value in curve],
                 "kl": curve,
-                "retrieved": max(0.0, 0.9 - 0.5 * kl),
-                "retrieved_stderr": 0.05,
+                "kl_stderr": [0.1 * value for value in curve],
+                **_retrieval(max(0.0, 0.9 - 0.5 * kl)),
+                "lost": 1,
+                "gained": 0,
+                "delta_log_likelihood": -kl,
+                "delta_log_likelihood_stderr": 0.1,
             }
         )
     return {
         "name": "persuasion.txt",
+        "sha256": "1" * 64,
         "sequences": 2,
-        "needles": 20,
+        "seq_length": 4096,
         "buckets": buckets,
-        "native": {"retrieved": 0.9, "retrieved_stderr": 0.05},
+        "needles": 20,
+        "depths": [0.1, 0.9],
+        "native": {**_retrieval(0.9), "nll": [3.8] * 8, "nll_stderr": [0.1] * 8},
         "results": results,
     }
+
+
+def _retrieval(share: float) -> dict:
+    return {"retrieved": share, "retrieved_stderr": 0.05, "retrieved_by_depth": [share, share]}
 
 
 def _generation(random_: random.Random) -> dict:
@@ -232,12 +246,20 @@ def _generation(random_: random.Random) -> dict:
             "variant": codec,
             "mean_agreement": 64 * math.exp(-3 * kl) * random_.uniform(0.9, 1),
             "mean_agreement_stderr": 2.0,
+            "median_agreement": 60 * math.exp(-3 * kl),
             "full_agreement": round(16 * math.exp(-8 * kl)) / 16,
             "full_agreement_stderr": 0.1,
         }
         for codec, _, _, kl, _ in VARIANTS
     ]
-    return {"name": "prompts.txt", "new_tokens": 64, "prompts": 16, "results": results}
+    return {
+        "name": "prompts.txt",
+        "sha256": "1" * 64,
+        "prompts": 16,
+        "prompt_length": 32,
+        "new_tokens": 64,
+        "results": results,
+    }
 
 
 def _sync_points(layers: int, random_: random.Random) -> dict:

@@ -5,6 +5,7 @@ an interpreter of its own: under torchrun a rank takes 7-9 s to import Megatron.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -15,42 +16,8 @@ from pathlib import Path
 
 from releases import environment
 
-SERVER = Path(__file__).with_name("fork_server.py")
-
-
-class ForkServer:
-    """A process of fork_server.py: one interpreter, one release of Megatron."""
-
-    def __init__(self, env: dict[str, str]):
-        self._process = subprocess.Popen(
-            [sys.executable, SERVER],
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # so that close() reaches its ranks, and Ctrl-C does not
-        )
-
-    def ask(self, request: dict) -> dict:
-        """What each rank of a command line ended with: "status", "out", "err"."""
-        with tempfile.TemporaryDirectory() as directory:
-            line = json.dumps(request | {"directory": directory})
-            try:
-                print(line, file=self._process.stdin, flush=True)
-                answer = self._process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-        if not answer:
-            raise RuntimeError("fork_server.py ended: what it said is on stderr")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End it and its ranks."""
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
-
-
-_servers: dict[str, ForkServer] = {}
+# The server that is kept, by the PYTHONPATH of its release: tests go release by release.
+_servers: dict[str, subprocess.Popen] = {}
 
 
 def ask(
@@ -63,22 +30,44 @@ def ask(
 ) -> dict:
     """Run a command line in forked ranks, or for `ranks=None` in one process that is none.
 
-    One server is kept, for the release (PYTHONPATH) of the last call: tests go release by release.
+    Returns:
+        What each rank ended with: "status", "out", "err".
     """
     env = env or environment()
+    server = _server(env)
+    request = {"argv": [str(word) for word in argv], "ranks": ranks, "env": env}
+    with tempfile.TemporaryDirectory() as directory:
+        request |= {"interrupt": interrupt, "timeout": timeout, "directory": directory}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(request), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+    if not answer:
+        raise RuntimeError("fork_server.py ended: what it said is on stderr")
+    return json.loads(answer)
+
+
+def _server(env: dict[str, str]) -> subprocess.Popen:
     path = env["PYTHONPATH"]
     if path not in _servers:
         close()
-        _servers[path] = ForkServer(env)
-    request = {"argv": [str(word) for word in argv], "ranks": ranks, "env": env}
-    return _servers[path].ask(request | {"interrupt": interrupt, "timeout": timeout})
+        _servers[path] = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("fork_server.py")],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that close() reaches its ranks, and Ctrl-C does not
+        )
+    return _servers[path]
 
 
 @atexit.register
 def close() -> None:
-    """End the server that is kept."""
+    """End the server that is kept, and its ranks."""
     while _servers:
-        _servers.popitem()[1].close()
+        _, server = _servers.popitem()
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
 
 
 def forked(ranks: int | None, *command: str | Path, env=None, timeout: float = 300):

@@ -20,6 +20,7 @@ from forks import forked
 from releases import ROOT, environment, torchrun
 
 from megatron_lowbit.calibration.index_files import read_index, write_index
+from megatron_lowbit.evaluation.evaluation_schema import Evaluation
 
 TEXT = ROOT / "examples" / "data" / "persuasion.txt"
 OTHER = TEXT.with_name("kjv.txt")
@@ -198,6 +199,9 @@ def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
     whole = forked(1, EVALUATE, *arguments, "--output", straight)
     assert whole.returncode == 0, whole.stderr[-4000:]
     assert output.read_bytes() == straight.read_bytes()
+    content = json.loads(output.read_text())
+    assert all(content.values()), "every section has something"
+    assert Evaluation.model_validate(content).model_dump(by_alias=True) == content, "one schema"
 
 
 def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_path):

@@ -30,6 +30,7 @@ from megatron_lowbit.codecs import Codec, parse_codec
 from megatron_lowbit.comm.policy.tuning import cpu_name
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels import select, switches
+from megatron_lowbit.text_table import aligned
 
 CODECS = (
     "rotated-hybrid-4",
@@ -107,14 +108,7 @@ def table(rows: list[Row]) -> str:
                 speedup,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i < 4 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(ln, widths, strict=True))
-        )
-        for ln in lines
-    )
+    return "\n".join(aligned(lines, left=4))
 
 
 def _measure(plan, shape, name: str, codec: Codec, partials: list[Tensor], bandwidth) -> list[Row]:

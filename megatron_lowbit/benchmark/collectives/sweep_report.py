@@ -18,6 +18,7 @@ from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.comm.policy.timings import size_text
 from megatron_lowbit.files import is_checkout, write_atomic
+from megatron_lowbit.text_table import aligned
 
 Row = dict
 # `auto` may cost this much of native's time where it takes native: scatter of the measurement.
@@ -156,8 +157,7 @@ def _table(rows: list[Row]) -> list[str]:
     for size in sorted(native):
         speedups = [cells.get(size, "-") for _, cells in columns]
         lines.append([size_text(size), _ms(native[size]["median_ms"]), *speedups])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(c.rjust(w) for c, w in zip(ln, widths, strict=True)) for ln in lines]
+    text = aligned(lines, left=0)
     return [*text[:depth], "-" * len(text[0]), *text[depth:]]
 
 

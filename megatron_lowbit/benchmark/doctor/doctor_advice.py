@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, NATIVE, ByTimes, size_text
+from megatron_lowbit.text_table import aligned
 
 DECODE = (1, 16, 64)  # sequences
 PREFILL = (256, 1024, 4096)  # tokens
@@ -75,14 +76,13 @@ def _pass(times: ByTimes, phase: str, tokens: int, hidden: int, skipped: int) ->
 def table(found: Sequence[Pass]) -> list[str]:
     """Lines: what each pass takes."""
     names = list(found[0].ms)
-    heads = "".join(f"{name:>11}" for name in names)
-    lines = [f"{'pass':21} {'message':>9}{heads}  auto takes"]
+    rows = [["pass", "message", *names]]
+    ends = ["auto takes"]
     for one in found:
-        times = "".join(f"{_ms(one.ms[name]):>11}" for name in names)
+        rows.append([one.name, size_text(one.size), *(_ms(one.ms[name]) for name in names)])
         gain = f", {one.speedup:.2f}x" if one.speedup != 1 else ""
-        longer = "" if one.is_timed else " (longer than what was timed)"
-        lines.append(f"{one.name:21} {size_text(one.size):>9}{times}  {one.taken}{gain}{longer}")
-    return lines
+        ends.append(one.taken + gain + ("" if one.is_timed else " (longer than what was timed)"))
+    return [f"{line}  {end}" for line, end in zip(aligned(rows), ends, strict=True)]
 
 
 def expected(found: Sequence[Pass]) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from megatron_lowbit.benchmark.quality.quality import KINDS, Step
 from megatron_lowbit.benchmark.quality.quality_report import quality_table, title
-from megatron_lowbit.evaluation.text_tables import markdown
+from megatron_lowbit.text_table import markdown
 
 PAPER, TODAY, OURS = "static-hybrid", "recipe", "recipe@feedback"
 TWO_SHOT = f"{OURS}@two-shot"

@@ -7,7 +7,8 @@ import math
 
 from megatron_lowbit.benchmark.quality.quality import BUDGET, OURS, OURS_TWO_SHOT, PAPER
 from megatron_lowbit.codecs.peers.systems import PEERS
-from megatron_lowbit.evaluation.text_tables import markdown, with_error
+from megatron_lowbit.evaluation.text_tables import with_error
+from megatron_lowbit.text_table import markdown
 
 
 def text(results: dict[str, dict]) -> str:

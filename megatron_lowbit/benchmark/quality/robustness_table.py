@@ -1,5 +1,7 @@
 """The results of `benchmark.quality.robustness`: Markdown tables, and what explains them."""
 
+from megatron_lowbit.text_table import markdown
+
 NOTES = """\
 What each codec takes from a calibration:
 - static-hybrid: which features travel in BF16, and from each rank's ranges the scale of all others;
@@ -34,17 +36,11 @@ def _table(content: dict, key: str) -> str:
     first = content["calibrations"][0]["results"]
     columns = [(text, codec) for text, results in first.items() for codec in results]
     heads = [_head(content, text, codec) for text, codec in columns]
-    rows = [["calibrated on", "same features", *heads]]
+    rows = []
     for row in content["calibrations"]:
         numbers = [f"{row['results'][text][codec][key]:.4f}" for text, codec in columns]
         rows.append([_name(row), _percent(row["same_features"]), *numbers])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["---", *["---:"] * (len(widths) - 1)]
-    lines = [
-        " | ".join(cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(cells))
-        for cells in (zip(row, widths, strict=True) for row in [rows[0], rule, *rows[1:]])
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
+    return markdown(["calibrated on", "same features", *heads], rows, left=1)
 
 
 def _head(content: dict, text: str, codec: str) -> str:

@@ -8,8 +8,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
-from megatron_lowbit.evaluation.report.results import (
+from megatron_lowbit.evaluation.evaluation_schema import (
     Evaluation,
     Number,
     PointError,
@@ -18,6 +17,7 @@ from megatron_lowbit.evaluation.report.results import (
     TextResult,
     Variant,
 )
+from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report.style import family_of
 
 BUDGET = 4.2  # bits a value: the paper's

@@ -1,5 +1,15 @@
 """Tables of the page: numbers as text, what is not there as such."""
 
+from megatron_lowbit.evaluation.evaluation_schema import (
+    AverageResult,
+    Generation,
+    LongContext,
+    Number,
+    PointError,
+    TaskResult,
+    Text,
+    TextResult,
+)
 from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report.findings import (
     CodecError,
@@ -15,17 +25,7 @@ from megatron_lowbit.evaluation.report.index_reader import (
     runs,
 )
 from megatron_lowbit.evaluation.report.page import Table
-from megatron_lowbit.evaluation.report.results import (
-    AverageResult,
-    Generation,
-    LongContext,
-    Number,
-    PointError,
-    ResultFile,
-    TaskResult,
-    Text,
-    TextResult,
-)
+from megatron_lowbit.evaluation.report.results import ResultFile
 
 NONE = "n/a"
 _NAMED = 12  # sync points that are named of a codec; the others are counted

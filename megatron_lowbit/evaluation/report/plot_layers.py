@@ -3,6 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from megatron_lowbit.evaluation.evaluation_schema import PointError
 from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.findings import CodecError, codec_errors
@@ -13,7 +14,7 @@ from megatron_lowbit.evaluation.report.index_reader import (
     by_kind,
 )
 from megatron_lowbit.evaluation.report.labels import label_ends
-from megatron_lowbit.evaluation.report.results import PointError, ResultFile
+from megatron_lowbit.evaluation.report.results import ResultFile
 
 _BAND = style.color_of("shaped-hybrid")
 _CHOSEN = style.color_of("static-hybrid")

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from megatron_lowbit.evaluation.report import style
-from megatron_lowbit.evaluation.report.labels import Point, label_points
-from megatron_lowbit.evaluation.report.results import (
+from megatron_lowbit.evaluation.evaluation_schema import (
     Evaluation,
     Number,
-    ResultFile,
     Text,
     TextResult,
     Variant,
 )
+from megatron_lowbit.evaluation.report import style
+from megatron_lowbit.evaluation.report.labels import Point, label_points
+from megatron_lowbit.evaluation.report.results import ResultFile
 
 _MARKERS = {"one-shot": "o", "two-shot": "s"}  # filled and open; others a diamond
 _METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}

@@ -3,14 +3,14 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from megatron_lowbit.evaluation.report import style
-from megatron_lowbit.evaluation.report.labels import label_ends
-from megatron_lowbit.evaluation.report.results import (
+from megatron_lowbit.evaluation.evaluation_schema import (
     AverageResult,
     LongContext,
     LongContextResult,
-    ResultFile,
 )
+from megatron_lowbit.evaluation.report import style
+from megatron_lowbit.evaluation.report.labels import label_ends
+from megatron_lowbit.evaluation.report.results import ResultFile
 
 _METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}
 _REFERENCE = "bf16"

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from megatron_lowbit.evaluation.evaluation_schema import Text
 from megatron_lowbit.evaluation.report import page_tables, plot_layers, plot_quality, plot_tasks
 from megatron_lowbit.evaluation.report.findings import BUDGET, PAPER, Comparison, Ratio, compare
 from megatron_lowbit.evaluation.report.index_reader import PointRanges, read_recipe
@@ -14,7 +15,7 @@ from megatron_lowbit.evaluation.report.page import (
     Paragraph,
     Section,
 )
-from megatron_lowbit.evaluation.report.results import ResultFile, Text
+from megatron_lowbit.evaluation.report.results import ResultFile
 
 
 def all_sections(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.patching.diffs import lines_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class Edit:
             LowbitError: The function or an anchor is not there, or not once.
         """
         for anchor, replacement in self.replacements:
-            first, last = _span(text, self.scope, self.path)
-            lines = lines_of(text)
-            places = [n for n in range(first - 1, last) if lines[n].strip() == anchor]
+            before, lines, after = self._parts(text)
+            places = [number for number, line in enumerate(lines) if line.strip() == anchor]
             if len(places) != 1:
                 raise LowbitError(
                     f"{self.path}: {self.scope} has {len(places)} lines {anchor!r}, not one: "
@@ -55,38 +53,36 @@ class Edit:
                 )
             (place,) = places
             indent = lines[place][: -len(lines[place].lstrip())]
-            lines[place] = textwrap.indent(textwrap.dedent(replacement).strip() + "\n", indent)
-            text = "".join(lines)
+            lines[place] = textwrap.indent(textwrap.dedent(replacement).strip(), indent)
+            text = "\n".join(before + lines + after)
         return text
 
-    def check_place(self, text: str, added: list[int]) -> None:
-        """Raise LowbitError unless the patched `text` compiles and `added` lie in the scope.
-
-        Args:
-            text: The file with the patch in it.
-            added: Numbers of the lines that the patch put in, from 1.
-        """
-        first, last = _span(text, self.scope, self.path)
-        outside = [number for number in added if not first <= number <= last]
-        if outside:
+    def require_inside(self, text: str, patched: str) -> None:
+        """Raise LowbitError unless `patched` compiles and has changed in the function only."""
+        before, _, after = self._parts(text)
+        if self._parts(patched)[::2] != (before, after):
             raise LowbitError(
-                f"{self.name} would change line {outside[0]} of {self.path}, outside {self.scope} "
-                f"(lines {first} to {last}): make a patch for this release"
+                f"{self.name} would change {self.path} outside {self.scope}: make a patch for this "
+                "release by python -m megatron_lowbit patch make"
             )
 
-
-def _span(text: str, scope: str, path: str) -> tuple[int, int]:
-    """First and last line of a function or class, by its dotted name."""
-    try:
-        node: Any = ast.parse(text)
-    except SyntaxError as error:
-        raise LowbitError(f"{path} does not compile (line {error.lineno}: {error.msg})") from None
-    for name in scope.split("."):
-        found = [child for child in node.body if getattr(child, "name", None) == name]
-        if len(found) != 1:
-            raise LowbitError(f"{path} has {len(found)} {scope}, not one: not a Megatron we know")
-        (node,) = found
-    return node.lineno, node.end_lineno
+    def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:
+        """The lines before the function, its own, and those after it."""
+        try:
+            node: Any = ast.parse(text)
+        except SyntaxError as error:
+            raise LowbitError(
+                f"{self.path} does not compile (line {error.lineno}: {error.msg})"
+            ) from None
+        for name in self.scope.split("."):
+            found = [child for child in node.body if getattr(child, "name", None) == name]
+            if len(found) != 1:
+                raise LowbitError(
+                    f"{self.path} has {len(found)} {self.scope}, not one: not a Megatron we know"
+                )
+            (node,) = found
+        lines, first, last = text.split("\n"), node.lineno - 1, node.end_lineno
+        return lines[:first], lines[first:last], lines[last:]
 
 
 EDITS = (

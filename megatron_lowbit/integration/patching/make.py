@@ -1,18 +1,22 @@
-"""Making patch files and their manifest from pristine releases; `tools/patchctl.py make`."""
+"""Making patch files and their manifest from pristine releases; `patch make`."""
 
+import difflib
+import io
+import json
 from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
-from megatron_lowbit.integration.patching.diffs import Diff, MisfitError, unified
 from megatron_lowbit.integration.patching.edits import EDITS, Edit
-from megatron_lowbit.integration.patching.manifest import (
+from megatron_lowbit.integration.patching.patch_files import (
     NAME,
     Manifest,
     Patch,
     Release,
-    read_manifest,
+    Sums,
+    read_patches,
     sha256,
+    sums_of,
 )
 from megatron_lowbit.integration.patching.tree import Tree
 
@@ -39,50 +43,58 @@ def make(root: Path, patches: Path, *, release: str | None, upstream: str | None
         upstream: Where it comes from; by default git's commit, else the package.
 
     Returns:
-        For each purpose the patch file that serves the release.
+        For each edit the patch file that serves the release.
 
     Raises:
         LowbitError: No Megatron, patches are in it, or what an edit is anchored to is gone.
     """
-    tree = Tree(root)
-    manifest = read_manifest(patches) if (patches / NAME).exists() else Manifest()
-    name = release or tree.version
-    commit = tree.commit()
+    tree, manifest = Tree(root), Manifest(releases={}, patches=[])
+    if (patches / NAME).exists():
+        manifest = read_patches(patches)
+    name, commit = release or tree.version, tree.commit()
     origin = upstream or (f"commit {commit}" if commit else f"megatron-core=={tree.version}")
-    manifest.releases[name] = Release(tree.version, origin)
-    bodies = {patch.file: _body(patches / patch.file) for patch in manifest.patches}
-    served = [
-        _serve(edit, tree.read(edit.path), name, manifest, bodies)
-        for edit in EDITS
-        if tree.has(edit.path)
-    ]
-    _write(patches, manifest, bodies)
+    manifest.releases[name] = Release(version=tree.version, upstream=origin)
+    old = {patch.file for patch in manifest.patches}
+    texts = [(edit, tree.read(edit.path)) for edit in EDITS]
+    served = [_serve(edit, text, name, manifest) for edit, text in texts if text is not None]
+    _write(patches, manifest)
+    for file in old - {patch.file for patch in manifest.patches}:  # it serves no release any more
+        (patches / file).unlink()
     return served
 
 
-def _serve(edit: Edit, text: str, release: str, manifest: Manifest, bodies: dict[str, str]) -> str:
+def _serve(edit: Edit, text: str, release: str, manifest: Manifest) -> str:
     """Find or make the patch file that turns `text` into what `edit` makes of it."""
     if "megatron_lowbit" in text:
         raise LowbitError(f"{edit.path} is patched already: make needs a release as it came")
     edited = edit.apply(text)
-    sums = {"before": sha256(text.encode()), "after": sha256(edited.encode())}
+    sums = sums_of(text, edited)
     _forget(edit, release, sums, manifest)
-    own = [patch for patch in manifest.patches if patch.touches == edit.path]
-    found = [patch for patch in own if _gives(bodies[patch.file], text, edited)]
-    if not found:
-        file = f"{edit.name}-{release}.patch" if own else f"{edit.name}.patch"
-        found = [Patch(file, edit.path, edit.scope, edit.purpose, edit.removal, release)]
-        manifest.patches += found
-        bodies[file] = unified(edit.path, text, edited, context=edit.context)
-    found[0].files[release] = sums
-    return found[0].file
+    own = manifest.of(edit.path)
+    fitting = [patch for patch in own if patch.put_in(text) == edited]
+    if not fitting:
+        fitting = [
+            Patch(
+                file=f"{edit.name}-{release}.patch" if own else f"{edit.name}.patch",
+                touches=edit.path,
+                function=edit.scope,
+                purpose=edit.purpose,
+                removal=edit.removal,
+                made_from=release,
+                files={},
+                diff=_unified(edit, text, edited),
+            )
+        ]
+        manifest.patches += fitting
+    fitting[0].files[release] = sums
+    return fitting[0].file
 
 
-def _forget(edit: Edit, release: str, sums: dict[str, str], manifest: Manifest) -> None:
+def _forget(edit: Edit, release: str, sums: Sums, manifest: Manifest) -> None:
     """Drop what is listed of a release that is made anew, and a patch file that served it alone."""
-    for patch in [patch for patch in manifest.patches if patch.touches == edit.path]:
-        old = patch.files.pop(release, sums)
-        if old["before"] == sums["before"] and old["after"] != sums["after"]:
+    for patch in manifest.of(edit.path):
+        listed = patch.files.pop(release, sums)
+        if listed["before"] == sums["before"] and listed != sums:
             raise LowbitError(
                 f"{edit.name} is described otherwise than when {patch.file} was made: make all "
                 "releases anew, into an empty folder (--patches DIR)"
@@ -91,28 +103,26 @@ def _forget(edit: Edit, release: str, sums: dict[str, str], manifest: Manifest) 
             manifest.patches.remove(patch)
 
 
-def _gives(body: str, text: str, edited: str) -> bool:
-    try:
-        return Diff(body).apply(text).text == edited
-    except MisfitError:
-        return False
+def _unified(edit: Edit, old: str, new: str) -> str:
+    """The unified diff of a file, as git writes it."""
+    path = edit.path
+    before, after = (io.StringIO(text).readlines() for text in (old, new))  # as git counts lines
+    lines = difflib.unified_diff(before, after, f"a/{path}", f"b/{path}", n=edit.context)
+    return f"diff --git a/{path} b/{path}\n" + "".join(lines)
 
 
-def _body(path: Path) -> str:
-    """A patch file without its header."""
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("diff --git ") :]
-
-
-def _write(patches: Path, manifest: Manifest, bodies: dict[str, str]) -> None:
-    """Write the patch files, and last the manifest that counts them."""
+def _write(patches: Path, manifest: Manifest) -> None:
+    """Write the patch files, and last the manifest that counts them; releases in order."""
     patches.mkdir(parents=True, exist_ok=True)
+    releases = manifest.releases
+    names = sorted(releases, key=lambda n: ([int(p) for p in releases[n].version.split(".")], n))
+    manifest.releases = {name: releases[name] for name in names}
     for patch in manifest.patches:
-        patch.applies_to = manifest.range_of(patch)
-        upstream = manifest.releases[patch.made_from].upstream
-        raw = (_HEADER.format(upstream=upstream, **vars(patch)) + bodies.pop(patch.file)).encode()
-        patch.sha256 = sha256(raw)
-        write_atomic(patches / patch.file, raw)
-    write_atomic(patches / NAME, manifest.text().encode())
-    for file in bodies:  # of patches that serve no release any more
-        (patches / file).unlink()
+        patch.files = {name: patch.files[name] for name in names if name in patch.files}
+        fits = list(patch.files)
+        patch.applies_to = fits[0] if len(fits) == 1 else f"{fits[0]} to {fits[-1]}"
+        upstream = releases[patch.made_from].upstream
+        text = _HEADER.format(upstream=upstream, **dict(patch)) + patch.diff
+        patch.sha256 = sha256(text)
+        write_atomic(patches / patch.file, text.encode())
+    write_atomic(patches / NAME, f"{json.dumps(manifest.model_dump(), indent=2)}\n".encode())

@@ -24,7 +24,17 @@ from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, is_checkout
-from megatron_lowbit.integration.patching import control
+from megatron_lowbit.integration.patching.control import State
+from megatron_lowbit.integration.patching.make import make
+
+_HELP = {
+    "--patches": "folder of the patch files (default: those of this package)",
+    "--unlisted": "also a release or fork that the manifest does not list, where every patch fits "
+    "in the right function",
+    "--dirty": "also files with uncommitted changes of yours",
+    "--release": "its name in the manifest (default: its version)",
+    "--upstream": "where it comes from (default: git's commit, else the package of its version)",
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -34,58 +44,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("status", "check", "apply", "revert", "make"):
-        command = commands.add_parser(name)
-        command.add_argument("tree", type=Path, metavar="TREE", help="holds megatron/")
-        command.add_argument(
-            "--patches",
-            type=Path,
-            metavar="DIR",
-            help="folder of the patch files (default: those of this package)",
-        )
-        if name in ("check", "apply", "revert"):
-            command.add_argument(
-                "--unlisted",
-                action="store_true",
-                help="also a release or fork that the manifest does not list, where every patch "
-                "fits in the right function",
-            )
-            command.add_argument(
-                "--dirty", action="store_true", help="also files with uncommitted changes of yours"
-            )
+        add = commands.add_parser(name).add_argument
+        add("tree", type=Path, metavar="TREE", help="holds megatron/")
+        add("--patches", type=Path, metavar="DIR", help=_HELP["--patches"])
         if name == "make":
-            command.add_argument(
-                "--release", metavar="NAME", help="its name in the manifest (default: its version)"
-            )
-            command.add_argument(
-                "--upstream",
-                metavar="TEXT",
-                help="where it comes from (default: git's commit, else the package of its version)",
-            )
+            add("--release", metavar="NAME", help=_HELP["--release"])
+            add("--upstream", metavar="TEXT", help=_HELP["--upstream"])
+        elif name != "status":
+            add("--unlisted", action="store_true", help=_HELP["--unlisted"])
+            add("--dirty", action="store_true", help=_HELP["--dirty"])
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     """Do what the command line says."""
     options = parse(argv)
-    options.patches = options.patches or _own_patches(options.command)
-    if options.command == "make":
-        from megatron_lowbit.integration.patching.make import make
-
-        served = make(
-            options.tree, options.patches, release=options.release, upstream=options.upstream
-        )
+    command, patches = options.command, options.patches or _own_patches(options.command)
+    if command == "make":
+        served = make(options.tree, patches, release=options.release, upstream=options.upstream)
         print(f"{options.tree} is served by {', '.join(served)}")
         return
-    state = control.look(options.tree, options.patches)
-    if options.command in ("status", "check"):
+    state = State(options.tree, patches)
+    if command in ("status", "check"):
         print(state)
-    if options.command == "status":
-        return
-    control.require_usable(state, unlisted=options.unlisted, dirty=options.dirty)
-    if options.command == "apply":
-        print(f"applied: {', '.join(control.apply(state)) or 'nothing, all are in'}")
-    elif options.command == "revert":
-        print(f"reverted: {', '.join(control.revert(state)) or 'nothing, none is in'}")
+    if command != "status":
+        state.require_usable(unlisted=options.unlisted, dirty=options.dirty)
+    if command == "apply":
+        print(f"applied: {', '.join(state.apply()) or 'nothing, all are in'}")
+    if command == "revert":
+        print(f"reverted: {', '.join(state.revert()) or 'nothing, none is in'}")
 
 
 def _own_patches(command: str) -> Path:
