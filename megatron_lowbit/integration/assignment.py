@@ -22,6 +22,7 @@ from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import members
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
+from megatron_lowbit.model.stages import Stages
 
 # Of a chain's last sync point, where no plan says more: 0.03 bits on average over 60 of them.
 END_BITS = 6
@@ -201,6 +202,13 @@ def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
     config = next(iter(layers.values())).config
     shape = {key: getattr(config, key) for key in MODEL_SHAPE}
     return {**shape, "fingerprints": {str(n): fingerprint(layer) for n, layer in layers.items()}}
+
+
+def whole_identity(model: nn.Module, stages: Stages) -> dict:
+    """`model_identity` with the layers of all stages; call it on every rank."""
+    parts = stages.gather(model_identity(model))
+    fingerprints = {n: digest for part in parts for n, digest in part["fingerprints"].items()}
+    return {**parts[0], "fingerprints": fingerprints}
 
 
 def check_index(

@@ -8,11 +8,23 @@ from megatron_lowbit.errors import LowbitError
 
 
 def refuse_pipeline(args: argparse.Namespace) -> None:
-    """Raise where the tools' plain forward pass does not serve."""
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(args, name) > 1:
-            flag = "--" + name.replace("_", "-")
-            raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
+    """Raise where a tool runs a model that is whole on its tensor-parallel ranks."""
+    if args.pipeline_model_parallel_size > 1:
+        raise LowbitError(
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} is not supported "
+            "here: pass 1"
+        )
+    check_parallel(args)
+
+
+def check_parallel(args: argparse.Namespace) -> None:
+    """Raise where a tool that knows pipelines cannot run the model either."""
+    if args.context_parallel_size > 1:
+        raise LowbitError(
+            f"--context-parallel-size {args.context_parallel_size} is not supported here: pass 1"
+        )
+    if args.pipeline_model_parallel_size > 1:
+        _check_stages(args)
     experts = args.expert_model_parallel_size
     whole = args.tensor_model_parallel_size // (
         args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -21,6 +33,21 @@ def refuse_pipeline(args: argparse.Namespace) -> None:
         raise LowbitError(
             f"--expert-model-parallel-size {experts} spreads experts over data-parallel ranks, "
             f"which run texts of their own here: pass {max(whole, 1)}"
+        )
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """Raise for a pipeline that Megatron's plain schedule does not run, or not exactly."""
+    stages = f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise LowbitError(
+            f"{stages} with virtual stages is not supported here: leave the arguments that "
+            "interleave stages out; the calibration index serves them, too"
+        )
+    if args.fp32_residual_connection:
+        raise LowbitError(
+            f"{stages} with --fp32-residual-connection is not supported: Megatron hands "
+            "activations on in the model's dtype"
         )
 
 
@@ -53,6 +80,11 @@ def check_recipe(options: argparse.Namespace, args: argparse.Namespace) -> None:
     """Raise if a recipe that was asked for cannot be planned."""
     if options.budget is None and options.target_loss is None:
         return
+    if args.pipeline_model_parallel_size > 1:
+        raise LowbitError(
+            "a recipe is planned without a pipeline: leave --budget and --target-loss out, or "
+            "--pipeline-model-parallel-size"
+        )
     if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
         raise LowbitError(
             "tensor parallel size 1 communicates nothing: a recipe needs ranks, or --simulate-tp N"

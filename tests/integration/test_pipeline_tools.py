@@ -1,0 +1,89 @@
+"""The tools with pipeline stages: the same results as without, and what is refused.
+
+One checkpoint of 4 layers; tensor parallel 2 alone, and 2 stages of it.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from forks import forked
+from releases import ROOT
+from test_tools import CALIBRATE, TEXT
+
+CONVERT = ROOT / "tools" / "convert_hf.py"
+STAGES = ["--pipeline-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """A checkpoint of 4 layers; its last stage has a copy of the first one's embeddings."""
+    pytest.importorskip("transformers")
+    from tiny_llama import hugging_face_model
+
+    directory = tmp_path_factory.mktemp("deep")
+    shape = {"num_hidden_layers": 4, "num_key_value_heads": 6}
+    hugging_face_model(directory / "hf", tie_word_embeddings=True, **shape)
+    command = [CONVERT, "--model", directory / "hf", "--save", directory / "ckpt"]
+    done = forked(None, *command, "--tensor-model-parallel-size", "2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory / "ckpt"
+
+
+def run_calibration(ranks: int, deep: Path, output: Path, *more: str, status: int = 0):
+    command = [CALIBRATE, "--load", deep, "--data", TEXT, "--output", output]
+    done = forked(ranks, *command, "--sequences", "5", "--seq-length", "16", *more)
+    assert done.returncode == status, done.stderr[-4000:]
+    return done
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def index(deep, tmp_path_factory) -> Path:
+    """A calibration index that was made without a pipeline."""
+    output = tmp_path_factory.mktemp("index") / "lowbit"
+    run_calibration(2, deep, output)
+    return output
+
+
+def test_a_calibration_index_over_stages_has_the_same_bytes(deep, index, tmp_path):
+    run_calibration(4, deep, tmp_path / "lowbit", *STAGES)
+    found = files_of(tmp_path / "lowbit")
+    assert len(found) == 5
+    assert found == files_of(index)
+    assert [path.name for path in tmp_path.iterdir()] == ["lowbit"]
+
+
+def test_stages_of_different_sizes_and_data_parallel_ranks_give_the_same_bytes(deep, tmp_path):
+    alone = ["--tensor-model-parallel-size", "1"]
+    run_calibration(1, deep, tmp_path / "one", *alone)
+    uneven = [*alone, *STAGES, "--decoder-first-pipeline-num-layers", "1"]
+    run_calibration(4, deep, tmp_path / "four", *uneven)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
+
+
+def test_simulated_ranks_over_stages_give_the_same_bytes(deep, tmp_path):
+    run_calibration(1, deep, tmp_path / "one", "--simulate-tp", "3")
+    run_calibration(2, deep, tmp_path / "two", "--simulate-tp", "3", *STAGES)
+    assert json.loads(files_of(tmp_path / "one")["manifest.json"])["tp_size"] == 3
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--budget", "4"], "a recipe is planned without a pipeline"),
+        (["--num-virtual-stages-per-pipeline-rank", "2"], "with virtual stages is not supported"),
+        (["--bf16", "--fp32-residual-connection"], "--fp32-residual-connection is not supported"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_one_line_on_every_rank(deep, arguments, text, tmp_path):
+    one = ["--tensor-model-parallel-size", "1"]
+    done = run_calibration(2, deep, tmp_path / "lowbit", *one, *STAGES, *arguments, status=1)
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if "error: " in line and text in line]) == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
