@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from forks import forked
 from releases import ROOT
-from test_tools import CALIBRATE, TEXT
+from test_tools import CALIBRATE, EVALUATE, TEXT
 
 CONVERT = ROOT / "tools" / "convert_hf.py"
 STAGES = ["--pipeline-model-parallel-size", "2"]
@@ -87,3 +87,41 @@ def test_what_a_pipeline_cannot_do_is_one_line_on_every_rank(deep, arguments, te
     assert len([line for line in lines if "error: " in line and text in line]) == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,shaped-hybrid,shaped-hybrid@feedback"
+
+
+def evaluation(ranks: int, deep: Path, index: Path, output: Path, *more: str) -> dict:
+    small = ["--tokens", "64", "--seq-length", "32", "--generate", "3", "--codecs", CODECS]
+    command = [EVALUATE, "--load", deep, "--index", index, "--data", TEXT, *small]
+    done = forked(ranks, *command, "--output", output, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    return json.loads(output.read_text())
+
+
+def test_an_evaluation_over_stages_has_the_same_results(deep, index, tmp_path):
+    """All but those of errors that are carried: a chain ends where its stage does."""
+    for name in ("whole", "split"):
+        (tmp_path / name).mkdir()
+    whole = evaluation(2, deep, index, tmp_path / "whole" / "summary.json")
+    split = evaluation(4, deep, index, tmp_path / "split" / "summary.json", *STAGES)
+    assert len(split["sync_points"]["points"]) == 8
+    carried = [results_of(summary, "shaped-hybrid@feedback") for summary in (whole, split)]
+    assert 0 < carried[0][0]["kl"] != carried[1][0]["kl"] > 0
+    kl = {row["variant"]: row["kl"] for row in split["texts"][0]["results"]}
+    assert carried[1][0]["kl"] < kl["shaped-hybrid"], "within a stage errors are carried"
+    assert whole == split
+
+
+def results_of(summary: dict, variant: str) -> list[dict]:
+    """The results of one variant on the text and its prompts, and its errors: taken out."""
+    taken = []
+    for measured in (summary["texts"][0], summary["generation"][0]):
+        found = [row for row in measured["results"] if row["variant"] == variant]
+        measured["results"] = [row for row in measured["results"] if row not in found]
+        taken += found
+    for point in summary["sync_points"]["points"]:
+        taken += [point[key].pop(variant) for key in ("sqnr", "worst_token_sqnr", "stream_sqnr")]
+    return taken

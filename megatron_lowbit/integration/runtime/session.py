@@ -36,7 +36,7 @@ from megatron_lowbit.integration.runtime.model_files import (
     one_line_errors,
     refuse_own_code,
 )
-from megatron_lowbit.integration.runtime.pipeline import whole_model
+from megatron_lowbit.integration.runtime.pipeline import stages_of, whole_model
 from megatron_lowbit.integration.runtime.quiet import quiet
 from megatron_lowbit.integration.runtime.rendezvous import muster
 from megatron_lowbit.model.forward import logits
@@ -220,7 +220,7 @@ def language_model(
 
     Args:
         args: From `parse_megatron_args`.
-        model: From `load_model`.
+        model: From `load_whole_model`.
         tokenizer: From `build_tokenizer`, without special tokens.
         group: The tensor-parallel group.
         prefix: Tokens that it would put before every text with them.
@@ -233,6 +233,7 @@ def language_model(
         tokenize=tokenizer.tokenize,
         detokenize=tokenizer.detokenize,
         prefix=prefix,
+        stages=stages_of(),
     )
 
 
