@@ -79,7 +79,7 @@ class Named:
         """The codec of each sync point of this stage, and its tables."""
         if self.codec is None:
             recipe = self._recipe(index, summing.everywhere)
-            if self.has_feedback:  # a stage's last sync point is the end of a chain
+            if self.has_feedback and summing.stages.count > 1:  # as serving does at a stage's end
                 recipe = with_strong_ends(recipe, summing.points)
             at = bind(_by_recipe, recipe)
         elif self.base in _BASELINES:

@@ -1,5 +1,7 @@
 """Tokens through a Megatron model: what calibration and evaluation share."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,14 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
         ``[batch, seq_length, vocabulary / ranks]``, this rank's part.
     """
     return model(*arguments(model, tokens))
+
+
+def by_stage(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which each stage of a pipeline runs by itself, on made-up activations.
+
+    One that fails then leaves no other waiting. `forward` gives what it would hand on, or logits.
+    """
+    return model.alone() if hasattr(model, "alone") else nullcontext()
 
 
 def arguments(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

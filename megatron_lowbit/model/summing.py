@@ -112,6 +112,7 @@ class Summing(Protocol):
         points: The sync points of this stage.
         stages: The pipeline stages of the model.
         everywhere: Where the sync points of all stages are, in order.
+        first: The number among them of this stage's first one.
         ranks: How many partials a sum has.
         here: How many of them this process has.
         is_simulated: Whether no bytes travel.
@@ -119,6 +120,7 @@ class Summing(Protocol):
 
     stages: Stages
     everywhere: Sequence[Placed]
+    first: int
     ranks: int
     here: int
     is_simulated: bool

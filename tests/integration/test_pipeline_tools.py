@@ -7,10 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from forks import forked
 from releases import ROOT
 from test_tools import CALIBRATE, EVALUATE, TEXT
 
+from megatron_lowbit.calibration.index_files import read_index
+
+CUT = Path(__file__).with_name("cut_worker.py")
 CONVERT = ROOT / "tools" / "convert_hf.py"
 STAGES = ["--pipeline-model-parallel-size", "2"]
 
@@ -30,8 +34,10 @@ def deep(tmp_path_factory) -> Path:
     return directory / "ckpt"
 
 
-def run_calibration(ranks: int, deep: Path, output: Path, *more: str, status: int = 0):
-    command = [CALIBRATE, "--load", deep, "--data", TEXT, "--output", output]
+def run_calibration(
+    ranks: int, deep: Path, output: Path, *more: str, status: int = 0, script: Path = CALIBRATE
+):
+    command = [script, "--load", deep, "--data", TEXT, "--output", output]
     done = forked(ranks, *command, "--sequences", "5", "--seq-length", "16", *more)
     assert done.returncode == status, done.stderr[-4000:]
     return done
@@ -43,14 +49,14 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def index(deep, tmp_path_factory) -> Path:
-    """A calibration index that was made without a pipeline."""
+    """A calibration index with a recipe that was made without a pipeline."""
     output = tmp_path_factory.mktemp("index") / "lowbit"
-    run_calibration(2, deep, output)
+    run_calibration(2, deep, output, "--budget", "4")
     return output
 
 
-def test_a_calibration_index_over_stages_has_the_same_bytes(deep, index, tmp_path):
-    run_calibration(4, deep, tmp_path / "lowbit", *STAGES)
+def test_an_index_and_a_plan_over_stages_have_the_same_bytes(deep, index, tmp_path):
+    run_calibration(4, deep, tmp_path / "lowbit", *STAGES, "--budget", "4")
     found = files_of(tmp_path / "lowbit")
     assert len(found) == 5
     assert found == files_of(index)
@@ -72,10 +78,30 @@ def test_simulated_ranks_over_stages_give_the_same_bytes(deep, tmp_path):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
+def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(deep, tmp_path):
+    """The layer that does not differentiate is on the last stage: the first one must not wait."""
+    some = ["--budget", "4", "--sequences", "2"]
+    found = {}
+    for ranks, stages in ((2, []), (4, STAGES)):
+        output = tmp_path / str(ranks)
+        done = run_calibration(ranks, deep, output, *some, *stages, script=CUT)
+        reason = "no gradient goes through layer 4 mlp.linear_fc2"
+        assert f"planning without gradients ({reason})" in done.stdout
+        found[ranks] = read_index(output)
+    whole, split = found[2].layers, found[4].layers
+    for layer in (3, 4):  # no chain ends before them
+        for name, record in whole[layer].items():
+            for key, value in vars(record).items():
+                assert torch.equal(value, getattr(split[layer][name], key)), (layer, name, key)
+    end = split[2]["mlp.linear_fc2"]
+    assert torch.equal(end.divergence_carried, end.divergence)
+    assert not torch.equal(whole[2]["mlp.linear_fc2"].divergence_carried, end.divergence_carried)
+    assert torch.equal(whole[2]["mlp.linear_fc2"].missed, end.missed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--budget", "4"], "a recipe is planned without a pipeline"),
         (["--num-virtual-stages-per-pipeline-rank", "2"], "with virtual stages is not supported"),
         (["--bf16", "--fp32-residual-connection"], "--fp32-residual-connection is not supported"),
     ],
@@ -89,11 +115,11 @@ def test_what_a_pipeline_cannot_do_is_one_line_on_every_rank(deep, arguments, te
     assert not list(tmp_path.iterdir())
 
 
-CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,shaped-hybrid,shaped-hybrid@feedback"
+CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,recipe,recipe-3.5,recipe-3.5@feedback"
 
 
 def evaluation(ranks: int, deep: Path, index: Path, output: Path, *more: str) -> dict:
-    small = ["--tokens", "64", "--seq-length", "32", "--generate", "3", "--codecs", CODECS]
+    small = ["--tokens", "64", "--seq-length", "32", "--generate", "2", "--codecs", CODECS]
     command = [EVALUATE, "--load", deep, "--index", index, "--data", TEXT, *small]
     done = forked(ranks, *command, "--output", output, *more)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -108,10 +134,10 @@ def test_an_evaluation_over_stages_has_the_same_results(deep, index, tmp_path):
     whole = evaluation(2, deep, index, tmp_path / "whole" / "summary.json")
     split = evaluation(4, deep, index, tmp_path / "split" / "summary.json", *STAGES)
     assert len(split["sync_points"]["points"]) == 8
-    carried = [results_of(summary, "shaped-hybrid@feedback") for summary in (whole, split)]
+    carried = [results_of(summary, "recipe-3.5@feedback") for summary in (whole, split)]
     assert 0 < carried[0][0]["kl"] != carried[1][0]["kl"] > 0
     kl = {row["variant"]: row["kl"] for row in split["texts"][0]["results"]}
-    assert carried[1][0]["kl"] < kl["shaped-hybrid"], "within a stage errors are carried"
+    assert carried[1][0]["kl"] < kl["recipe-3.5"], "within a stage errors are carried"
     assert whole == split
 
 

@@ -80,11 +80,6 @@ def check_recipe(options: argparse.Namespace, args: argparse.Namespace) -> None:
     """Raise if a recipe that was asked for cannot be planned."""
     if options.budget is None and options.target_loss is None:
         return
-    if args.pipeline_model_parallel_size > 1:
-        raise LowbitError(
-            "a recipe is planned without a pipeline: leave --budget and --target-loss out, or "
-            "--pipeline-model-parallel-size"
-        )
     if args.tensor_model_parallel_size == 1 and (options.simulate_tp or 1) == 1:
         raise LowbitError(
             "tensor parallel size 1 communicates nothing: a recipe needs ranks, or --simulate-tp N"

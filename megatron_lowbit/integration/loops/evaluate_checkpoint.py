@@ -71,14 +71,13 @@ def make_measures(
     """What to measure, by the key of the JSON output that the results go under, in order."""
     sync_points: list[Measure] = []
     points = [(point.layer, point.name) for point in variants.summing.everywhere]
-    first = variants.summing.points[0]
     for corpus in list(inputs.texts.values())[:1]:
         sync_error = SyncError(
             text_sequences(corpus, options)[:SYNC_SEQUENCES, :-1],
             points,
             observing=variants.observing,
             sha256=corpus.sha256,
-            first=points.index((first.layer, first.name)),
+            first=variants.summing.first,
         )
         sync_points.append(sync_error)
     return {"sync_points": sync_points, **inputs.measures}

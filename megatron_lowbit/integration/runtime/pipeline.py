@@ -1,12 +1,12 @@
 """A pipeline stage behind the interface of a whole model.
 
 `Pipelined` is called with tokens and gives logits, as a GPTModel does, on every rank. All stages
-call it alike. Megatron's own schedule hands the activations on, and the last stage's logits go to
-the other stages, so that loops over a model do not ask where they run.
+call it alike, and the last one's logits go to the others, so that loops over a model do not ask
+where they run. Where nobody wants logits (`run_each`) Megatron's own schedule keeps them all busy.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.runtime.stage_link import HandedOn, Link, Received
 from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.integration.sums.sync_points import transformer_layers
 from megatron_lowbit.model.forward import arguments, logits
@@ -60,32 +61,53 @@ class Pipelined(nn.Module):
         super().__init__()
         self.stage = stage
         self._stages, self._vocabulary = stages, vocabulary
+        self._last, self._is_alone = stages.count - 1, False
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """``[batch, seq_length, vocabulary / ranks]`` logits in fp32, on every stage."""
-        found = self.run([(tokens, positions, mask)], keep=True)
-        if self._stages.number == self._stages.count - 1:
-            out = found[0].float().contiguous()
-        else:
-            out = torch.empty(*tokens.shape, self._vocabulary, device=tokens.device)
-        dist.broadcast(out, group=self._stages.group, group_src=self._stages.count - 1)
+        """``[batch, seq_length, vocabulary / ranks]`` logits in fp32, on every stage.
+
+        A backward pass from them must be on every stage, too. What counts is what the last stage's
+        logits are given.
+        """
+        link = Link(self.stage, tokens)
+        if self._stages.number > 0:
+            start = torch.empty(0, requires_grad=torch.is_grad_enabled())
+            link.feed(link.made_up() if self._is_alone else Received.apply(start, link))
+        out = self.stage(tokens, positions, mask)
+        if self._is_alone:
+            return out
+        if self._stages.number < self._last:
+            place = torch.empty(*tokens.shape, self._vocabulary, device=tokens.device)
+            return HandedOn.apply(out, link, lambda: self._broadcast(place))
+        self._broadcast(out.detach().contiguous())
         return out
 
-    def run(self, batches: list[Arguments], *, keep: bool) -> list[Any]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Each stage runs by itself, on made-up activations, and gives what it would hand on."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+
+    def _broadcast(self, logits: Tensor) -> Tensor:
+        dist.broadcast(logits, group=self._stages.group, group_src=self._last)
+        return logits
+
+    def run(self, batches: list[Arguments]) -> None:
         """Run batches of one shape by Megatron's schedule, several of them on their way at once.
 
         Args:
             batches: The same on every stage.
-            keep: Whether the last stage gives the logits of each, and not None.
         """
         from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
         def step(remaining: Iterator[Arguments], stage: nn.Module):
-            output = stage(*next(remaining))
-            return output, lambda out, non_loss_data: out if keep else None
+            return stage(*next(remaining)), lambda output, non_loss_data: None  # logits are dropped
 
         batch, length = batches[0][0].shape
-        return get_forward_backward_func()(
+        get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iter(batches),
             model=self.stage,
@@ -111,7 +133,7 @@ def run_each(model: nn.Module, sequences: Iterable[Tensor]) -> None:
         sequences: int64 ``[seq_length]``, all as long.
     """
     if isinstance(model, Pipelined):
-        model.run([arguments(model, tokens[None]) for tokens in sequences], keep=False)
+        model.run([arguments(model, tokens[None]) for tokens in sequences])
         return
     for tokens in sequences:
         logits(model, tokens[None])
@@ -141,4 +163,5 @@ def summing_of_stages(
         everywhere += places
         native |= names
     summing.stages, summing.everywhere = stages, everywhere
+    summing.first = everywhere.index(here[0])
     return summing, native

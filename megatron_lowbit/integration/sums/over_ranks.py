@@ -26,6 +26,7 @@ class OverRanks:
     """Sync points whose partials are on the ranks of their tensor-parallel group."""
 
     here = 1
+    first = 0
     is_simulated = False
 
     def __init__(self, points: list[SyncPoint]):

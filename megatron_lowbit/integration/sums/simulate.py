@@ -62,6 +62,7 @@ class Simulated:
         LowbitError: A layer is not of the local spec, or `ranks` does not divide a contraction.
     """
 
+    first = 0
     is_simulated = True
 
     def __init__(self, points: list[SyncPoint], ranks: int):
