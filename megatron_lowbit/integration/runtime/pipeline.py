@@ -92,7 +92,9 @@ class Pipelined(nn.Module):
             self._is_alone = False
 
     def _broadcast(self, logits: Tensor) -> Tensor:
-        dist.broadcast(logits, group=self._stages.group, group_src=self._last)
+        group = self._stages.group
+        assert group is not None, "there are several stages"
+        dist.broadcast(logits, src=dist.get_global_rank(group, self._last), group=group)
         return logits
 
     def run(self, batches: list[Arguments]) -> None:
