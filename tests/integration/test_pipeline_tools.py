@@ -1,6 +1,6 @@
-"""The tools with pipeline stages: the same results as without, and what is refused.
+"""The tools with pipeline stages, and with experts on data-parallel ranks: the same results.
 
-One checkpoint of 4 layers; tensor parallel 2 alone, and 2 stages of it.
+One checkpoint of 4 layers; tensor parallel 2 alone, and 2 stages of it. Another one with experts.
 """
 
 import json
@@ -15,6 +15,7 @@ from test_tools import CALIBRATE, EVALUATE, TEXT
 from megatron_lowbit.calibration.index_files import read_index
 
 CUT = Path(__file__).with_name("cut_worker.py")
+EXPERTS = Path(__file__).with_name("experts_checkpoint.py")
 CONVERT = ROOT / "tools" / "convert_hf.py"
 STAGES = ["--pipeline-model-parallel-size", "2"]
 
@@ -151,3 +152,33 @@ def results_of(summary: dict, variant: str) -> list[dict]:
     for point in summary["sync_points"]["points"]:
         taken += [point[key].pop(variant) for key in ("sqnr", "worst_token_sqnr", "stream_sqnr")]
     return taken
+
+
+@pytest.fixture(scope="module")
+def mixture(deep, tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint with experts, and its index and recipe, for 2 simulated ranks."""
+    directory = tmp_path_factory.mktemp("mixture")
+    done = forked(None, EXPERTS, directory / "ckpt", deep / "tokenizer")
+    assert done.returncode == 0, done.stderr[-4000:]
+    run_calibration(1, directory / "ckpt", directory / "lowbit", *SIMULATED, "--budget", "4")
+    return directory / "ckpt", directory / "lowbit"
+
+
+SIMULATED = ["--simulate-tp", "2"]
+SPREAD = [*SIMULATED, "--expert-model-parallel-size", "2"]
+
+
+def test_experts_on_other_ranks_and_stages_give_the_same_bytes(mixture, tmp_path):
+    checkpoint, index = mixture
+    run_calibration(4, checkpoint, tmp_path / "lowbit", *SPREAD, *STAGES, "--budget", "4")
+    assert files_of(tmp_path / "lowbit") == files_of(index)
+
+
+def test_an_evaluation_with_experts_on_other_ranks_has_the_same_results(mixture, tmp_path):
+    """3 sequences for 2 pairs of ranks: the pair without a third must not be waited for."""
+    for name in ("whole", "split"):
+        (tmp_path / name).mkdir()
+    more = ["--tokens", "96"]
+    whole = evaluation(1, *mixture, tmp_path / "whole" / "summary.json", *SIMULATED, *more)
+    split = evaluation(4, *mixture, tmp_path / "split" / "summary.json", *SPREAD, *more)
+    assert whole == split

@@ -40,6 +40,7 @@ from megatron_lowbit.integration.loops.checks import (
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.runtime.pipeline import at_once, run_each, summing_of_stages
+from megatron_lowbit.integration.runtime.sharing import sharing
 from megatron_lowbit.integration.sums.chain_check import check_chain
 from megatron_lowbit.model.forward import device_of
 from megatron_lowbit.model.summing import Summing
@@ -97,8 +98,6 @@ def _plan(
     sequences: Tensor,
 ) -> CalibrationIndex:
     """The index with the recipe that was asked for."""
-    from megatron.core import parallel_state
-
     summing, _ = summing_of_stages(model, options.simulate_tp, index)
     tokenizer = session.build_tokenizer(args)
     return with_recipe(
@@ -110,7 +109,7 @@ def _plan(
         budget=options.budget,
         target=options.target_loss,
         skip=options.skip or 0,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=sharing(args).group,
     )
 
 
@@ -171,6 +170,8 @@ def calibrate_model(
     _observe_all(model, summing, sequences, statistics, checkpointer, progress, groups)
     index = assemble(summing, statistics, identity, progress, codec, bf16_features)
     index.manifest["chain"] = check_chain(model, summing, sequences[0].to(device_of(model)))
+    # Made in inference mode, its buffers could not be written to by a plan's backward pass.
+    parallel_state.get_global_memory_buffer().buffer.clear()
     return index, progress
 
 

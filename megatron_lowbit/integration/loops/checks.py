@@ -5,6 +5,11 @@ import argparse
 from megatron_lowbit.calibration.plan import SKIP, bits_per_value, candidates
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.runtime.sharing import (
+    check_spread_experts,
+    experts_are_spread,
+    most_experts,
+)
 
 
 def refuse_pipeline(args: argparse.Namespace) -> None:
@@ -14,26 +19,24 @@ def refuse_pipeline(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} is not supported "
             "here: pass 1"
         )
+    if experts_are_spread(args):
+        raise LowbitError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size} spreads experts over "
+            "data-parallel ranks, which run texts of their own here: pass "
+            f"{most_experts(args)}"
+        )
     check_parallel(args)
 
 
 def check_parallel(args: argparse.Namespace) -> None:
-    """Raise where a tool that knows pipelines cannot run the model either."""
+    """Raise where a tool that knows pipelines and spread experts cannot run the model either."""
     if args.context_parallel_size > 1:
         raise LowbitError(
             f"--context-parallel-size {args.context_parallel_size} is not supported here: pass 1"
         )
     if args.pipeline_model_parallel_size > 1:
         _check_stages(args)
-    experts = args.expert_model_parallel_size
-    whole = args.tensor_model_parallel_size // (
-        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    )
-    if experts > max(whole, 1):
-        raise LowbitError(
-            f"--expert-model-parallel-size {experts} spreads experts over data-parallel ranks, "
-            f"which run texts of their own here: pass {max(whole, 1)}"
-        )
+    check_spread_experts(args)
 
 
 def _check_stages(args: argparse.Namespace) -> None:

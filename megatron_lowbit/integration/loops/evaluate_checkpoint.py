@@ -18,7 +18,7 @@ from megatron_lowbit.evaluation.inputs import (
     read_inputs,
     text_sequences,
 )
-from megatron_lowbit.evaluation.journal import Journal
+from megatron_lowbit.evaluation.journal import Entry, Journal
 from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
@@ -31,6 +31,7 @@ from megatron_lowbit.integration.loops.checks import check_parallel, megatron_ar
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 from megatron_lowbit.integration.runtime.pipeline import summing_of_stages
+from megatron_lowbit.integration.runtime.sharing import Sharing, sharing
 from megatron_lowbit.json_files import digest
 from megatron_lowbit.model.summing import Summing
 
@@ -56,8 +57,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
     measures = make_measures(options, inputs, variants)
-    journal = _journal(options, index, model, variants, measures)
-    evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
+    journal = _journal(options, index, model, variants, measures, sharing(args))
+    done = _start(journal, measures, options.resume)
+    evaluation = _evaluate(args, inputs, model, variants, measures, journal, done)
     setting = _setting(options, index, summing, chosen)
     content = summary(setting, measures, evaluation)
     _report(content)
@@ -122,10 +124,9 @@ def _journal(
     model: nn.Module,
     variants: Variants,
     measures: dict[str, list[Measure]],
+    shared: Sharing,
 ) -> Journal | None:
     """The journal of this evaluation, beside its output; none without an output."""
-    from megatron.core import parallel_state
-
     summing = variants.summing
     identity = {
         "index": manifest_digest(index.manifest),
@@ -145,10 +146,21 @@ def _journal(
     return Journal(
         output.with_name(f".{output.name}.partial"),
         identity,
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_group=summing.points[0].group,
+        dp_group=shared.group,
+        tp_group=shared.together,
         stages=summing.stages,
     )
+
+
+def _start(
+    journal: Journal | None, measures: dict[str, list[Measure]], resume: bool
+) -> list[Entry]:
+    """The units that were finished before."""
+    done = journal.start(resume=resume) if journal else []
+    if resume:
+        total = sum(len(measure) for group in measures.values() for measure in group)
+        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
+    return done
 
 
 def _evaluate(
@@ -158,15 +170,9 @@ def _evaluate(
     variants: Variants,
     measures: dict[str, list[Measure]],
     journal: Journal | None,
-    resume: bool,
+    done: list[Entry],
 ) -> Evaluation:
     """Run the loop, from where the journal stands."""
-    from megatron.core import parallel_state
-
-    done = journal.start(resume=resume) if journal else []
-    if resume:
-        total = sum(len(measure) for group in measures.values() for measure in group)
-        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
     group = variants.summing.points[0].group
     language_model = session.language_model(
         args, model, inputs.tokenizer, group=group, prefix=inputs.prefix
@@ -177,7 +183,7 @@ def _evaluate(
         variants.all(),
         journal=journal,
         done=done,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=sharing(args).group,
         track=cli.progress,
     )
 
