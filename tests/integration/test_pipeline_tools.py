@@ -72,11 +72,13 @@ def test_stages_of_different_sizes_and_data_parallel_ranks_give_the_same_bytes(d
     assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
 
 
-def test_simulated_ranks_over_stages_give_the_same_bytes(deep, tmp_path):
-    run_calibration(1, deep, tmp_path / "one", "--simulate-tp", "3")
-    run_calibration(2, deep, tmp_path / "two", "--simulate-tp", "3", *STAGES)
+def test_simulated_ranks_over_four_stages_give_the_same_bytes(deep, tmp_path):
+    simulated = ["--simulate-tp", "3", "--budget", "4"]
+    run_calibration(1, deep, tmp_path / "one", *simulated)
+    four = [*simulated, "--pipeline-model-parallel-size", "4"]
+    run_calibration(4, deep, tmp_path / "four", *four)
     assert json.loads(files_of(tmp_path / "one")["manifest.json"])["tp_size"] == 3
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
 
 
 def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(deep, tmp_path):
