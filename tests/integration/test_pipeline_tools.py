@@ -107,6 +107,7 @@ def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chai
     [
         (["--num-virtual-stages-per-pipeline-rank", "2"], "with virtual stages is not supported"),
         (["--bf16", "--fp32-residual-connection"], "--fp32-residual-connection is not supported"),
+        (["--pipeline-model-parallel-layout", "Etttt|L"], "pipeline stage 1 of 2 has no layer"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_one_line_on_every_rank(deep, arguments, text, tmp_path):

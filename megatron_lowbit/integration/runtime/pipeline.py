@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.compat import SYNC_POINTS, require
 from megatron_lowbit.integration.runtime.stage_link import HandedOn, Link, Received
 from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.integration.sums.sync_points import transformer_layers
@@ -150,13 +151,17 @@ def summing_of_stages(
         LowbitError: On every rank: a stage has no layer, or see `find_summing`.
     """
     stages = stages_of()
-    for number, layers in enumerate(stages.gather(sorted(transformer_layers(model)))):
-        if stages.count > 1 and not layers:
+
+    def find() -> tuple[Summing, dict[str, str]]:
+        require(SYNC_POINTS)
+        if stages.count > 1 and not transformer_layers(model):
             raise LowbitError(
-                f"pipeline stage {number} of {stages.count} has no layer: choose a split that "
-                "gives each stage one"
+                f"pipeline stage {stages.number} of {stages.count} has no layer: choose a split "
+                "that gives each stage one"
             )
-    summing, native = on_every_rank(lambda: find_summing(model, simulate_tp, index))
+        return find_summing(model, simulate_tp, index)
+
+    summing, native = on_every_rank(find)
     if stages.count == 1:
         return summing, native
     here = [Place(point.layer, point.name, point.chunk, point.apart) for point in summing.points]
