@@ -38,7 +38,7 @@ def assemble(
     partials = gathered[: -len(points)].unflatten(0, (summing.here, len(points)))
     partials = partials.permute(1, 2, 0, 3, 4).flatten(2, 3)
     sums = gathered[-len(points) :, :, 0]
-    layers: dict[int, dict[str, SyncPointRecord]] = {}
+    here: dict[int, dict[str, SyncPointRecord]] = {}
     for point, values, of_sum in zip(points, partials, sums, strict=True):
         record = SyncPointRecord(
             bf16_index=torch.empty(0, dtype=torch.int32),
@@ -46,8 +46,9 @@ def assemble(
             **dict(zip(SUM_STATISTICS, of_sum, strict=True)),
         )
         chosen = select_bf16_index(record.ranges, bf16_features)
-        records = layers.setdefault(point.layer, {})
+        records = here.setdefault(point.layer, {})
         records[point.name] = replace(record, bf16_index=chosen)
+    layers = {n: records for part in summing.stages.gather(here) for n, records in part.items()}
     manifest = {
         **identity,
         "corpus": {**identity["corpus"], "skipped_sequences": len(progress.skipped)},

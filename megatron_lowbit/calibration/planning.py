@@ -29,11 +29,11 @@ from megatron_lowbit.calibration.plan import (
     predicted_divergence,
     with_feedback,
 )
-from megatron_lowbit.calibration.recipe import Key, Recipe
+from megatron_lowbit.calibration.recipe import Key, Recipe, with_strong_ends
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
-from megatron_lowbit.model.summing import Point, Summing
+from megatron_lowbit.model.summing import Placed, Summing
 
 _PLANNING_TOKENS = 4096  # of the first calibration sequences
 _RESOLUTION = 0.05  # bits a value
@@ -70,7 +70,7 @@ class Planner:
     @property
     def following(self) -> Following:
         """Which sync point takes whose errors."""
-        return following_keys(self.summing.points) if self.feedback else {}
+        return following_keys(self.summing.everywhere) if self.feedback else {}
 
     def for_target(self, target: float) -> tuple[Recipe, float]:
         """The recipe of fewest bits within `target` nats of measured divergence, and the nats.
@@ -128,6 +128,8 @@ class Planner:
 
     def _reducers(self, recipe: Recipe) -> list:
         codecs, tables = [], []
+        if self.feedback and self.summing.stages.count > 1:  # as serving does at a stage's end
+            recipe = with_strong_ends(recipe, self.summing.points)
         for point in self.summing.points:
             assignment = recipe[point.layer, point.name]
             tables.append(self.index.tables_at(point, assignment, self.summing.ranks))
@@ -176,7 +178,7 @@ def with_recipe(
         track=cli.progress,
     )
     costs = with_feedback(options) if feedback else options
-    skipped = choose_skipped(costs, summing.points, skip)
+    skipped = choose_skipped(costs, summing.everywhere, skip)
     planner = Planner(index, model, summing, sequences, costs, dp_group, feedback, skipped)
     if budget is not None:
         recipe, goal = planner.for_budget(budget), {"budget": budget}
@@ -223,7 +225,7 @@ def points_json(recipe: Recipe) -> dict[str, dict]:
     return points
 
 
-def choose_skipped(options: Options, points: Sequence[Point], count: int) -> frozenset[Key]:
+def choose_skipped(options: Options, points: Sequence[Placed], count: int) -> frozenset[Key]:
     """The sync points that cost least to skip: never two neighbours in a chain, never its end.
 
     What a skipped one leaves is sent by the next one, whose error grows with what it has to send.

@@ -1,6 +1,7 @@
 """The state of a calibration on disk, so that an interrupted one can go on.
 
-    DIR/state_DONE_partN.safetensors   the running statistics of tensor-parallel rank N
+    DIR/state_DONE_partN.safetensors   the running statistics of tensor-parallel rank N; of a
+                                       pipeline's later stages N goes on
     DIR/progress.json                  which run it is, how far, what was left out: written last
 
 Both carry checksums: a flipped bit would go unseen into a validly signed index. The finished run
@@ -25,6 +26,7 @@ from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import digest, parse_json, read_json, read_regular
+from megatron_lowbit.model.stages import WHOLE, Stages
 from megatron_lowbit.schema import validated
 
 _PROGRESS = "progress.json"
@@ -47,8 +49,9 @@ class Progress:
 class Checkpointer:
     """Saves and restores a run's state in `directory`; `identity` says which run it is.
 
-    The state depends on the tensor-parallel rank alone, so the first data-parallel rank writes it
-    and a run can be resumed with another number of data-parallel ranks.
+    The state depends on the tensor-parallel rank and the pipeline stage alone, so the first
+    data-parallel rank writes it and a run can be resumed with another number of data-parallel
+    ranks.
     """
 
     def __init__(
@@ -58,10 +61,14 @@ class Checkpointer:
         *,
         dp_group: dist.ProcessGroup | None,
         tp_group: dist.ProcessGroup | None,
+        stages: Stages = WHOLE,
     ):
         self._directory = directory
         self.identity = digest(identity)
-        self._part = dist.get_rank(tp_group) if tp_group else 0
+        self._part = 0
+        if tp_group:
+            ranks = dist.get_world_size(tp_group)
+            self._part = dist.get_rank(tp_group) + ranks * stages.number
         self._writes = dist.get_rank(dp_group) == 0
 
     def save(self, statistics: RunningStatistics, progress: Progress) -> None:

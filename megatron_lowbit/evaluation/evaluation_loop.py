@@ -3,7 +3,8 @@
 Only scores are kept of a run, and of a native run what the variants of the same unit are compared
 with. The loop knows nothing of Megatron: a `Variant` says how to switch itself on and off.
 Data-parallel ranks share the units; the results are the same for any number of them, and for an
-evaluation that was interrupted and went on (`evaluation.journal`).
+evaluation that was interrupted and went on (`evaluation.journal`). The stages of a pipeline run the
+same units, and add up what each of them sent.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +15,12 @@ import torch.distributed as dist
 
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.evaluation.journal import Entry, Journal
-from megatron_lowbit.evaluation.measures.measure import NATIVE, Measure
+from megatron_lowbit.evaluation.measures.measure import NATIVE, Measure, Record
 from megatron_lowbit.model.language_model import LanguageModel
 
 _Done = dict[tuple[str, int], Entry]
-_COUNTED = ("tokens", "values", "payload_bytes", "sent_bytes")
+_ADDED = ("values", "payload_bytes", "sent_bytes")  # over sync points, which all see all tokens
+_COUNTED = ("tokens", *_ADDED)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Variant:
     Attributes:
         name: As in the results.
         active: Makes a context in which the model communicates this way.
-        traffic: The counters of its sync points, of which each sees every token.
+        traffic: The counters of its sync points on this stage, of which each sees every token.
     """
 
     name: str
@@ -97,15 +99,21 @@ def evaluate(
 def _run_unit(
     measure: Measure, number: int, model: LanguageModel, variants: list[Variant]
 ) -> Entry:
-    """Run one unit natively and through all variants."""
+    """Run one unit natively and through all variants; the same on every stage."""
     scores, native = measure.run(number, model, None)
-    record, traffic = {NATIVE: scores}, {}
+    record: Record = {NATIVE: scores}
+    traffic: dict[str, dict[str, int]] = {}
     for variant in variants:
         before = _counted(variant.traffic)
         with variant.active():
             record[variant.name], _ = measure.run(number, model, native)
         after = _counted(variant.traffic)
         traffic[variant.name] = {key: after[key] - before[key] for key in _COUNTED}
+    of_stages = model.stages.gather((record, traffic))
+    record, traffic = of_stages[0]
+    for _, more in of_stages[1:]:
+        for name, counted in more.items():
+            traffic[name] |= {key: traffic[name][key] + counted[key] for key in _ADDED}
     # By way of JSON, so that an entry is the same whether it comes from here or from a journal.
     return Entry.from_json(Entry(measure.name, number, record, traffic).to_json())
 

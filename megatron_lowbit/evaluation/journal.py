@@ -3,9 +3,9 @@
     DIR/identity.json   which evaluation it is: model, index, variants, and what each measure is of
     DIR/partN.jsonl     a line for each unit that data-parallel rank N has finished
 
-The first tensor-parallel rank of each data-parallel rank writes, as all of them have the same
-scores, and all ranks read all parts: an evaluation can go on with another number of data-parallel
-ranks. A line that was cut off in the middle is left out, and its unit measured again.
+The first tensor-parallel rank of the first stage of each data-parallel rank writes, as all of them
+have the same scores, and all ranks read all parts: an evaluation can go on with another number of
+data-parallel ranks. A line that was cut off in the middle is left out, and its unit measured again.
 """
 
 import json
@@ -24,6 +24,7 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.measure import Record
 from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import check_regular, digest, parse_json, read_json
+from megatron_lowbit.model.stages import WHOLE, Stages
 from megatron_lowbit.schema import Exact, Sha256, validated
 
 _IDENTITY = "identity.json"
@@ -78,12 +79,13 @@ class Journal:
         *,
         dp_group: dist.ProcessGroup | None,
         tp_group: dist.ProcessGroup | None,
+        stages: Stages = WHOLE,
     ):
         self.directory = directory
         self._identity = json.loads(json.dumps(identity))
         self._file: TextIO | None = None
         self._part = directory / f"part{dist.get_rank(dp_group)}.jsonl"
-        self._writes = dist.get_rank(tp_group) == 0
+        self._writes = dist.get_rank(tp_group) == stages.number == 0
 
     def start(self, *, resume: bool) -> list[Entry]:
         """Open the journal, on all ranks; what is there is gone on from, or removed.

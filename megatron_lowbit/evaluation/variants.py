@@ -36,12 +36,12 @@ from megatron_lowbit.calibration.plan import (
     plan,
     with_feedback,
 )
-from megatron_lowbit.calibration.recipe import Recipe
+from megatron_lowbit.calibration.recipe import Recipe, with_strong_ends
 from megatron_lowbit.codecs import Codec, Tables, parse_codec
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.evaluation_loop import Variant
 from megatron_lowbit.evaluation.measures.sync_error import Observer
-from megatron_lowbit.model.summing import CountingReducer, Folded, Point, Summing
+from megatron_lowbit.model.summing import CountingReducer, Folded, Placed, Point, Summing
 
 _TWO_SHOT, _FOLDED, _FEEDBACK = "two-shot", "folded", "feedback"
 _COMPARED = ("bf16", "int4", "int4-random", "static-hybrid", "rotated-hybrid", "shaped-hybrid")
@@ -75,17 +75,20 @@ class Named:
         choices = {option.assignment for of_point in options for option in of_point}
         return [choice.make() for choice in {*choices, *(index.recipe or {}).values()}]
 
-    def prepare(self, index: CalibrationIndex, points: Sequence[Point], ranks: int) -> list[tuple]:
-        """The codec of each sync point and its tables for a group of `ranks`."""
+    def prepare(self, index: CalibrationIndex, summing: Summing) -> list[tuple]:
+        """The codec of each sync point of this stage, and its tables."""
         if self.codec is None:
-            at = bind(_by_recipe, self._recipe(index, points))
+            recipe = self._recipe(index, summing.everywhere)
+            if self.has_feedback and summing.stages.count > 1:  # as serving does at a stage's end
+                recipe = with_strong_ends(recipe, summing.points)
+            at = bind(_by_recipe, recipe)
         elif self.base in _BASELINES:
             at = bind(_with_features, _BASELINES[self.base], self.codec)
         else:
             at = bind(_uniform, self.codec)
-        return [at(index, point, ranks) for point in points]
+        return [at(index, point, summing.ranks) for point in summing.points]
 
-    def _recipe(self, index: CalibrationIndex, points: Sequence[Point]) -> Recipe:
+    def _recipe(self, index: CalibrationIndex, points: Sequence[Placed]) -> Recipe:
         options, own = index.options(), index.recipe  # raises where there is no recipe
         assert own is not None
         if self.budget is None and (self.has_feedback or not index.has_feedback):
@@ -146,7 +149,7 @@ class Variants:
         self.reducers: dict[str, list[CountingReducer]] = {}
         self._foldings: dict[str, Folded] = {}
         for name, named in chosen.items():
-            prepared = named.prepare(index, summing.points, summing.ranks)
+            prepared = named.prepare(index, summing)
             codecs = [codec for codec, _ in prepared]
             tables = [table for _, table in prepared]
             if named.is_folded:

@@ -5,7 +5,7 @@ Everything that can fail is read and checked here, before anything is changed.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,17 +14,21 @@ from torch import nn
 from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index
-from megatron_lowbit.calibration.recipe import Assignment, Recipe, override, read_rules
-from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, Tables, get_codec
-from megatron_lowbit.codecs.bf16 import Bf16
+from megatron_lowbit.calibration.recipe import (
+    Assignment,
+    Recipe,
+    override,
+    read_rules,
+    with_strong_ends,
+)
+from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
 from megatron_lowbit.integration.sums.chains import members
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
+from megatron_lowbit.model.stages import Stages
 
-# Of a chain's last sync point, where no plan says more: 0.03 bits on average over 60 of them.
-END_BITS = 6
 MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -130,47 +134,6 @@ def assign(
     return AssignedPoints(low, codecs, tables, native, origin, feedback)
 
 
-def with_strong_ends(recipe: Recipe, points: list[SyncPoint]) -> Recipe:
-    """`recipe` with more bits at the ends of chains, whose errors nobody repairs.
-
-    Where all sync points are alike it gets `END_BITS`. A plan knows its own end, but not that a
-    pipeline stage's last sync point is one, too: that gets what the last layer has at most, of
-    partials and of sums.
-    """
-    known = {CALIBRATED_CODEC, Bf16.name}
-    if not recipe or any(assignment.codec not in known for assignment in recipe.values()):
-        return recipe
-    depth = max(layer for layer, _ in recipe)
-    strong = max((a for (layer, _), a in recipe.items() if layer == depth), key=_both_bits)
-    is_planned = len(set(recipe.values())) > 1
-    if not is_planned and strong.codec == CALIBRATED_CODEC:
-        strong = replace(strong, bits=END_BITS)
-    changed = dict(recipe)
-    for chain in members(points, [True] * len(points)):
-        end = points[chain[-1]]
-        key = (end.layer, end.name)
-        if key in changed and not (is_planned and end.layer == depth):
-            changed[key] = _raised(changed[key], strong)
-    return changed
-
-
-def _raised(assignment: Assignment, strong: Assignment) -> Assignment:
-    """`assignment` with at least the bits of `strong`, of partials and of sums."""
-    own, least = _both_bits(assignment), _both_bits(strong)
-    bits = max(own[0], least[0]), max(own[1], least[1])
-    if bits == own:
-        return assignment
-    if strong.codec != assignment.codec:
-        return strong
-    return replace(assignment, bits=bits[0] if bits[0] == bits[1] else bits)
-
-
-def _both_bits(assignment: Assignment) -> tuple[int, int]:
-    """Of partials and of sums."""
-    codec = assignment.make()
-    return codec.bits, codec.sum_bits
-
-
 def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool) -> None:
     """Raise `LowbitError` where a sync point of 0 bits would be lost."""
     skipped = {number for number, codec in enumerate(codecs) if codec.bits == 0}
@@ -201,6 +164,13 @@ def model_identity(model: nn.Module | Iterable[nn.Module]) -> dict:
     config = next(iter(layers.values())).config
     shape = {key: getattr(config, key) for key in MODEL_SHAPE}
     return {**shape, "fingerprints": {str(n): fingerprint(layer) for n, layer in layers.items()}}
+
+
+def whole_identity(model: nn.Module, stages: Stages) -> dict:
+    """`model_identity` with the layers of all stages; call it on every rank."""
+    parts = stages.gather(model_identity(model))
+    fingerprints = {n: digest for part in parts for n, digest in part["fingerprints"].items()}
+    return {**parts[0], "fingerprints": fingerprints}
 
 
 def check_index(

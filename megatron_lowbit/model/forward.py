@@ -1,5 +1,7 @@
 """Tokens through a Megatron model: what calibration and evaluation share."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +21,32 @@ def forward(model: nn.Module, tokens: Tensor) -> Tensor:
     """Vocabulary-parallel logits.
 
     Args:
-        model: A GPTModel, wrapped or not, without pipeline parallelism.
+        model: A GPTModel, wrapped or not; of a pipeline what makes its stages one.
         tokens: int64 ``[batch, seq_length]``, on any device.
 
     Returns:
         ``[batch, seq_length, vocabulary / ranks]``, this rank's part.
     """
+    return model(*arguments(model, tokens))
+
+
+def by_stage(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which each stage of a pipeline runs by itself, on made-up activations.
+
+    One that fails then leaves no other waiting. `forward` gives what it would hand on, or logits.
+    """
+    return model.alone() if hasattr(model, "alone") else nullcontext()
+
+
+def arguments(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model takes for `tokens`: these, their positions and the causal mask.
+
+    Args:
+        model: As for `forward`.
+        tokens: int64 ``[batch, seq_length]``, on any device.
+    """
     device = device_of(model)
     positions = torch.arange(tokens.shape[1], device=device)
     # True = masked. Megatron's own default is made on CUDA, whatever the model is on.
     mask = (positions[:, None] < positions[None, :])[None, None]
-    return model(tokens.to(device), positions.expand_as(tokens), mask)
+    return tokens.to(device), positions.expand_as(tokens), mask

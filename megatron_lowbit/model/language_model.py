@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lowbit.model.stages import WHOLE, Stages
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -22,6 +24,7 @@ class LanguageModel:
         detokenize: Tokens to text.
         prefix: Tokens that the tokenizer by default puts before every text, such as a
             begin-of-text; `tokenize` leaves them out.
+        stages: The pipeline stages, which all call `logits` alike and get the same.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -31,3 +34,4 @@ class LanguageModel:
     tokenize: Callable[[str], list[int]]
     detokenize: Callable[[list[int]], str]
     prefix: Sequence[int] = ()
+    stages: Stages = WHOLE

@@ -8,6 +8,7 @@ evaluation are written over it, and so know nothing of Megatron.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.traffic import Traffic
+from megatron_lowbit.model.stages import Stages
 
 # (number of the sync point, what it has here, its native sum)
 Watch = Callable[[int, Tensor, Tensor], None]
@@ -34,17 +36,14 @@ class CountingReducer(Reducer, Protocol):
     traffic: Traffic
 
 
-class Point(Protocol):
-    """A sync point, by what loops need of it.
+class Placed(Protocol):
+    """Where a sync point is, on whatever stage.
 
     Attributes:
         layer: Megatron's layer number: from 1, over all pipeline stages.
         name: Its path under the layer.
         chunk: Number of the model chunk that it is in.
         apart: Why it is outside the chain that carries errors (`comm.feedback`); empty if it is in.
-        hidden: Features of its sum.
-        device: Where its partials are.
-        group: The tensor-parallel group that it sums over.
     """
 
     @property
@@ -58,6 +57,29 @@ class Point(Protocol):
 
     @property
     def apart(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """A `Placed` that other stages can be told."""
+
+    layer: int
+    name: str
+    chunk: int
+    apart: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.name}"
+
+
+class Point(Placed, Protocol):
+    """A sync point of this stage, by what loops need of it.
+
+    Attributes:
+        hidden: Features of its sum.
+        device: Where its partials are.
+        group: The tensor-parallel group that it sums over.
+    """
 
     @property
     def hidden(self) -> int: ...
@@ -87,12 +109,18 @@ class Summing(Protocol):
     """What both ways can do.
 
     Attributes:
-        points: The model's sync points.
+        points: The sync points of this stage.
+        stages: The pipeline stages of the model.
+        everywhere: Where the sync points of all stages are, in order.
+        first: The number among them of this stage's first one.
         ranks: How many partials a sum has.
         here: How many of them this process has.
         is_simulated: Whether no bytes travel.
     """
 
+    stages: Stages
+    everywhere: Sequence[Placed]
+    first: int
     ranks: int
     here: int
     is_simulated: bool

@@ -61,7 +61,7 @@ def _work(rank: int) -> dict:
     result = {}
     for kind in KINDS:
         model, summing, index, texts = _setting(kind)
-        result["why", kind] = why_no_gradients(model, summing, texts[0], vocab_size=50)
+        result["why", kind] = why_no_gradients(model, summing, texts[0])
     model, summing, index, texts = _setting()
     everyone = dist.group.WORLD
     runs = language_model(model, summing.points[0].group)
@@ -171,7 +171,7 @@ def _fails(rank: int) -> str:
     model.up[1] = copy.copy(model.up[1])
     model.up[1].__class__ = Broken
     with pytest.raises(RuntimeError, match="out of paper"):
-        why_no_gradients(model, summing, texts[0], vocab_size=50)
+        why_no_gradients(model, summing, texts[0])
     return "raised"
 
 

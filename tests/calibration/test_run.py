@@ -12,6 +12,7 @@ from megatron_lowbit.calibration.calibration_loop import Observations, calibrate
 from megatron_lowbit.calibration.saved_state import Checkpointer, Progress
 from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.model.stages import WHOLE, Stages
 
 SEQUENCES = torch.arange(7 * 4).view(7, 4)  # 7: not divisible by 2 or 3 ranks
 POINTS, HIDDEN = 2, 5
@@ -32,23 +33,31 @@ def _calibrate(
     identity=0,
     dp_group=None,
     tp_group=None,
+    stages=WHOLE,
+    at_once=1,
 ):
     """Calibrate a model whose partials are random but fixed; optionally dying at a sequence."""
     part = dist.get_rank(tp_group) if tp_group else 0
-    observations = Observations(["layer 1 a", "layer 1 b"], HIDDEN)
+    layer = stages.number + 1
+    observations = Observations([f"layer {layer} a", f"layer {layer} b"], HIDDEN)
     observers = [observations.observer(point) for point in range(POINTS)]
 
-    def forward(tokens):
+    def forward(several):
+        for tokens in several:
+            run(tokens)
+
+    def run(tokens):
         if stop_after is not None and int(tokens[0]) >= 4 * stop_after:
             raise InterruptedError
         for point, observe in enumerate(observers):
             partial = _partial(tokens, point) + part
-            if bad is not None and int(tokens[0]) == 4 * bad and part == 0:
+            is_last = stages.number == stages.count - 1
+            if bad is not None and int(tokens[0]) == 4 * bad and part == 0 and is_last:
                 partial[1, 2] = torch.nan
             observe(partial)
 
     statistics = RunningStatistics(POINTS, HIDDEN)
-    groups = {"dp_group": dp_group, "tp_group": tp_group}
+    groups = {"dp_group": dp_group, "tp_group": tp_group, "stages": stages}
     checkpointer = Checkpointer(Path(directory), {"run": identity}, **groups)
     progress = checkpointer.load(statistics) if resume else Progress()
     try:
@@ -60,6 +69,7 @@ def _calibrate(
             checkpointer=checkpointer,
             progress=progress,
             device="cpu",
+            at_once=at_once,
             **groups,
         )
     except InterruptedError:
@@ -103,6 +113,19 @@ def _two_by_two(rank: int, directory: str) -> dict:
         )
     return {
         "nan": _calibrate(rank, directory, bad=3, **mine),
+        "files": sorted(path.name for path in Path(directory).iterdir()),
+    }
+
+
+def _two_stages(rank: int, directory: str) -> dict:
+    """2 pipeline stages, with a NaN on the last one only, and 2 sequences at once."""
+    calibration_loop.SAVE_EVERY = 2
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    mine = {"dp_group": alone, "tp_group": alone, "stages": Stages(dist.group.WORLD), "at_once": 2}
+    stopped = _calibrate(rank, directory, bad=3, stop_after=5, **mine)
+    return {
+        "stopped": stopped,
+        "nan": _calibrate(rank, directory, bad=3, resume=True, **mine),
         "files": sorted(path.name for path in Path(directory).iterdir()),
     }
 
@@ -182,6 +205,17 @@ def test_tensor_and_data_parallel_ranks_together(alone, tmp_path):
             assert torch.equal(statistics, alone["nan"][0])
         else:
             assert (statistics[:, :3] > alone["nan"][0][:, :3]).all()
+    parts = [f"state_7_part{part}.safetensors" for part in (0, 1)]
+    assert results[0]["files"] == ["progress.json", *parts]
+
+
+def test_pipeline_stages_leave_out_the_same_sequences_and_resume_their_own_state(alone, tmp_path):
+    results = run_ranks(2, _two_stages, tmp_path / "ranks", str(tmp_path / "state"))
+    for result in results:
+        statistics, progress = result["nan"]
+        assert result["stopped"] is None
+        assert progress.skipped == ["sequence 3: not finite at layer 2 a"]
+        assert torch.equal(statistics, alone["nan"][0])
     parts = [f"state_7_part{part}.safetensors" for part in (0, 1)]
     assert results[0]["files"] == ["progress.json", *parts]
 

@@ -18,6 +18,7 @@ from megatron_lowbit.comm.feedback import Chain
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.model.language_model import LanguageModel
+from megatron_lowbit.model.stages import WHOLE
 
 VOCAB, HIDDEN, RANKS, LAYERS = 50, 64, 2, 3
 NAMES = ("self_attention.linear_proj", "mlp.linear_fc2")
@@ -94,6 +95,7 @@ class ToySumming:
 
     ranks = here = RANKS
     is_simulated = True
+    stages, first = WHOLE, 0
 
     def __init__(self, model: Toy, group: dist.ProcessGroup):
         self._model = model
@@ -102,6 +104,7 @@ class ToySumming:
         self.points = [
             SimpleNamespace(layer=layer, name=name, group=group, **shared) for layer, name in keys
         ]
+        self.everywhere = self.points
 
     def reducers(self, codecs, tables, collective: str, *, feedback: bool = False) -> list:
         chains = [Chain() for _ in range(RANKS)]

@@ -16,6 +16,7 @@ from megatron_lowbit.evaluation.evaluation_loop import Variant, evaluate
 from megatron_lowbit.evaluation.journal import Journal
 from megatron_lowbit.evaluation.measures.text import Text
 from megatron_lowbit.model.language_model import LanguageModel
+from megatron_lowbit.model.stages import WHOLE, Stages
 
 VOCAB, PADDED = 20, 24
 SEQUENCES = torch.randint(0, VOCAB, (5, 9), generator=torch.Generator().manual_seed(3))
@@ -51,18 +52,21 @@ class Model:
         self.noise, self.counts = 0.0, False
 
 
-def _evaluate(directory: Path | None, *, resume=False, dies_at=None, changed=None) -> tuple | str:
+def _evaluate(
+    directory: Path | None, *, resume=False, dies_at=None, changed=None, stages=WHOLE
+) -> tuple | str:
     """Two texts; what comes out as JSON text, and how often the model ran here."""
     model = Model(dies_at)
     mine = dist.new_subgroups(1)[0]  # each rank is a tensor-parallel group of its own
-    seen = LanguageModel(model.logits, VOCAB, 99, mine, tokenize=list, detokenize=str)
+    seen = LanguageModel(model.logits, VOCAB, 99, mine, list, str, stages=stages)
     texts = [Text("a", SEQUENCES, sha256="1"), Text("b", SEQUENCES[:2], sha256="2")]
     identity = {"size": 3, **{text.name: text.identity for text in texts}, **(changed or {})}
-    dp_group = dist.group.WORLD
+    dp_group = mine if stages.count > 1 else dist.group.WORLD
     try:
         journal, done = None, []
         if directory:
-            journal = Journal(directory, identity, dp_group=dp_group, tp_group=mine)
+            groups = {"dp_group": dp_group, "tp_group": mine, "stages": stages}
+            journal = Journal(directory, identity, **groups)
             done = journal.start(resume=resume)
         result = evaluate(
             texts,
@@ -83,6 +87,11 @@ def _evaluate(directory: Path | None, *, resume=False, dies_at=None, changed=Non
 
 def _alone(rank: int) -> tuple:
     return _evaluate(None)
+
+
+def _over_stages(rank: int, directory: str) -> tuple:
+    """Every rank is a pipeline stage with two sync points, and sees the same logits."""
+    return _evaluate(Path(directory) / "journal", stages=Stages(dist.group.WORLD))
 
 
 def _interrupted(rank: int, directory: str) -> dict:
@@ -162,6 +171,21 @@ def test_data_parallel_ranks_give_the_same_bytes(alone, tmp_path):
     results = run_ranks(3, _alone, tmp_path)
     assert [text for text, _ in results] == [alone] * 3
     assert sum(calls for _, calls in results) == 7 * (1 + len(LEVELS)), "each unit ran once"
+
+
+def test_pipeline_stages_give_the_same_scores_and_add_up_what_they_sent(alone, tmp_path):
+    results = run_ranks(2, _over_stages, tmp_path / "ranks", str(tmp_path))
+    expected, of_one = json.loads(alone)
+    for text, calls in results:
+        summaries, traffic = json.loads(text)
+        assert summaries == expected
+        assert calls == 7 * (1 + len(LEVELS)), "each stage ran every unit"
+        for name, counted in traffic.items():
+            for key in ("values", "payload_bytes", "sent_bytes"):
+                assert counted[key] == 2 * of_one[name][key], key
+            assert counted["tokens"] == of_one[name]["tokens"]
+    (part,) = (tmp_path / "journal").glob("part*")
+    assert part.read_text().count("\n") == 7, "one stage writes"
 
 
 def test_an_interrupted_evaluation_goes_on(alone, tmp_path):

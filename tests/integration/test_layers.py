@@ -12,7 +12,7 @@ from releases import environment
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.loops.checks import refuse_pipeline
+from megatron_lowbit.integration.loops.checks import check_parallel, refuse_pipeline
 
 WORKER = Path(__file__).with_name("layers_worker.py")
 ATTENTION, MLP = "self_attention.linear_proj", "mlp.linear_fc2"
@@ -196,16 +196,30 @@ def test_what_cannot_be_done_is_refused_on_every_rank(results, case, text):
     ("tensor", "expert_tensor", "experts", "most"),
     [(2, None, 1, None), (2, 1, 2, None), (2, None, 2, 1), (4, 2, 4, 2)],
 )
-def test_tools_refuse_experts_over_data_parallel_ranks(tensor, expert_tensor, experts, most):
+def test_other_tools_refuse_experts_over_data_parallel_ranks(tensor, expert_tensor, experts, most):
     """Those run texts of their own, and would wait for each other for ever."""
-    args = Namespace(pipeline_model_parallel_size=1, context_parallel_size=1)
-    args.tensor_model_parallel_size, args.expert_tensor_parallel_size = tensor, expert_tensor
-    args.expert_model_parallel_size = experts
+    args = _parallel(8, tensor, expert_tensor, experts)
+    check_parallel(args)
     if most is None:
         refuse_pipeline(args)
         return
     with pytest.raises(LowbitError, match=f"expert-model-parallel-size {experts} .*pass {most}$"):
         refuse_pipeline(args)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "expert_tensor", "experts"), [(6, 2, 1, 3), (8, 2, None, 3)]
+)
+def test_experts_are_spread_over_whole_groups(ranks, tensor, expert_tensor, experts):
+    with pytest.raises(LowbitError, match=f"^--expert-model-parallel-size {experts} spreads"):
+        check_parallel(_parallel(ranks, tensor, expert_tensor, experts))
+
+
+def _parallel(ranks: int, tensor: int, expert_tensor: int | None, experts: int) -> Namespace:
+    args = Namespace(pipeline_model_parallel_size=1, context_parallel_size=1, world_size=ranks)
+    args.tensor_model_parallel_size, args.expert_tensor_parallel_size = tensor, expert_tensor
+    args.expert_model_parallel_size = experts
+    return args
 
 
 def test_experts_that_are_whole_on_their_ranks_are_not_summed(results):

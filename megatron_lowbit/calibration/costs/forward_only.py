@@ -12,6 +12,7 @@ that are not run cost in proportion to the share of a token's energy that they m
 native run measures for all.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from megatron_lowbit.calibration.costs.option_errors import (
     Costs,
     OptionErrors,
     shares,
+    sum_of,
 )
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import SKIP
@@ -77,7 +79,7 @@ def by_divergence(
         key=lambda n: assignments[n].make().bits,
     )
     rates = torch.zeros(2, *missed.shape[1:], dtype=torch.float64)
-    for number in track("divergence", "sync point")(list(range(len(summing.points)))):
+    for number in track("divergence", "sync point")(list(range(len(summing.everywhere)))):
         here = _Ladder(number, ladder, [assignments[n] for n in ladder], missed[PARTIALS, number])
         floor = runs.divergence(number, here.steps[-1], feedback=True)
         for kind, feedback in ((PLAIN, False), (CARRIED, True)):
@@ -107,7 +109,7 @@ def _costs(summing: Summing, rates: Tensor, missed: Tensor, passed: Tensor, coar
     costs = Costs(torch.zeros(2, 3, *missed.shape[1:], dtype=torch.float64), missed)
     for what in (PARTIALS, SUMS):
         costs.nats[what, :HANDED_ON] = rates * missed[what]
-        for number, after in following_of(summing.points).items():
+        for number, after in following_of(summing.everywhere).items():
             handed_on = rates[CARRIED, after, coarsest] * passed[what, number]
             costs.nats[what, HANDED_ON, number] = handed_on
     return costs
@@ -164,14 +166,14 @@ class _Runs:
 
     def divergence(self, number: int, assignment: Assignment, *, feedback: bool) -> float:
         """Nats a token if one sync point has an assignment and all others send BF16."""
-        point = self._summing.points[number]
-        chosen = list(self._exact)
-        chosen[number] = (
-            assignment.make(),
-            self._index.tables_at(point, assignment, self._summing.ranks),
-        )
-        codecs, tables = zip(*chosen, strict=True)
-        reducers = self._summing.reducers(codecs, tables, "one-shot", feedback=feedback)
+        chosen, at = list(self._exact), number - self._summing.first
+        if 0 <= at < len(chosen):  # on this stage
+            tables = self._index.tables_at(
+                self._summing.points[at], assignment, self._summing.ranks
+            )
+            chosen[at] = assignment.make(), tables
+        codecs, of_points = zip(*chosen, strict=True)
+        reducers = self._summing.reducers(codecs, of_points, "one-shot", feedback=feedback)
         nats = torch.zeros((), dtype=torch.float64)
         with self._summing.using(reducers):
             for sequence, native in zip(self._sequences, self._native, strict=True):
@@ -197,26 +199,46 @@ def _missed(
 ) -> tuple[Tensor, Tensor]:
     """Shares of a token's energy that options miss, here and of the next sync point's.
 
-    Both fp64 ``[2, points, options]``, of partials and of sums, summed over tokens.
+    Both fp64 ``[2, points, options]``, of partials and of sums, of all stages, summed over tokens.
     """
-    here = torch.zeros(2, len(summing.points), options, dtype=torch.float64)
-    there = torch.zeros_like(here)
-    before = {after: number for number, after in following_of(summing.points).items()}
-    left: dict[int, list[tuple[int, int, Tensor]]] = {}
+    shares_of, stages = _Shares(summing, errors, options), summing.stages
+    for sequence in sequences:
+        for turn in range(stages.count):  # each needs what the stage before has left
+            is_mine = turn == stages.number
+            with summing.watching(shares_of.watch) if is_mine else nullcontext():
+                logits(model, sequence[None])
+            shares_of.left = stages.shared(shares_of.left, source=turn)
+    here, there = zip(*stages.gather((shares_of.here, shares_of.there)), strict=True)
+    return sum_of(here), sum_of(there)
 
-    def watch(number: int, partial: Tensor, total: Tensor) -> None:
-        left[number], energy = [], None
-        for column, *both in errors.at(number, partial):
+
+class _Shares:
+    """What options miss at the sync points of this stage, numbered over all.
+
+    Attributes:
+        here: fp64 ``[2, points, options]``, shares of a token's energy.
+        there: Likewise, of the next sync point's energy.
+        left: Sync point -> what it missed of each token, until the next one is reached.
+    """
+
+    def __init__(self, summing: Summing, errors: OptionErrors, options: int):
+        self._errors, self._first = errors, summing.first
+        following = following_of(summing.everywhere)
+        self._before = {after: number for number, after in following.items()}
+        self.here = torch.zeros(2, len(summing.everywhere), options, dtype=torch.float64)
+        self.there = torch.zeros_like(self.here)
+        self.left: dict[int, list[tuple[int, int, Tensor]]] = {}
+
+    def watch(self, at: int, partial: Tensor, total: Tensor) -> None:
+        number = self._first + at
+        self.left[number], energy = [], None
+        for column, *both in self._errors.at(at, partial):
             for kind, error in zip((PARTIALS, SUMS), both, strict=True):
                 squares = error.square().sum(dim=1)
                 energy = squares if energy is None else energy
-                here[kind, number, column] += shares(squares, energy)
-                left[number].append((kind, column, squares))
+                self.here[kind, number, column] += shares(squares, energy)
+                self.left[number].append((kind, column, squares.cpu()))
         assert energy is not None, "there are options"
-        for kind, column, squares in left.pop(before.get(number, -1), []):
-            there[kind, before[number], column] += shares(squares, energy)
-
-    with summing.watching(watch):
-        for sequence in sequences:
-            logits(model, sequence[None])
-    return here, there
+        before = self._before.get(number, -1)
+        for kind, column, squares in self.left.pop(before, []):
+            self.there[kind, before, column] += shares(squares.to(energy.device), energy)

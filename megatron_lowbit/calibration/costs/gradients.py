@@ -41,8 +41,9 @@ from megatron_lowbit.calibration.costs.option_errors import (
     OptionErrors,
     shares,
 )
+from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.model import logits as lm
-from megatron_lowbit.model.forward import forward
+from megatron_lowbit.model.forward import by_stage, forward
 from megatron_lowbit.model.summing import Summing
 
 _SEED = 1234
@@ -60,7 +61,9 @@ def by_gradients(
     vocab_size: int,
     track: Track,
 ) -> Costs:
-    """What options cost, over all tokens of `sequences`; of all ranks' sums take `with_direction`.
+    """What options cost here, over all tokens of `sequences`.
+
+    Of all ranks' and all stages' sums take `with_direction`.
 
     Args:
         model: Its weights loaded.
@@ -71,45 +74,68 @@ def by_gradients(
         vocab_size: Without padding.
         track: Wraps a loop, for a progress bar.
     """
-    costs = Costs.zeros(len(summing.points), options)
+    costs = Costs.zeros(len(summing.everywhere), options)
     with _frozen(model):
         for number in track("sensitivity", "sequence")(list(sequences)):
             generator = torch.Generator().manual_seed(_SEED + number)
             meter = _Meter(summing, errors, costs)
             with summing.watching(meter.watch):
                 _backward(model, summing, sequences[number], vocab_size, generator)
+            meter.finish()
     return costs
 
 
 class _Meter:
-    """Adds one sequence's products of errors and gradients to `costs`, in its backward pass."""
+    """Adds one sequence's products of errors and gradients to `costs`, in its backward pass.
+
+    Sync points are numbered over all stages. In a pipeline the products wait for `finish`: those
+    before a stage's end need what the next stage has found.
+    """
 
     def __init__(self, summing: Summing, errors: OptionErrors, costs: Costs):
         self._errors, self._costs = errors, costs
-        self._hidden = summing.points[0].hidden
-        self._following = following_of(summing.points)
+        self._hidden, self._first = summing.points[0].hidden, summing.first
+        self._stages = summing.stages
+        self._following = following_of(summing.everywhere)
         self._before = {after: number for number, after in self._following.items()}
         self._behind: dict[int, Tensor] = {}  # sync point -> its gradient
         self._squares: dict[int, Tensor] = {}  # sync point -> of its difference, a token
+        self._waiting: list[tuple[int, Tensor, Tensor]] = []
 
     def watch(self, number: int, partial: Tensor, total: Tensor) -> None:
         """Wait for the gradient of a sum."""
         if not total.requires_grad:  # the first one: all that comes after hangs on it
             total.requires_grad_()
         partial = partial.detach()
-        total.register_hook(lambda gradient: self._add(number, partial, gradient))
+        total.register_hook(lambda gradient: self._take(number, partial, gradient))
 
-    def _add(self, number: int, partial: Tensor, gradient: Tensor) -> None:
+    def finish(self) -> None:
+        """After a backward pass: what waited, from the last stage to the first."""
+        for turn in reversed(range(self._stages.count)):
+            if turn == self._stages.number:
+                for found in self._waiting:
+                    self._add(*found)
+            if self._stages.count > 1:
+                here = [{n: x.cpu() for n, x in d.items()} for d in (self._behind, self._squares)]
+                self._behind, self._squares = self._stages.shared(here, source=turn)
+
+    def _take(self, number: int, partial: Tensor, gradient: Tensor) -> None:
+        if self._stages.count > 1:
+            self._waiting.append((number, partial, gradient))
+        else:
+            self._add(number, partial, gradient)
+
+    def _add(self, at: int, partial: Tensor, gradient: Tensor) -> None:
         own = repaired = gradient.double().flatten(0, -2)
-        later = torch.zeros_like(own[:, 0])
+        later, number = torch.zeros_like(own[:, 0]), self._first + at
         if number in self._following:  # hooks run from the last sync point to the first
-            repaired = own - self._behind.pop(self._following[number])
-            later = self._squares.pop(self._following[number])
+            repaired = own - self._behind.pop(self._following[number]).to(own.device)
+            later = self._squares.pop(self._following[number]).to(own.device)
         if number in self._before:
             self._behind[number] = own
             self._squares[number] = repaired.square().sum(dim=1) / self._hidden
         nats, missed, energy = self._costs.nats, self._costs.missed, None
-        for column, *both in self._errors.at(number, partial):
+        for column, *both in self._errors.at(at, partial):
             for kind, error in zip((PARTIALS, SUMS), both, strict=True):
                 squares = error.square().sum(dim=1)
                 energy = squares if energy is None else energy
@@ -133,20 +159,34 @@ def with_direction(costs: Costs) -> Costs:
     return Costs(nats, costs.missed)
 
 
-def why_no_gradients(
-    model: nn.Module, summing: Summing, sequence: Tensor, *, vocab_size: int
-) -> str:
-    """Why a backward pass cannot be here, or nothing; it is tried once.
+def why_no_gradients(model: nn.Module, summing: Summing, sequence: Tensor) -> str:
+    """Why a backward pass cannot be, or nothing; it is tried once, each pipeline stage by itself.
 
     Args:
         model: Its weights loaded.
         summing: How it sums.
         sequence: int64 ``[tokens]``.
-        vocab_size: Without padding.
+
+    Returns:
+        The first rank's reason that has one; call it on every rank.
     """
+    reason = _agreed(_by_dtype(model))
+    return reason or _agreed(_by_trial(model, summing, sequence))
+
+
+def _agreed(reason: str) -> str:
+    """The first rank's reason that has one: all ranks plan in the same way."""
+    return next(filter(None, gather_values(reason)), "")
+
+
+def _by_dtype(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
             return f"{name} is {str(parameter.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def _by_trial(model: nn.Module, summing: Summing, sequence: Tensor) -> str:
     reached: set[int] = set()
     first = summing.points[0].layer
 
@@ -158,9 +198,8 @@ def why_no_gradients(
             total.register_hook(lambda gradient: reached.add(number))
 
     try:
-        with _frozen(model), summing.watching(watch):
-            generator = torch.Generator().manual_seed(_SEED)
-            _backward(model, summing, sequence, vocab_size, generator)
+        with _frozen(model), summing.watching(watch), by_stage(model), torch.enable_grad():
+            forward(model, sequence[None]).float().sum().backward()
     except RuntimeError as error:  # what torch raises for this has no class of its own
         text = " ".join(str(error).split())
         if isinstance(error, NotImplementedError) or any(word in text for word in _WORDS):

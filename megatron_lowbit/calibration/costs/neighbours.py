@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from megatron_lowbit.calibration.recipe import Key
-from megatron_lowbit.model.summing import Point
+from megatron_lowbit.model.summing import Placed
 
 
-def following_of(points: Sequence[Point]) -> dict[int, int]:
+def following_of(points: Sequence[Placed]) -> dict[int, int]:
     """Number of a sync point -> of the one that takes its error."""
     last: dict[int, int] = {}  # by chunk
     following = {}
@@ -18,7 +18,7 @@ def following_of(points: Sequence[Point]) -> dict[int, int]:
     return following
 
 
-def following_keys(points: Sequence[Point]) -> dict[Key, Key]:
+def following_keys(points: Sequence[Placed]) -> dict[Key, Key]:
     """`following_of` by the keys that recipes have."""
     keys = [(point.layer, point.name) for point in points]
     return {keys[number]: keys[other] for number, other in following_of(points).items()}

@@ -20,7 +20,6 @@ from megatron_lowbit.calibration.costs.option_errors import PARTIALS, SUMS, Cost
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import Cost, Option, Options, bits_per_value, candidates
 from megatron_lowbit.calibration.recipe import Assignment
-from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model.forward import device_of
 from megatron_lowbit.model.summing import Summing
@@ -55,7 +54,7 @@ def measure_options(
     """
     assignments = candidates(index.hidden)
     errors = OptionErrors(summing, index, assignments)
-    reason = _agreed(why_no_gradients(model, summing, sequences[0], vocab_size=vocab_size))
+    reason = why_no_gradients(model, summing, sequences[0])
     rank, ranks = dist.get_rank(dp_group), dist.get_world_size(dp_group)
     if reason:
         cli.say(
@@ -76,7 +75,8 @@ def measure_options(
             *(model, summing, errors, len(assignments), mine), vocab_size=vocab_size, track=track
         )
         tokens = len(mine) * sequences.shape[1]
-        costs = with_direction(_mean_over(costs, tokens, device_of(model), dp_group))
+        costs = _mean_over(costs, tokens, device_of(model), dp_group).over(summing.stages)
+        costs = with_direction(costs)
     return _options(costs, assignments, summing, index.hidden, device_of(model))
 
 
@@ -89,11 +89,6 @@ def _mean_over(
     dist.all_reduce(total, group=dp_group)
     nats, missed = (total[:-1] / total[-1]).cpu().split([costs.nats.numel(), costs.missed.numel()])
     return Costs(nats.view(costs.nats.shape), missed.view(costs.missed.shape))
-
-
-def _agreed(reason: str) -> str:
-    """The first rank's reason that has one: all ranks plan in the same way."""
-    return next(filter(None, gather_values(reason)), "")
 
 
 def _options(
@@ -110,14 +105,14 @@ def _options(
         values.copy_(agreed)
     finite = costs.nats.isfinite().all(dim=-1).flatten(0, 1).all(dim=0)
     if not finite.all():
-        point = summing.points[int((~finite).nonzero()[0])]
+        point = summing.everywhere[int((~finite).nonzero()[0])]
         raise LowbitError(
             f"planning met values that are not finite at {point}: calibrate on texts that the "
             "model can run"
         )
     bits = [bits_per_value(assignment, hidden) for assignment in assignments]
     options: Options = {}
-    for number, point in enumerate(summing.points):
+    for number, point in enumerate(summing.everywhere):
         partials, sums = (costs.nats[kind, :, number].T.tolist() for kind in (PARTIALS, SUMS))
         missed = costs.missed[PARTIALS, number].clamp(0, 1).tolist()
         options[point.layer, point.name] = [

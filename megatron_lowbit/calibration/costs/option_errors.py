@@ -4,7 +4,7 @@ Partials are those of native runs, and so is the sum that two-shot quantizes aga
 measured on what it would meet if all else were exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.plan import SKIP
 from megatron_lowbit.calibration.recipe import Assignment
+from megatron_lowbit.model.stages import Stages
 from megatron_lowbit.model.summing import Summing
 
 PARTIALS, SUMS = range(2)  # what is quantized
@@ -42,9 +43,19 @@ class Costs:
             torch.zeros(2, *shape, dtype=torch.float64),
         )
 
+    def over(self, stages: Stages) -> "Costs":
+        """All pipeline stages' together: each has those of its own sync points, and zeros."""
+        nats, missed = zip(*stages.gather((self.nats, self.missed)), strict=True)
+        return Costs(sum_of(nats), sum_of(missed))
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum, in order."""
+    return torch.stack(list(parts)).sum(dim=0)
+
 
 class OptionErrors:
-    """The errors of each option at each sync point; every rank of a group calls it alike.
+    """The errors of each option at this stage's sync points; every rank of a group calls it alike.
 
     Args:
         summing: How the model sums.
@@ -70,7 +81,7 @@ class OptionErrors:
         calibrated mean.
 
         Args:
-            number: Of the sync point.
+            number: Of the sync point, on this stage.
             partial: What it has here.
         """
         exact = self._summing.exact(self._summing.points[number], partial).flatten(0, -2)

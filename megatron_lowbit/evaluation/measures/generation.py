@@ -118,4 +118,5 @@ def next_tokens(prompt: Tensor, continuation: Tensor, model: LanguageModel) -> T
     """The most likely token at each place of `continuation`, given `prompt` and what precedes."""
     sequence = torch.cat([prompt.cpu(), continuation[:-1]])
     logits = model.logits(sequence[None])[0, len(prompt) - 1 :]
-    return lm.top1(log_probs(logits, model), group=model.tp_group).cpu()
+    best = lm.top1(log_probs(logits, model), group=model.tp_group).cpu()
+    return model.stages.shared(best, source=0)  # how often all run the model hangs on it

@@ -13,7 +13,7 @@ added up to there, against the same of the variant's sums.
 import math
 import statistics
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_lowbit.evaluation.measures.measure import NATIVE, Record, Scores
 from megatron_lowbit.model.language_model import LanguageModel
+from megatron_lowbit.model.stages import Stages
 
 # A sync point is named whose SQNR is below the first, or below its codec's median by the second.
 LOW_DB = 10.0
@@ -35,7 +36,9 @@ class SyncError:
     """SQNR of every sync point and variant.
 
     The native run of a unit, a sequence, does it all: each sync point sums its partials by every
-    variant and goes on with the native sum. The runs through the variants have nothing to do.
+    variant and goes on with the native sum. The runs through the variants have nothing to do. In a
+    pipeline the stages take turns, a run each, since what a stage adds to the stream lies on what
+    those before it have added.
     """
 
     name = "sync points"
@@ -48,17 +51,20 @@ class SyncError:
         *,
         observing: Callable[[Observer], AbstractContextManager],
         sha256: str,
+        first: int = 0,
     ):
         """Measure on `sequences`.
 
         Args:
             sequences: int64 ``[n, seq_length]``.
-            points: Layer and name of each sync point.
+            points: Layer and name of each sync point, of all pipeline stages.
             observing: Makes a context in which every sync point of the native model calls the
                 observer.
             sha256: Of the text.
+            first: The number among `points` of this stage's first one.
         """
         self._sequences, self._points, self._observing = sequences, points, observing
+        self._first = first
         self.identity = {"sha256": sha256, "sequences": list(sequences.shape)}
 
     def __len__(self) -> int:
@@ -71,28 +77,13 @@ class SyncError:
         """
         if native is not None:
             return {}, None
-        count = len(self._points)
-        unknown = [math.nan] * count
-        scores: Scores = {"signal": [*unknown], "noise": {}, "worst": {}}
-        scores |= {"added": [*unknown], "drift": {}}
-        stream: dict[str, Tensor] = {}  # by variant: its error so far; of `NATIVE`: what was added
-
-        def observe(point: int, exact: Tensor, sums: dict[str, Tensor]) -> None:
-            signal = exact.double().square().sum(dim=-1)
-            scores["signal"][point] = signal.sum().item()
-            scores["added"][point] = _grow(stream, NATIVE, exact)
-            for variant, total in sums.items():
-                noise = (total.double() - exact.double()).square().sum(dim=-1)
-                ratio = torch.where(noise == 0, torch.inf, signal / noise)
-                noises = scores["noise"].setdefault(variant, [math.nan] * count)
-                worst = scores["worst"].setdefault(variant, [math.nan] * count)
-                noises[point], worst[point] = noise.sum().item(), ratio.min().item()
-                drift = scores["drift"].setdefault(variant, [*unknown])
-                drift[point] = _grow(stream, variant, total.float() - exact)
-
-        with self._observing(observe):
-            model.logits(self._sequences[number][None])
-        return scores, True
+        meter = _Meter(len(self._points), self._first)
+        for turn in range(model.stages.count):
+            is_mine = turn == model.stages.number
+            with self._observing(meter.observe) if is_mine else nullcontext():
+                model.logits(self._sequences[number][None])
+            meter.hand_on(model.stages, turn)
+        return meter.scores, True
 
     def summarize(self, records: list[Record]) -> dict:
         """``sequences``, and ``points``: layer, name, and dB by variant.
@@ -117,10 +108,50 @@ class SyncError:
         return {"sequences": len(records), "points": points}
 
 
-def _grow(stream: dict[str, Tensor], key: str, values: Tensor) -> float:
-    """Add `values` to what is in the stream: the sum of squares of all that is there."""
-    stream[key] = values.double() + stream.get(key, 0.0)
-    return stream[key].square().sum().item()
+class _Meter:
+    """The scores of one sequence.
+
+    Args:
+        count: How many sync points there are.
+        first: The number of this stage's first one.
+    """
+
+    def __init__(self, count: int, first: int):
+        self._unknown, self._first = [math.nan] * count, first
+        self.scores: Scores = {"signal": [*self._unknown], "noise": {}, "worst": {}}
+        self.scores |= {"added": [*self._unknown], "drift": {}}
+        # By variant: its error so far; of `NATIVE`: what was added.
+        self._stream: dict[str, Tensor] = {}
+
+    def observe(self, number: int, exact: Tensor, sums: dict[str, Tensor]) -> None:
+        """An `Observer`."""
+        point = self._first + number
+        signal = exact.double().square().sum(dim=-1)
+        self.scores["signal"][point] = signal.sum().item()
+        self.scores["added"][point] = self._grow(NATIVE, exact)
+        for variant, total in sums.items():
+            noise = (total.double() - exact.double()).square().sum(dim=-1)
+            ratio = torch.where(noise == 0, torch.inf, signal / noise)
+            self._note("noise", variant, point, noise.sum().item())
+            self._note("worst", variant, point, ratio.min().item())
+            self._note("drift", variant, point, self._grow(variant, total.float() - exact))
+
+    def hand_on(self, stages: Stages, turn: int) -> None:
+        """Go on from what the stage had that observed last."""
+        if stages.count > 1:
+            there = {variant: values.cpu() for variant, values in self._stream.items()}
+            self.scores, self._stream = stages.shared((self.scores, there), source=turn)
+
+    def _note(self, key: str, variant: str, point: int, value: float) -> None:
+        self.scores[key].setdefault(variant, [*self._unknown])[point] = value
+
+    def _grow(self, key: str, values: Tensor) -> float:
+        """Add `values` to what is in the stream: the sum of squares of all that is there."""
+        grown = values.double()
+        if key in self._stream:
+            grown = grown + self._stream[key].to(grown.device)
+        self._stream[key] = grown
+        return grown.square().sum().item()
 
 
 def extremes(points: list[dict]) -> list[str]:

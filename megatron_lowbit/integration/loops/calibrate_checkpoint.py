@@ -29,19 +29,20 @@ from megatron_lowbit.calibration.statistics import RunningStatistics
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.assignment import model_identity
+from megatron_lowbit.integration.assignment import whole_identity
 from megatron_lowbit.integration.loops.checks import (
     check_length,
+    check_parallel,
     check_recipe,
     feature_count,
     megatron_argv,
-    refuse_pipeline,
 )
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.runtime.pipeline import at_once, run_each, summing_of_stages
+from megatron_lowbit.integration.runtime.sharing import sharing
 from megatron_lowbit.integration.sums.chain_check import check_chain
-from megatron_lowbit.integration.sums.simulate import find_summing
-from megatron_lowbit.model.forward import device_of, logits
+from megatron_lowbit.model.forward import device_of
 from megatron_lowbit.model.summing import Summing
 
 _POOR = "its means and variances say little of other texts: calibrate on a more varied one"
@@ -50,7 +51,7 @@ _POOR = "its means and variances say little of other texts: calibrate on a more 
 def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     """Calibrate as `options` of tools/calibrate.py say, and write the index."""
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
-    refuse_pipeline(args)
+    check_parallel(args)
     check_recipe(options, args)
     output = (options.output or Path(options.load) / INDEX_NAME).absolute()
     session.initialize(args)
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace, codec: Codec, argv: list[str]) -> None:
     )
     on_every_rank(lambda: check_destination(output))
     corpus, sequences = on_every_rank(lambda: _read(args, options))
-    model = session.load_model(args)
+    model = session.load_whole_model(args)
     cli.say(f"{options.sequences} sequences of {options.seq_length} tokens")
     poor = poverty(sequences)
     if poor:
@@ -97,9 +98,7 @@ def _plan(
     sequences: Tensor,
 ) -> CalibrationIndex:
     """The index with the recipe that was asked for."""
-    from megatron.core import parallel_state
-
-    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, index))
+    summing, _ = summing_of_stages(model, options.simulate_tp, index)
     tokenizer = session.build_tokenizer(args)
     return with_recipe(
         index,
@@ -110,7 +109,7 @@ def _plan(
         budget=options.budget,
         target=options.target_loss,
         skip=options.skip or 0,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=sharing(args).group,
     )
 
 
@@ -128,7 +127,7 @@ def calibrate_model(
     """Run sequences through a model and make its index; call it on every rank.
 
     Args:
-        model: A GPTModel of the local spec, its weights loaded.
+        model: A GPTModel of the local spec, its weights loaded (`session.load_whole_model`).
         sequences: int64 ``[n, seq_length]``, the same on every rank.
         codec: The codec that the index is for.
         bf16_features: How many features of a sync point travel in BF16.
@@ -145,29 +144,34 @@ def calibrate_model(
     """
     from megatron.core import parallel_state
 
-    summing, native = on_every_rank(lambda: find_summing(model, simulate_tp))
+    summing, native = summing_of_stages(model, simulate_tp)
     for name, reason in native.items():
         cli.say(f"not observed: {name} ({reason})")
     identity: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "model": model_identity(model),
+        "model": whole_identity(model, summing.stages),
         "tp_size": summing.ranks,
         "corpus": corpus,
     }
     # A row for each partial here, by rank and sync point, then a row for each sum.
     rows = (summing.here + 1) * len(summing.points)
     statistics = RunningStatistics(rows, identity["model"]["hidden_size"])
-    groups = {
+    groups: dict[str, Any] = {
         "dp_group": parallel_state.get_data_parallel_group(),
         "tp_group": summing.points[0].group,
+        "stages": summing.stages,
     }
     run_identity = {**identity, "simulated": summing.is_simulated}
+    if summing.stages.count > 1:  # each keeps the state of its own sync points
+        run_identity["stages"] = summing.stages.gather(len(summing.points))
     checkpointer = Checkpointer(partial, run_identity, **groups)
     require_equal("model, corpus or arguments", checkpointer.identity)
     progress = _start(checkpointer, statistics, resume)
     _observe_all(model, summing, sequences, statistics, checkpointer, progress, groups)
     index = assemble(summing, statistics, identity, progress, codec, bf16_features)
     index.manifest["chain"] = check_chain(model, summing, sequences[0].to(device_of(model)))
+    # Made in inference mode, its buffers could not be written to by a plan's backward pass.
+    parallel_state.get_global_memory_buffer().buffer.clear()
     return index, progress
 
 
@@ -210,7 +214,7 @@ def _observe_all(
     statistics: RunningStatistics,
     checkpointer: Checkpointer,
     progress: Progress,
-    groups: dict[str, dist.ProcessGroup],
+    groups: dict[str, Any],
 ) -> None:
     """Run the sequences through the model with observers in place."""
     names, count = [str(point) for point in summing.points], len(summing.points)
@@ -226,13 +230,14 @@ def _observe_all(
     with summing.watching(watch):
         calibrate(
             sequences,
-            lambda tokens: logits(model, tokens[None]),
+            lambda several: run_each(model, several),
             observations,
             statistics,
             checkpointer=checkpointer,
             progress=progress,
             **groups,
             device=device_of(model),
+            at_once=at_once(model),
             track=cli.progress("calibrating", "round"),
         )
 

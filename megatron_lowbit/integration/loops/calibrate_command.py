@@ -1,8 +1,8 @@
 """Collect statistics of a Megatron checkpoint's partials and write its calibration index.
 
-Run it under torchrun with as many ranks as inference will use for tensor parallelism; a multiple
-of that shares the corpus among data-parallel groups. With --simulate-tp N one process makes the
-partials of N ranks itself.
+Run it under torchrun with as many ranks as inference will use for tensor parallelism, times the
+stages of --pipeline-model-parallel-size; a multiple of that shares the corpus among data-parallel
+groups. With --simulate-tp N one process makes the partials of N ranks itself.
 
 examples:
   torchrun --nproc-per-node 3 -m megatron_lowbit calibrate --load CKPT --data TEXT.txt

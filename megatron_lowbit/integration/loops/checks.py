@@ -5,22 +5,52 @@ import argparse
 from megatron_lowbit.calibration.plan import SKIP, bits_per_value, candidates
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.runtime.sharing import (
+    check_spread_experts,
+    experts_are_spread,
+    most_experts,
+)
 
 
 def refuse_pipeline(args: argparse.Namespace) -> None:
-    """Raise where the tools' plain forward pass does not serve."""
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if getattr(args, name) > 1:
-            flag = "--" + name.replace("_", "-")
-            raise LowbitError(f"{flag} {getattr(args, name)} is not supported here: pass 1")
-    experts = args.expert_model_parallel_size
-    whole = args.tensor_model_parallel_size // (
-        args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    )
-    if experts > max(whole, 1):
+    """Raise where a tool runs a model that is whole on its tensor-parallel ranks."""
+    if args.pipeline_model_parallel_size > 1:
         raise LowbitError(
-            f"--expert-model-parallel-size {experts} spreads experts over data-parallel ranks, "
-            f"which run texts of their own here: pass {max(whole, 1)}"
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} is not supported "
+            "here: pass 1"
+        )
+    if experts_are_spread(args):
+        raise LowbitError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size} spreads experts over "
+            "data-parallel ranks, which run texts of their own here: pass "
+            f"{most_experts(args)}"
+        )
+    check_parallel(args)
+
+
+def check_parallel(args: argparse.Namespace) -> None:
+    """Raise where a tool that knows pipelines and spread experts cannot run the model either."""
+    if args.context_parallel_size > 1:
+        raise LowbitError(
+            f"--context-parallel-size {args.context_parallel_size} is not supported here: pass 1"
+        )
+    if args.pipeline_model_parallel_size > 1:
+        _check_stages(args)
+    check_spread_experts(args)
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """Raise for a pipeline that Megatron's plain schedule does not run, or not exactly."""
+    stages = f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}"
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise LowbitError(
+            f"{stages} with virtual stages is not supported here: leave the arguments that "
+            "interleave stages out; the calibration index serves them, too"
+        )
+    if args.fp32_residual_connection:
+        raise LowbitError(
+            f"{stages} with --fp32-residual-connection is not supported: Megatron hands "
+            "activations on in the model's dtype"
         )
 
 

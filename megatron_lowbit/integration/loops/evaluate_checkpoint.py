@@ -18,7 +18,7 @@ from megatron_lowbit.evaluation.inputs import (
     read_inputs,
     text_sequences,
 )
-from megatron_lowbit.evaluation.journal import Journal
+from megatron_lowbit.evaluation.journal import Entry, Journal
 from megatron_lowbit.evaluation.measures.measure import Measure
 from megatron_lowbit.evaluation.measures.sync_error import SyncError, extremes
 from megatron_lowbit.evaluation.output import Setting, summary, write_summary
@@ -26,11 +26,12 @@ from megatron_lowbit.evaluation.text_tables import tables
 from megatron_lowbit.evaluation.variants import Named, Variants, default_variants, parse_variant
 from megatron_lowbit.files import check_output
 from megatron_lowbit.integration.arguments import INDEX_NAME
-from megatron_lowbit.integration.assignment import check_index, model_identity
-from megatron_lowbit.integration.loops.checks import megatron_argv, refuse_pipeline
+from megatron_lowbit.integration.assignment import check_index, whole_identity
+from megatron_lowbit.integration.loops.checks import check_parallel, megatron_argv
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
-from megatron_lowbit.integration.sums.simulate import find_summing
+from megatron_lowbit.integration.runtime.pipeline import summing_of_stages
+from megatron_lowbit.integration.runtime.sharing import Sharing, sharing
 from megatron_lowbit.json_files import digest
 from megatron_lowbit.model.summing import Summing
 
@@ -44,20 +45,21 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
         raise LowbitError("--resume needs --output: what was measured is kept beside it")
     check_options(options)
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
-    refuse_pipeline(args)
+    check_parallel(args)
     session.initialize(args)
     index, inputs = on_every_rank(lambda: _read(args, options))
     require_equal("calibration index or text", _digests(index, inputs))
     chosen = chosen or _named(default_variants(index))
-    model = session.load_model(args)
+    model = session.load_whole_model(args)
     # Only errors that are carried need the chain that calibration found.
     chained = index if any(named.has_feedback for named in chosen.values()) else None
-    summing, _ = on_every_rank(lambda: find_summing(model, options.simulate_tp, chained))
+    summing, _ = summing_of_stages(model, options.simulate_tp, chained)
     on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
     measures = make_measures(options, inputs, variants)
-    journal = _journal(options, index, model, variants, measures)
-    evaluation = _evaluate(args, inputs, model, variants, measures, journal, options.resume)
+    journal = _journal(options, index, model, variants, measures, sharing(args))
+    done = _start(journal, measures, options.resume)
+    evaluation = _evaluate(args, inputs, model, variants, measures, journal, done)
     setting = _setting(options, index, summing, chosen)
     content = summary(setting, measures, evaluation)
     _report(content)
@@ -70,12 +72,14 @@ def make_measures(
 ) -> dict[str, list[Measure]]:
     """What to measure, by the key of the JSON output that the results go under, in order."""
     sync_points: list[Measure] = []
+    points = [(point.layer, point.name) for point in variants.summing.everywhere]
     for corpus in list(inputs.texts.values())[:1]:
         sync_error = SyncError(
             text_sequences(corpus, options)[:SYNC_SEQUENCES, :-1],
-            [(point.layer, point.name) for point in variants.summing.points],
+            points,
             observing=variants.observing,
             sha256=corpus.sha256,
+            first=variants.summing.first,
         )
         sync_points.append(sync_error)
     return {"sync_points": sync_points, **inputs.measures}
@@ -120,20 +124,21 @@ def _journal(
     model: nn.Module,
     variants: Variants,
     measures: dict[str, list[Measure]],
+    shared: Sharing,
 ) -> Journal | None:
     """The journal of this evaluation, beside its output; none without an output."""
-    from megatron.core import parallel_state
-
     summing = variants.summing
     identity = {
         "index": manifest_digest(index.manifest),
-        "model": model_identity(model),
+        "model": whole_identity(model, summing.stages),
         "dtype": str(summing.points[0].module.weight.dtype),  # type: ignore[attr-defined]
         "variants": ",".join(variants.reducers),
         "tensor parallel size": summing.ranks,
         "simulated": summing.is_simulated,
         **{measure.name: measure.identity for group in measures.values() for measure in group},
     }
+    if summing.stages.count > 1:  # where they end, chains end
+        identity["stages"] = summing.stages.gather(len(summing.points))
     require_equal("model, data or arguments", digest(identity))
     if not options.output:
         return None
@@ -141,9 +146,21 @@ def _journal(
     return Journal(
         output.with_name(f".{output.name}.partial"),
         identity,
-        dp_group=parallel_state.get_data_parallel_group(),
-        tp_group=summing.points[0].group,
+        dp_group=shared.group,
+        tp_group=shared.together,
+        stages=summing.stages,
     )
+
+
+def _start(
+    journal: Journal | None, measures: dict[str, list[Measure]], resume: bool
+) -> list[Entry]:
+    """The units that were finished before."""
+    done = journal.start(resume=resume) if journal else []
+    if resume:
+        total = sum(len(measure) for group in measures.values() for measure in group)
+        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
+    return done
 
 
 def _evaluate(
@@ -153,15 +170,9 @@ def _evaluate(
     variants: Variants,
     measures: dict[str, list[Measure]],
     journal: Journal | None,
-    resume: bool,
+    done: list[Entry],
 ) -> Evaluation:
     """Run the loop, from where the journal stands."""
-    from megatron.core import parallel_state
-
-    done = journal.start(resume=resume) if journal else []
-    if resume:
-        total = sum(len(measure) for group in measures.values() for measure in group)
-        cli.say(f"going on after {len(done)} of {total} units" if done else "nothing to resume")
     group = variants.summing.points[0].group
     language_model = session.language_model(
         args, model, inputs.tokenizer, group=group, prefix=inputs.prefix
@@ -172,7 +183,7 @@ def _evaluate(
         variants.all(),
         journal=journal,
         done=done,
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_group=sharing(args).group,
         track=cli.progress,
     )
 
@@ -185,7 +196,7 @@ def _setting(
         tp_size=summing.ranks,
         simulated=summing.is_simulated,
         index_sha256=manifest_digest(index.manifest),
-        sync_points=len(summing.points),
+        sync_points=len(summing.everywhere),
         hidden=index.hidden,
         collectives={name: named.collective for name, named in chosen.items()},
     )

@@ -4,9 +4,9 @@ Prints a table for each text, and writes all as JSON with --output: perplexity, 
 negative log-likelihood, KL divergence and top-1 agreement token by token, bits per value from the
 real payloads, the bytes that one rank sends per token, and the error at each sync point. On demand
 also zero-shot tasks, long contexts and generation. python -m megatron_lowbit report makes a page of
-the JSON. Run it under torchrun with as many ranks as the tensor-parallel size; or in one process
-with --simulate-tp, which makes the partials of N ranks itself (under torchrun its processes then
-share the work).
+the JSON. Run it under torchrun with as many ranks as the tensor-parallel size, times the stages of
+--pipeline-model-parallel-size; or in one process with --simulate-tp, which makes the partials of N
+ranks itself (under torchrun its processes then share the work).
 
 examples:
   torchrun --nproc-per-node 3 -m megatron_lowbit evaluate --load CKPT --data TEXT.txt \

@@ -36,6 +36,7 @@ from megatron_lowbit.integration.runtime.model_files import (
     one_line_errors,
     refuse_own_code,
 )
+from megatron_lowbit.integration.runtime.pipeline import stages_of, whole_model
 from megatron_lowbit.integration.runtime.quiet import quiet
 from megatron_lowbit.integration.runtime.rendezvous import muster
 from megatron_lowbit.model.forward import logits
@@ -111,6 +112,12 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
             with reading_checkpoint(args.load), _taking_weights(args, chunks[0]):
                 load_checkpoint(chunks, None, None)
     return chunks[0].eval()
+
+
+def load_whole_model(args: argparse.Namespace) -> nn.Module:
+    """As `load_model`; of a pipeline the stages as one model (`pipeline.whole_model`)."""
+    vocabulary = args.padded_vocab_size // args.tensor_model_parallel_size
+    return whole_model(load_model(args), vocabulary)
 
 
 def _taking_weights(args: argparse.Namespace, chunk: nn.Module) -> AbstractContextManager:
@@ -213,7 +220,7 @@ def language_model(
 
     Args:
         args: From `parse_megatron_args`.
-        model: From `load_model`.
+        model: From `load_whole_model`.
         tokenizer: From `build_tokenizer`, without special tokens.
         group: The tensor-parallel group.
         prefix: Tokens that it would put before every text with them.
@@ -226,6 +233,7 @@ def language_model(
         tokenize=tokenizer.tokenize,
         detokenize=tokenizer.detokenize,
         prefix=prefix,
+        stages=stages_of(),
     )
 
 

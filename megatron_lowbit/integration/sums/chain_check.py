@@ -7,8 +7,10 @@ output. The result stands in the calibration index, and a model is held against 
 loaded: `agree`.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +50,23 @@ def check_chain(model: nn.Module | Iterable[nn.Module], summing: Summing, tokens
             for watch in watches:
                 watch.close()
     moved = any(not a.goes_to(b) for a, b in zip(watches, watches[1:], strict=False))
+    moved |= _moves_between(summing.stages.gather((watches[0].given, watches[-1].left)))
     found = {number: CHANGED for number, watch in by_number.items() if watch.differs}
-    chain = {}
-    for point in points:
-        chain[str(point)] = point.apart or found.get(point.layer, MOVED if moved else "")
-    everywhere = gather_values(chain)  # with sequence parallelism each rank sees its own tokens
-    return {name: next((c[name] for c in everywhere if c[name]), "") for name in chain}
+    chain = {str(point): point.apart or found.get(point.layer, "") for point in points}
+    # With sequence parallelism each rank sees its own tokens, in a pipeline its own layers.
+    of_ranks = gather_values((chain, moved))
+    otherwise = MOVED if any(moves for _, moves in of_ranks) else ""
+    names = dict.fromkeys(name for reasons, _ in of_ranks for name in reasons)
+    return {n: next((c[n] for c, _ in of_ranks if c.get(n)), otherwise) for n in names}
+
+
+def _moves_between(ends: list[tuple[str, str]]) -> bool:
+    """Whether a pipeline stage got anything else than the one before left.
+
+    Args:
+        ends: For each stage, digests of what its first layer was given and its last one left.
+    """
+    return any(left not in (given, "") for (_, left), (given, _) in pairwise(ends))
 
 
 class _Layer:
@@ -95,6 +108,16 @@ class _Layer:
         if bias is not None and bias.numel():
             self._parts.append(bias.expand_as(total))
 
+    @property
+    def given(self) -> str:
+        """Digest of what went into it."""
+        return _digest(self._given)
+
+    @property
+    def left(self) -> str:
+        """Digest of what came out of it; empty where that is not all numbers."""
+        return "" if self._left.isnan().any() else _digest(self._left)
+
     def goes_to(self, following: "_Layer") -> bool:
         """Whether the next layer got what this one left."""
         return torch.equal(self._left, following._given) or bool(self._left.isnan().any())
@@ -129,6 +152,11 @@ class _Layer:
         # Each addition rounds by half an eps of what it gives, at most.
         most = (len(self._parts) + 1) * coarsest / 2 * size
         return bool(((left.float() - expected).abs() > most).any())
+
+
+def _digest(values: Tensor) -> str:
+    raw = values.contiguous().cpu().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
 def _like(part: Tensor, stream: Tensor) -> Tensor:

@@ -18,18 +18,22 @@ from megatron_lowbit.integration.sums.chains import links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.reducer import CodecReducer
 from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
-from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Watch
+from megatron_lowbit.model.stages import WHOLE, Stages
+from megatron_lowbit.model.summing import CountingReducer, Placed, Point, Reducer, Watch
 
 
 class OverRanks:
     """Sync points whose partials are on the ranks of their tensor-parallel group."""
 
     here = 1
+    first = 0
     is_simulated = False
 
     def __init__(self, points: list[SyncPoint]):
         require(OBSERVATION)
         self.points = points
+        self.stages: Stages = WHOLE
+        self.everywhere: Sequence[Placed] = points
         self.ranks = dist.get_world_size(points[0].group)
 
     def reducers(

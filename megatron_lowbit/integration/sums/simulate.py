@@ -35,7 +35,8 @@ from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
 from megatron_lowbit.integration.sums.routes import is_plain
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, find_sync_points
-from megatron_lowbit.model.summing import CountingReducer, Point, Reducer, Summing, Watch
+from megatron_lowbit.model.stages import WHOLE, Stages
+from megatron_lowbit.model.summing import CountingReducer, Placed, Point, Reducer, Summing, Watch
 
 
 def find_summing(
@@ -61,10 +62,13 @@ class Simulated:
         LowbitError: A layer is not of the local spec, or `ranks` does not divide a contraction.
     """
 
+    first = 0
     is_simulated = True
 
     def __init__(self, points: list[SyncPoint], ranks: int):
         self.points = points
+        self.stages: Stages = WHOLE
+        self.everywhere: Sequence[Placed] = points
         self.ranks = self.here = ranks
         for point in points:
             if not is_plain(point.module):

@@ -1,0 +1,187 @@
+"""The tools with pipeline stages, and with experts on data-parallel ranks: the same results.
+
+One checkpoint of 4 layers; tensor parallel 2 alone, and 2 stages of it. Another one with experts.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from forks import forked
+from releases import ROOT
+from test_tools import CALIBRATE, EVALUATE, TEXT
+
+from megatron_lowbit.calibration.index_files import read_index
+
+CUT = Path(__file__).with_name("cut_worker.py")
+EXPERTS = Path(__file__).with_name("experts_checkpoint.py")
+CONVERT = ROOT / "tools" / "convert_hf.py"
+STAGES = ["--pipeline-model-parallel-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """A checkpoint of 4 layers; its last stage has a copy of the first one's embeddings."""
+    pytest.importorskip("transformers")
+    from tiny_llama import hugging_face_model
+
+    directory = tmp_path_factory.mktemp("deep")
+    shape = {"num_hidden_layers": 4, "num_key_value_heads": 6}
+    hugging_face_model(directory / "hf", tie_word_embeddings=True, **shape)
+    command = [CONVERT, "--model", directory / "hf", "--save", directory / "ckpt"]
+    done = forked(None, *command, "--tensor-model-parallel-size", "2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory / "ckpt"
+
+
+def run_calibration(
+    ranks: int, deep: Path, output: Path, *more: str, status: int = 0, script: Path = CALIBRATE
+):
+    command = [script, "--load", deep, "--data", TEXT, "--output", output]
+    done = forked(ranks, *command, "--sequences", "5", "--seq-length", "16", *more)
+    assert done.returncode == status, done.stderr[-4000:]
+    return done
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def index(deep, tmp_path_factory) -> Path:
+    """A calibration index with a recipe that was made without a pipeline."""
+    output = tmp_path_factory.mktemp("index") / "lowbit"
+    run_calibration(2, deep, output, "--budget", "4")
+    return output
+
+
+def test_an_index_and_a_plan_over_stages_have_the_same_bytes(deep, index, tmp_path):
+    run_calibration(4, deep, tmp_path / "lowbit", *STAGES, "--budget", "4")
+    found = files_of(tmp_path / "lowbit")
+    assert len(found) == 5
+    assert found == files_of(index)
+    assert [path.name for path in tmp_path.iterdir()] == ["lowbit"]
+
+
+def test_stages_of_different_sizes_and_data_parallel_ranks_give_the_same_bytes(deep, tmp_path):
+    alone = ["--tensor-model-parallel-size", "1"]
+    run_calibration(1, deep, tmp_path / "one", *alone)
+    uneven = [*alone, *STAGES, "--decoder-first-pipeline-num-layers", "1"]
+    run_calibration(4, deep, tmp_path / "four", *uneven)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
+
+
+def test_simulated_ranks_over_four_stages_give_the_same_bytes(deep, tmp_path):
+    simulated = ["--simulate-tp", "3", "--budget", "4"]
+    run_calibration(1, deep, tmp_path / "one", *simulated)
+    four = [*simulated, "--pipeline-model-parallel-size", "4"]
+    run_calibration(4, deep, tmp_path / "four", *four)
+    assert json.loads(files_of(tmp_path / "one")["manifest.json"])["tp_size"] == 3
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
+
+
+def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(deep, tmp_path):
+    """The layer that does not differentiate is on the last stage: the first one must not wait."""
+    some = ["--budget", "4", "--sequences", "2"]
+    found = {}
+    for ranks, stages in ((2, []), (4, STAGES)):
+        output = tmp_path / str(ranks)
+        done = run_calibration(ranks, deep, output, *some, *stages, script=CUT)
+        reason = "no gradient goes through layer 4 mlp.linear_fc2"
+        assert f"planning without gradients ({reason})" in done.stdout
+        found[ranks] = read_index(output)
+    whole, split = found[2].layers, found[4].layers
+    for layer in (3, 4):  # no chain ends before them
+        for name, record in whole[layer].items():
+            for key, value in vars(record).items():
+                assert torch.equal(value, getattr(split[layer][name], key)), (layer, name, key)
+    end = split[2]["mlp.linear_fc2"]
+    assert torch.equal(end.divergence_carried, end.divergence)
+    assert not torch.equal(whole[2]["mlp.linear_fc2"].divergence_carried, end.divergence_carried)
+    assert torch.equal(whole[2]["mlp.linear_fc2"].missed, end.missed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--num-virtual-stages-per-pipeline-rank", "2"], "with virtual stages is not supported"),
+        (["--bf16", "--fp32-residual-connection"], "--fp32-residual-connection is not supported"),
+        (["--pipeline-model-parallel-layout", "Etttt|L"], "pipeline stage 1 of 2 has no layer"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_one_line_on_every_rank(deep, arguments, text, tmp_path):
+    one = ["--tensor-model-parallel-size", "1"]
+    done = run_calibration(2, deep, tmp_path / "lowbit", *one, *STAGES, *arguments, status=1)
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if "error: " in line and text in line]) == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,recipe,recipe-3.5,recipe-3.5@feedback"
+
+
+def evaluation(ranks: int, deep: Path, index: Path, output: Path, *more: str) -> dict:
+    small = ["--tokens", "64", "--seq-length", "32", "--generate", "2", "--codecs", CODECS]
+    command = [EVALUATE, "--load", deep, "--index", index, "--data", TEXT, *small]
+    done = forked(ranks, *command, "--output", output, *more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    return json.loads(output.read_text())
+
+
+def test_an_evaluation_over_stages_has_the_same_results(deep, index, tmp_path):
+    """All but those of errors that are carried: a chain ends where its stage does."""
+    for name in ("whole", "split"):
+        (tmp_path / name).mkdir()
+    whole = evaluation(2, deep, index, tmp_path / "whole" / "summary.json")
+    split = evaluation(4, deep, index, tmp_path / "split" / "summary.json", *STAGES)
+    assert len(split["sync_points"]["points"]) == 8
+    carried = [results_of(summary, "recipe-3.5@feedback") for summary in (whole, split)]
+    assert 0 < carried[0][0]["kl"] != carried[1][0]["kl"] > 0
+    kl = {row["variant"]: row["kl"] for row in split["texts"][0]["results"]}
+    assert carried[1][0]["kl"] < kl["recipe-3.5"], "within a stage errors are carried"
+    assert whole == split
+
+
+def results_of(summary: dict, variant: str) -> list[dict]:
+    """The results of one variant on the text and its prompts, and its errors: taken out."""
+    taken = []
+    for measured in (summary["texts"][0], summary["generation"][0]):
+        found = [row for row in measured["results"] if row["variant"] == variant]
+        measured["results"] = [row for row in measured["results"] if row not in found]
+        taken += found
+    for point in summary["sync_points"]["points"]:
+        taken += [point[key].pop(variant) for key in ("sqnr", "worst_token_sqnr", "stream_sqnr")]
+    return taken
+
+
+@pytest.fixture(scope="module")
+def mixture(deep, tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint with experts, and its index and recipe, for 2 simulated ranks."""
+    directory = tmp_path_factory.mktemp("mixture")
+    done = forked(None, EXPERTS, directory / "ckpt", deep / "tokenizer")
+    assert done.returncode == 0, done.stderr[-4000:]
+    run_calibration(1, directory / "ckpt", directory / "lowbit", *SIMULATED, "--budget", "4")
+    return directory / "ckpt", directory / "lowbit"
+
+
+SIMULATED = ["--simulate-tp", "2"]
+SPREAD = [*SIMULATED, "--expert-model-parallel-size", "2"]
+
+
+def test_experts_on_other_ranks_and_stages_give_the_same_bytes(mixture, tmp_path):
+    checkpoint, index = mixture
+    run_calibration(4, checkpoint, tmp_path / "lowbit", *SPREAD, *STAGES, "--budget", "4")
+    assert files_of(tmp_path / "lowbit") == files_of(index)
+
+
+def test_an_evaluation_with_experts_on_other_ranks_has_the_same_results(mixture, tmp_path):
+    """3 sequences for 2 pairs of ranks: the pair without a third must not be waited for."""
+    for name in ("whole", "split"):
+        (tmp_path / name).mkdir()
+    more = ["--tokens", "96"]
+    whole = evaluation(1, *mixture, tmp_path / "whole" / "summary.json", *SIMULATED, *more)
+    split = evaluation(4, *mixture, tmp_path / "split" / "summary.json", *SPREAD, *more)
+    assert whole == split
