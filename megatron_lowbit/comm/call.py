@@ -9,10 +9,11 @@ gives NaN in that token alone; the backward pass is that of Megatron's function 
 A group serves one thread at a time. Two at once would mix their messages, since ranks cannot know
 which thread of another rank a message is of: both get an error, and the group is aborted, so that
 the other ranks end, too, and do not wait. Only an overlap is seen: a sum just before it may already
-be of two threads, where ranks took them in another order. A group that two threads were in, or that lost a rank in
-the middle of a call, serves no more: what a later call sends would meet the rest of that one, and
-Gloo ends a process whose message is longer than its receiver expects. `torch.compile` breaks its
-graph at a collective.
+be of two threads, where ranks took them in another order.
+
+A group that two threads were in, or that lost a rank in the middle of a call, serves no more: what
+a later call sends would meet the rest of that one, and Gloo ends a process whose message is longer
+than its receiver expects. `torch.compile` breaks its graph at a collective.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_lowbit.benchmark.codecs.closeness import codes_apart, sums_apart
 from megatron_lowbit.codecs import Codec, Statistics, Tables
+from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.errors import LowbitError
 
@@ -55,6 +56,8 @@ def cases(codec: Codec, tables: Tables, partials: list[Tensor]) -> list[Case]:
         return (codec.reduce_encode(rows, tables),)
 
     found = [Case("encode", encode, (partial,), dense + sent, rotates)]
+    if codec.carries:
+        found.append(_carrying(codec, tables, partials, dense, sent))
     if rotates:
         found.append(_folded(codec, tables, partial, sent))
     summed = f"decode_sum of {ranks}"
@@ -66,6 +69,16 @@ def cases(codec: Codec, tables: Tables, partials: list[Tensor]) -> list[Case]:
     if not codec.needs_statistics or tables.of_sum is not None:
         found.append(Case(f"reduce_encode of {ranks}", reduce_encode, (payloads,), received + sent))
     return found
+
+
+def _carrying(codec: Codec, tables: Tables, partials: list[Tensor], dense: int, sent: int) -> Case:
+    """Encode with error feedback: another partial stands for the error that is taken."""
+    taken, given = partials[-1], torch.empty_like(partials[0])
+
+    def encode(x: Tensor, carry: Tensor) -> Results:
+        return codec.encode_with_carry(x, tables, Carry(carry, given)), given
+
+    return Case("encode with a carry", encode, (partials[0], taken), 3 * dense + sent)
 
 
 def _folded(codec: Codec, tables: Tables, partial: Tensor, sent: int) -> Case:
