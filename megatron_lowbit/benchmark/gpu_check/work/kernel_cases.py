@@ -6,6 +6,8 @@ here raises `LowbitError` on the first difference, and where no kernel would run
 """
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +36,19 @@ def interpret() -> None:
     """From now on CPU tensors go the way of GPU tensors: for Triton's interpreter."""
     select._kind = lambda *tensors: "cuda"
     select._trouble = lambda: ""
+
+
+@contextmanager
+def with_warps(count: int) -> Iterator[None]:
+    """Programs of `count` warps inside, whatever their row."""
+    from megatron_lowbit.kernels.triton.launching import Tile  # once it is known that Triton runs
+
+    plain = Tile.of
+    Tile.of = lambda hidden: Tile(plain(hidden).log_tile, count)
+    try:
+        yield
+    finally:
+        Tile.of = plain
 
 
 def sample(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -189,18 +204,25 @@ def all_bits() -> list[tuple[str, int]]:
     return [(name, bits) for _, name, bits in sorted(found, key=lambda one: one[0])]
 
 
-def check_bits(name: str, bits: int, device: torch.device | str) -> None:
-    """A small shape; in the rotated codecs another number of bits in the sum.
+def check_bits(
+    name: str,
+    bits: int | None,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """A small shape of `dtype`; in the rotated codecs another number of bits in the sum.
 
-    Of the grouped two groups and a part of one.
+    Of the grouped two groups and a part of one. By default the codec's own bits.
     """
-    of_sum = {name: (bits, 7 - bits) for name in ROTATED}.get(name, bits)
+    of_sum = (bits, 7 - bits) if bits and name in ROTATED else bits
     codec = get_codec(name, bits=of_sum)
     tokens, hidden, kept = 2, 96, 5
     if isinstance(codec, Grouped):
         tokens, hidden, kept = 1, 2 * (codec.group or 32) + 5, 0
-    partials = [sample("heavy-tailed", (tokens, hidden), seed).bfloat16() for seed in range(2)]
-    check(codec, partials, tables_of(codec, hidden, kept, device=device))
+    partials = [sample("heavy-tailed", (tokens, hidden), seed).to(dtype) for seed in range(2)]
+    tables = tables_of(codec, hidden, kept, device=device)
+    check_sums(codec, check(codec, partials, tables), tables, dtypes=(dtype,))
 
 
 def check_carried_bits(name: str, bits: int, device: torch.device | str) -> None:
