@@ -14,6 +14,7 @@ from megatron_lowbit.benchmark.gpu_check import gpu_results, record_partials, sa
 from megatron_lowbit.benchmark.gpu_check.gpu_results import FAILED, PASSED, SKIPPED
 from megatron_lowbit.benchmark.gpu_check.stage_runner import Setting, run
 from megatron_lowbit.benchmark.gpu_check.stages import STAGES, Stage
+from megatron_lowbit.benchmark.gpu_check.work import chain_stage, peer_cases
 from megatron_lowbit.errors import LowbitError
 
 pytest.importorskip("triton")
@@ -87,8 +88,6 @@ def test_saved_partials_have_the_bits_of_plain_torch(saved, tmp_path):
 
 def test_partials_that_gave_other_bits_where_they_were_saved(saved):
     """Of another machine's plain torch: told by its digests."""
-    from megatron_lowbit.benchmark.gpu_check.work import chain_stage
-
     loaded = saved_partials.load(saved)
     other = replace(loaded, digests=[loaded.digests[0], "0" * 64, loaded.digests[2]])
     chains = [list(saved_partials.chain(other, "cpu")) for _ in range(2)]
@@ -133,3 +132,24 @@ print("ok")
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
+
+
+def test_every_kernel_of_symmetric_memory_is_compiled_before_it_runs():
+    """For each rank the calls of `peer_cases`, but the empty one and one that stays away."""
+    code = """
+from triton.runtime.jit import JITFunction
+from megatron_lowbit.benchmark.gpu_check.work import kernel_cases, peer_compile
+seen = []
+JITFunction.warmup = lambda self, *_, grid, **more: seen.append((self.__name__, grid, more["TRAP"]))
+kernel_cases.interpret()
+cases = peer_compile.compilations((2, 4), "cpu")
+for _, case in cases:
+    case()
+print(len(cases), len(seen), *sorted({(name, *grid, trap) for name, grid, trap in seen}))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    cases, seen = 6 * (len(peer_cases.CALLS) + 5), 6 * (len(peer_cases.CALLS) - 1 + 4) + 1 + 3
+    kernels = "('one_shot', 32, True) ('two_shot', 32, False) ('two_shot', 32, True)"
+    assert done.stdout == f"{cases} {seen} {kernels}\n", done.stdout + done.stderr

@@ -51,6 +51,7 @@ STAGES = (
         "CUDA graphs with changing inputs; NaN, strides, int64 offsets",
         "megatron_lowbit.benchmark.gpu_check.work.capture_stage",
         60,
+        AS_MANY_AS_CORES,
     ),
     Stage(
         "symmetric-2",

@@ -1,7 +1,8 @@
 """Every kernel against plain torch, bit for bit, compiled in as many processes as there are cores.
 
 First the small shapes of `kernel_cases`, the bits and types that models use most before the others;
-then the kernels of the stages that measure, at their hidden size, which finds them compiled.
+then the kernels of the stages that measure, at their hidden size, and those of symmetric memory:
+these stages find them compiled.
 """
 
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from megatron_lowbit.benchmark.gpu_check.stage_tasks import Rows, Task
 from megatron_lowbit.benchmark.gpu_check.work import kernel_cases
 from megatron_lowbit.benchmark.gpu_check.work.attempts import Case, attempts
 from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import with_warps
+from megatron_lowbit.benchmark.gpu_check.work.peer_compile import compilations
 from megatron_lowbit.codecs import parse_codec
 from megatron_lowbit.kernels import switches
 
@@ -61,6 +63,7 @@ def all_cases(device: str) -> list[Case]:
         *(case for name in MEASURED for case in at_shape(name, shape, RANKS, device)),
         *(case for count in WARPS for case in at_shape(MEASURED[1], shape, RANKS, device, count)),
         *(_bits(name, None, dtype, device) for dtype in others for name in every),
+        *compilations((2, 4), device),
     ]
 
 

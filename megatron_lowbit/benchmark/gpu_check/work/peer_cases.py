@@ -7,7 +7,9 @@ the same order.
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +32,10 @@ from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.peer_memory import PeerMemory
 from megatron_lowbit.kernels.switches import disabled
 
+SECONDS = 30.0  # that a rank waits for its peers
 MAPPED_BYTES = 1 << 13  # of a block that is a file
 # That ranks wait for one that does not come: in the interpreter a look takes far longer.
+Check = Callable[[PeerMemory], None]
 _LATE_SECONDS = {"cuda": 0.2, "cpu": 0.0005}
 _CARRIED = (7, 96)  # tokens, hidden
 # Codec, bits, collective, tokens, hidden, BF16 features, dtype.
@@ -94,6 +98,19 @@ def expected(partials: Tensor, tables: Tables, codec: Codec, collective: str) ->
         return simulated_all_reduce(
             partials, tables, codec=codec, collective=collective, traffic=Traffic()
         )
+
+
+def checks(*, graphs: bool, calls: int = len(CALLS)) -> list[tuple[str, Check]]:
+    """What a rank does, in order; after the last the memory serves no more."""
+    collectives = ("one-shot", "two-shot")
+    found: list[tuple[str, Check]] = []
+    for number, (name, bits, collective, tokens, hidden, *_) in enumerate(CALLS[:calls]):
+        title = f"{name} {bits} bits {collective} {tokens} x {hidden}"
+        found.append((title, partial(check_call, number=number)))
+    found += [(f"carry {c}", partial(check_carried_call, collective=c)) for c in collectives]
+    if graphs:
+        found += [(f"graph {c}", partial(check_graph_call, collective=c)) for c in collectives]
+    return [*found, ("a missing rank", check_missing_rank)]
 
 
 def check_call(memory: PeerMemory, number: int) -> None:
