@@ -48,6 +48,12 @@ def dies(task):
     yield {"case": "b"}
 
 
+def killed(task):
+    """As by a system that is out of memory."""
+    yield {"case": "a"}
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def leaves(task):
     yield {"case": "a"}
     os._exit(3)

@@ -48,7 +48,7 @@ def checked(tmp_path, monkeypatch, *stages: Stage, seconds=60, machine="machine"
 
 def test_a_stage_that_fails_leaves_the_others_alive(tmp_path, monkeypatch):
     """One that raises, says what is wrong, dies, leaves: each with what it had found."""
-    names = ("fine", "raises", "wrong", "dies", "leaves", "exits", "skips")
+    names = ("fine", "raises", "wrong", "dies", "killed", "leaves", "exits", "skips")
     found = checked(tmp_path, monkeypatch, *map(stage, names))
     assert found["machine"] == {"device": "a GPU", "driver": "1"}
     assert {name: (one["status"], one["reason"]) for name, one in found["stages"].items()} == {
@@ -56,6 +56,7 @@ def test_a_stage_that_fails_leaves_the_others_alive(tmp_path, monkeypatch):
         "raises": (FAILED, "RuntimeError: CUDA error: an illegal memory access"),
         "wrong": (FAILED, "b: other bits (and 1 more)"),
         "dies": (FAILED, "process 0 ended by SIGSEGV: what it said last"),
+        "killed": (FAILED, "process 0 ended by SIGKILL: it said nothing"),
         "leaves": (FAILED, "process 0 ended with status 3: it said nothing"),
         "exits": (FAILED, "SystemExit: 4"),
         "skips": (SKIPPED, "no file"),
@@ -67,7 +68,7 @@ def test_a_stage_that_fails_leaves_the_others_alive(tmp_path, monkeypatch):
     log = (tmp_path / "gpu_check.log").read_text()
     assert "-- dies, process 0\nwhat it said last" in log and "Traceback" in log
     assert [text.split(" (")[0] for text in gpu_results.not_passed(found)] == [
-        f"{name} failed" for name in ("raises", "wrong", "dies", "leaves", "exits")
+        f"{name} failed" for name in ("raises", "wrong", "dies", "killed", "leaves", "exits")
     ]
 
 
@@ -275,6 +276,7 @@ DAMAGED = {
     "a share below zero": (lambda: damaged_figure("copy_share", -1), "copy_share is -1"),
     "no share": (lambda: damaged_figure("copy_share", None), "copy_share is None"),
     "a best of none": (lambda: damaged_best(3), "damaged results of the stage settings"),
+    "no GPU": (lambda: nothing_ran(), "has no result of any stage: torch sees no GPU"),
     "a rehearsal": (lambda: damaged(rehearsal=True), "nothing in it was measured on a GPU"),
 }
 
@@ -288,6 +290,13 @@ def damaged_stage(**changes) -> dict:
 def damaged_figure(key: str, value) -> dict:
     content = sample_content()
     content["stages"]["speed"]["results"][0]["rows"][0][key] = value
+    return content
+
+
+def nothing_ran() -> dict:
+    content = sample_content()
+    for one in content["stages"].values():
+        one |= {"status": SKIPPED, "reason": "torch sees no GPU"}
     return content
 
 

@@ -55,7 +55,8 @@ def read(path: Path) -> Content:
     """Results of a check on a GPU.
 
     Raises:
-        LowbitError: There are none, they are damaged, of another format, or of a rehearsal.
+        LowbitError: There are none, they are damaged, of another format, of a rehearsal, or of a
+            machine that does not serve.
     """
     content = read_json(path, remedy=_REMEDY)
     problem = _problem(content)
@@ -63,6 +64,8 @@ def read(path: Path) -> Content:
         raise LowbitError(f"{path} is no result of gpu-check ({problem}): {_REMEDY}")
     if content["rehearsal"]:
         raise LowbitError(f"{path} is of a rehearsal: nothing in it was measured on a GPU")
+    if all(entry["status"] == SKIPPED for entry in content["stages"].values()):
+        raise LowbitError(f"{path} has no result of any stage: {not_passed(content)[0]}")
     return content
 
 

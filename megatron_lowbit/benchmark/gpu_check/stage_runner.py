@@ -63,6 +63,7 @@ class _Part:
     process: subprocess.Popen
     rows: Path
     log: Path
+    was_stopped: bool = False  # and did not end by itself
 
     def found(self) -> list[Row]:
         """The rows so far; a line that is cut off is none."""
@@ -75,6 +76,7 @@ class _Part:
 
     def kill(self) -> None:
         """This process and those that it started, which are a group."""
+        self.was_stopped = self.process.poll() is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in a driver
@@ -211,7 +213,7 @@ def _verdict(parts: list[_Part], rows: list[list[Row]], limit: float) -> tuple[s
     skipped = [row["skipped"] for part in rows for row in part if "skipped" in row]
     for number, (part, mine) in enumerate(zip(parts, rows, strict=True)):
         code, is_whole = part.process.returncode, bool(mine) and _ending(mine[-1])
-        if is_whole or code == -signal.SIGKILL or code is None:
+        if is_whole or part.was_stopped or code is None:
             continue
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         errors.append(f"process {number} {how}: {part.last_words() or 'it said nothing'}")

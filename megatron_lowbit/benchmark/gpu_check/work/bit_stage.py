@@ -96,6 +96,8 @@ def _check_at(
     tables = make_tables(codec, partials)
     exact = torch.stack(partials).sum(dim=0, dtype=torch.float64)
     for case in cases(codec, tables, partials):
+        if way != switches.BUTTERFLIES and not case.rotates:
+            continue
         with kernels.disabled():
             expected = tuple(result.clone() for result in case.call(*case.given))
         with switches.rotating_by(way), with_warps(warps) if warps else nullcontext():
@@ -103,5 +105,5 @@ def _check_at(
         what = f"{case.name} at {shape[0]} x {shape[1]}"
         if way == switches.BUTTERFLIES:
             check_equal(got, expected, what)
-        elif case.rotates:
+        else:
             check_close(got, expected, codec, tables, exact, what)
