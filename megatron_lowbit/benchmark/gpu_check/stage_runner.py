@@ -37,6 +37,7 @@ from megatron_lowbit.files import import_path
 
 _PROCESS = "megatron_lowbit.benchmark.gpu_check.stage_process"
 _TICK, _WRITTEN = 0.05, 1.0  # seconds: between looks at the processes, and between writings
+_STUCK = 2.0  # seconds that a killed process may take to end
 # What a user's shell may say of kernels, ranks and Triton: the check says it itself.
 _UNSET = ("MEGATRON_LOWBIT_KERNELS", "MEGATRON_LOWBIT_ROTATION", "TRITON_INTERPRET", "RANK")
 LOG = "gpu_check.log"
@@ -79,8 +80,11 @@ class _Part:
         self.was_stopped = self.process.poll() is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # one that is stuck in a driver
-            self.process.wait(5)
+
+    def wait(self) -> None:
+        """For its end, but not for ever: it may be stuck in a driver."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_STUCK)
 
 
 def run(
@@ -144,6 +148,8 @@ class _Work:
         finally:
             for part_of in parts:
                 part_of.kill()
+            for part_of in parts:
+                part_of.wait()
             self._keep_log(stage, parts)
         rows = [part_of.found() for part_of in parts]
         entry["results"] = _results(rows)
@@ -154,29 +160,30 @@ class _Work:
     def _start(self, stage: Stage, part: int, parts: int) -> _Part:
         directory = self._scratch / stage.name
         directory.mkdir(exist_ok=True)
-        rows, log = (
-            self._scratch / f"{stage.name}.{part}",
-            self._scratch / f"{stage.name}.{part}.log",
-        )
+        rows = self._scratch / f"{stage.name}.{part}"
+        log = rows.with_name(f"{rows.name}.log")
         rows.touch()
         setting = self._setting
         task = Task(part, parts, str(directory), setting.device, str(setting.partials))
-        env = {k: v for k, v in os.environ.items() if k not in _UNSET}
-        env |= {"PYTHONPATH": import_path(), "TRITON_CACHE_DIR": str(self._scratch / "triton")}
-        env |= {"TRITON_INTERPRET": "1"} if setting.device == "cpu" else {}
-        env |= {"OMP_NUM_THREADS": "1"} if parts > 1 else {}
         argv = [sys.executable, "-m", _PROCESS, stage.module, stage.function]
         argv += [str(rows), json.dumps(asdict(task))]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 argv,
-                env=env,
+                env=self._environment(parts),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         return _Part(process, rows, log)
+
+    def _environment(self, parts: int) -> dict[str, str]:
+        """Of a process, one of `parts`."""
+        env = {k: v for k, v in os.environ.items() if k not in _UNSET}
+        env |= {"PYTHONPATH": import_path(), "TRITON_CACHE_DIR": str(self._scratch / "triton")}
+        env |= {"TRITON_INTERPRET": "1"} if self._setting.device == "cpu" else {}
+        return env | ({"OMP_NUM_THREADS": "1"} if parts > 1 else {})
 
     def _watch(self, parts: list[_Part], until: float, entry: dict) -> None:
         """Wait for the processes, and keep what they have found so far."""
