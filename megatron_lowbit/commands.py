@@ -30,6 +30,7 @@ COMMANDS = {
     "bench-speed": "benchmark.collectives.speed_command",
     "bench-quality": "benchmark.quality.quality_command",
     "doctor": "benchmark.doctor.doctor_command",
+    "gpu-check": "benchmark.gpu_check.gpu_check_command",
     "robustness": "benchmark.quality.robustness_command",
 }
 _USAGE = f"""\

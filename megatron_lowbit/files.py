@@ -1,8 +1,10 @@
 """Writing that leaves nothing half done: temporary sibling, fsync, rename."""
 
 import contextlib
+import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,31 @@ def in_checkout(path: str) -> Path:
             "megatron_lowbit"
         )
     return ROOT / path
+
+
+def commit() -> str:
+    """The commit of the checkout that this package is in, marked if files differ from it."""
+    if not is_checkout():  # a folder of packages can lie in a checkout of something else
+        return "unknown"
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    if found.returncode != 0:
+        return "unknown"
+    return found.stdout.strip() + (" and changes" if status.stdout.strip() else "")
+
+
+def sources_digest() -> str:
+    """sha256 of this package's sources: tells a copy's commit where there is no git."""
+    package, found = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.*")):
+        if path.suffix in (".py", ".c", ".h"):
+            found.update(f"{path.relative_to(package).as_posix()}\n".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def import_path() -> str:

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# Shared with the check on a GPU, which runs where there are no tests.
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import DTYPES as DTYPES
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import OUTLIER as OUTLIER
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import sample as sample
 from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
 
 CODECS = [
@@ -33,28 +37,6 @@ CODECS = [
 
 # No token, one, fewer than ranks, odd sizes, a block of 64, several leading dimensions.
 SHAPES = [(0, 64), (1, 64), (2, 33), (3, 1), (5, 576), (4, 2, 48)]
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-OUTLIER = 5  # the feature that is large in "one-outlier"
-
-
-def sample(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """fp32 input of one distribution."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(shape, generator=generator)
-    if kind == "normal":
-        return normal
-    if kind == "heavy-tailed":
-        return normal * torch.randn(shape, generator=generator).exp()
-    if kind == "one-outlier":
-        normal[..., OUTLIER] *= 1000
-        return normal
-    if kind == "constant":
-        return torch.full(shape, 0.7 + seed)
-    if kind == "zero":
-        return torch.zeros(shape)
-    raise ValueError(kind)
 
 
 def tables_for(codec: Codec, partials: list[Tensor], bf16_features: int) -> Tables:

@@ -42,9 +42,10 @@ def test_rows():
         *("encode", "encode with a carry", "decode_sum of 2"),
         *("encode + decode_sum of 2", "reduce_encode of 2"),
     )
+    of_rotated = ("encode, folded", "reduce_encode of 2 with a carry")
     own = {
         ("rotated-hybrid-4", operation, path)
-        for operation in (*operations, "encode, folded")
+        for operation in (*operations, *of_rotated)
         for path in ("torch", "kernel")
     }
     peer = {
@@ -70,6 +71,7 @@ def test_rows():
         "decode_sum of 2": 2 * sent + 1536,
         "encode + decode_sum of 2": 1536 + sent + 2 * sent + 1536,
         "reduce_encode of 2": 2 * sent + sent,
+        "reduce_encode of 2 with a carry": 2 * sent + 2 * 1536 + sent,
     }
     lines = codec_bench.table(rows).splitlines()
     assert len(lines) == len(rows) + 1

@@ -4,8 +4,6 @@ Ranks are processes, and the memory that all can write is files that all of them
 flags and the atomics are real, only the GPUs are not.
 """
 
-import os
-import time
 import warnings
 from pathlib import Path
 
@@ -14,135 +12,49 @@ import torch.distributed as dist
 from cases import sample
 from torch import Tensor
 
-from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
+from megatron_lowbit.benchmark.gpu_check.work import peer_cases
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret, tables_of
+from megatron_lowbit.benchmark.gpu_check.work.peer_cases import (
+    CALLS,
+    MAPPED_BYTES,
+    expected,
+    mapped,
+)
+from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.comm import all_reduce, symmetric_memory, transport
 from megatron_lowbit.comm.feedback import ErrorFeedback
 from megatron_lowbit.comm.policy.policy import Policy
-from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
 from megatron_lowbit.kernels.switches import disabled
 
-SIZE = 1 << 13
 
-
-def interpret() -> None:
-    """CPU tensors go the way of GPU tensors."""
-    select._kind = lambda *tensors: "cuda"
-    select._trouble = lambda: ""
-
-
-def mapped(rank: int, ranks: int, directory: Path, *, programs: int, seconds: float) -> PeerMemory:
-    """The memory of a group, mapped by this process; rubbish where nothing must be zero."""
-    blocks = []
-    for owner in range(ranks):
-        path = directory / f"block{owner}"
-        if owner == rank:
-            zeros = 4 * programs * ranks
-            path.write_bytes(bytes(zeros) + b"\xa5" * (SIZE - zeros))
-        dist.barrier()
-        blocks.append(torch.from_file(str(path), shared=True, size=SIZE, dtype=torch.uint8))
-    memory = PeerMemory(
-        peers=torch.tensor([block.data_ptr() for block in blocks]),
-        calls=torch.zeros(programs, dtype=torch.int32),
-        late=torch.zeros(1, dtype=torch.int32),
-        rank=rank,
-        size=SIZE,
-        seconds=seconds,
-    )
-    memory.calls.blocks = blocks  # kept as long as the memory
-    return memory
-
-
-def tables_of(codec: Codec, hidden: int, kept: int, ranks: int) -> Tables:
-    """Tables with a BF16 index in no order, and centred where the codec is."""
-    index = torch.randperm(hidden, generator=torch.Generator().manual_seed(hidden))[:kept]
-    statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
-    return codec.tables(hidden, bf16_index=index, statistics=statistics)
-
-
-def expected(partials: Tensor, tables: Tables, codec: Codec, collective: str) -> Tensor:
-    """The sum, by plain torch."""
-    with disabled():
-        return simulated_all_reduce(
-            partials, tables, codec=codec, collective=collective, traffic=Traffic()
-        )
-
-
-# Codec, bits, collective, tokens, hidden, BF16 features, dtype.
-CALLS = [
-    ("rotated-hybrid", 4, "one-shot", 1, 96, 5, torch.bfloat16),
-    ("rotated-hybrid", 4, "two-shot", 1, 96, 5, torch.bfloat16),
-    ("shaped-hybrid", (3, 5), "two-shot", 7, 96, 3, torch.float32),
-    ("shaped-hybrid", 3, "one-shot", 5, 96, 3, torch.float16),
-    ("rotated-hybrid", 2, "one-shot", 0, 64, 0, torch.bfloat16),
-    ("rotated-hybrid", 6, "two-shot", 3, 33, 0, torch.bfloat16),
-    ("rotated-hybrid", (4, 6), "two-shot", 9, 64, 1, torch.bfloat16),
-    ("rotated-hybrid", 5, "one-shot", 3, 200, 7, torch.bfloat16),
-]
-
-
-def run_calls(rank: int, directory: Path) -> list[bool]:
-    """Every call, with ranks that come at other times: whether its bits are those of plain torch.
-
-    More calls than halves, of changing sizes, so that rows lie where others lay before.
-    """
+def run_calls(rank: int, directory: Path) -> bool:
+    """Every call, each of which must have the bits of plain torch."""
     interpret()
-    return _run_calls(mapped(rank, dist.get_world_size(), directory, programs=2, seconds=60))
+    memory = mapped(rank, dist.get_world_size(), directory, programs=2, seconds=60)
+    for collective in ("one-shot", "two-shot"):
+        peer_cases.check_carried_call(memory, collective)
+    return _run_calls(memory)
 
 
-def run_calls_on_a_gpu(rank: int) -> list[bool]:
+def run_calls_on_a_gpu(rank: int) -> bool:
     """The same over torch's symmetric memory, all ranks on one GPU; then as a CUDA graph."""
-    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
-    opening = symmetric_memory._Opening(dist.group.WORLD, device)
-    opening.allocate()
+    memory = peer_cases.opened(torch.device("cuda", 0))
+    _run_calls(memory)
+    for collective in ("one-shot", "two-shot"):
+        peer_cases.check_carried_call(memory, collective)
+        peer_cases.check_graph_call(memory, collective)
     dist.barrier()
-    opening.exchange()
-    memory = opening.opened.memory
-    same = _run_calls(memory)
-    codec = get_codec("rotated-hybrid")
-    tables = tables_of(codec, 4096, 32, memory.ranks).to(device)
-    partial, out = torch.empty(2, 8, 4096, dtype=torch.bfloat16, device=device)
-    for two_shot in (False, True):
-        # What is compiled or made at the first call cannot be captured.
-        codec.all_reduce_in(memory, partial, tables, chunk=8 * two_shot, out=out)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(3):  # an odd number: the halves change from replay to replay
-                codec.all_reduce_in(memory, partial, tables, chunk=8 * two_shot, out=out)
-        for seed in range(4):
-            partials = sample("heavy-tailed", (memory.ranks, 8, 4096), seed).bfloat16()
-            partial.copy_(partials[rank])
-            graph.replay()
-            collective = "two-shot" if two_shot else "one-shot"
-            right = expected(partials, tables.to("cpu"), codec, collective)
-            same.append(_is_same(out.cpu(), right))
-    return same
+    return True
 
 
-def _run_calls(memory: PeerMemory) -> list[bool]:
-    same, rank, ranks = [], memory.rank, memory.ranks
-    device = memory.calls.device
-    for seed, (name, bits, collective, tokens, hidden, kept, dtype) in enumerate(CALLS):
-        codec = get_codec(name, bits=bits)
-        tables = tables_of(codec, hidden, kept, ranks)
-        shape = (ranks, tokens, hidden)
-        partials = sample("heavy-tailed", shape, seed).to(dtype)
-        if tokens > 1:
-            partials[-1, 1, 0] = torch.nan
-        right = expected(partials, tables, codec, collective)
-        partial = partials[rank].to(device).T.contiguous().T  # strided; the sum goes there, too
-        time.sleep(0.05 * ((rank + seed) % ranks))
-        is_two_shot = collective == "two-shot"
-        on_device = tables.to(device)
-        codec.all_reduce_in(memory, partial, on_device, chunk=tokens * is_two_shot, out=partial)
-        assert memory.late.item() == 0
-        same.append(_is_same(partial.cpu(), right))
-    return same
+def _run_calls(memory: PeerMemory) -> bool:
+    for number in range(len(CALLS)):
+        peer_cases.check_call(memory, number)
+    return True
 
 
 def run_folded(rank: int, directory: Path) -> bool:
@@ -151,7 +63,7 @@ def run_folded(rank: int, directory: Path) -> bool:
     ranks = dist.get_world_size()
     memory = mapped(rank, ranks, directory, programs=2, seconds=60)
     codec = get_codec("shaped-hybrid")
-    _, tables = fold(torch.ones(96, 2), tables_of(codec, 96, 5, ranks))
+    _, tables = fold(torch.ones(96, 2), tables_of(codec, 96, 5, ranks=ranks))
     partials = sample("heavy-tailed", (ranks, 3, 101), 0).bfloat16()
     out = torch.empty(3, 96, dtype=torch.bfloat16)
     codec.all_reduce_in(memory, partials[rank], tables, chunk=3, out=out)
@@ -183,7 +95,7 @@ def run_carried(rank: int, directory: Path) -> list[bool]:
     mixed, plain, traffic, same = ErrorFeedback(), ErrorFeedback(), Traffic(), []
     for seed, (bits, collective, is_shared) in enumerate(CARRIED):
         codec = get_codec("shaped-hybrid", bits=bits)
-        call = {"codec": codec, "tables": tables_of(codec, 48, 2 * (seed % 2), ranks)}
+        call = {"codec": codec, "tables": tables_of(codec, 48, 2 * (seed % 2), ranks=ranks)}
         partial = sample("heavy-tailed", (ranks, 2 * ranks + 1, 48), seed)[rank].bfloat16()
         partial[1, 7] = torch.nan if seed == 1 else 1.0
         policy = Policy(collective, symmetric_memory=opened) if is_shared else collective
@@ -214,7 +126,7 @@ def run_opened(rank: int, directory: Path, fault: str) -> dict:
         def exchange(self) -> None:
             memory = mapped(rank, ranks, directory, programs=2, seconds=60)
             if fault == "wrong block" and rank == 0:
-                memory.peers[1] = memory.peers[0] + SIZE // 2
+                memory.peers[1] = memory.peers[0] + MAPPED_BYTES // 2
             self.opened = symmetric_memory.SymmetricMemory(memory, group=lambda: group)
 
     symmetric_memory._Opening, symmetric_memory._TRIAL_HIDDEN, symmetric_memory._TRIAL_KEPT = (
@@ -230,7 +142,7 @@ def run_opened(rank: int, directory: Path, fault: str) -> dict:
         warnings.simplefilter("always")
         opened = symmetric_memory._open(group, device)
     codec, traffic = get_codec("shaped-hybrid", bits=(4, 6)), Traffic()
-    tables = tables_of(codec, 96, 5, ranks)
+    tables = tables_of(codec, 96, 5, ranks=ranks)
     same = []
     for collective, tokens in (("one-shot", 2), ("two-shot", 5), ("two-shot", 30)):
         partials = sample("heavy-tailed", (ranks, tokens, 96), tokens).bfloat16()

@@ -4,7 +4,6 @@
 on a GPU. Where a value is NaN only that it is NaN is compared.
 """
 
-import itertools
 import os
 from dataclasses import replace
 
@@ -14,24 +13,23 @@ from cases import DTYPES, sample
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codecs import CODECS, Codec, Statistics, Tables, codebook, get_codec, wire
+from megatron_lowbit.benchmark.gpu_check.work import hard_cases, kernel_cases
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import (
+    ALL,
+    GROUPED,
+    ROTATED,
+    WAYS,
+)
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import check as _check
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import check_sums as _check_sums
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import same as _same
+from megatron_lowbit.codecs import CODECS, Codec, Statistics, Tables, codebook, get_codec
 from megatron_lowbit.codecs.base import LowbitError
 from megatron_lowbit.codecs.carry import Carry
-from megatron_lowbit.codecs.folding import fold
-from megatron_lowbit.codecs.peers.group_frame import Grouped
 from megatron_lowbit.codecs.peers.sdp4bit import turn_back
-from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.kernels import select
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-ROTATED = ["rotated-hybrid", "shaped-hybrid"]
-GATHERED = ["static-hybrid", "scaled-hybrid"]  # the body without the BF16 features
-GROUPED = list(PEERS)  # numbers for each group
-ALL = [*ROTATED, *GATHERED, *GROUPED, "bf16"]
-BITS = [1, 2, 3, 4, 5, 6]
-STATIC_BITS = [3, 4, 5, 6, 8]
-# One of each way to read a partial and to write a sum: the grouped differ in between.
-WAYS = [ROTATED[0], *GATHERED, GROUPED[0], "bf16"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,110 +37,20 @@ def triton_everywhere():
     """CPU tensors go the way of GPU tensors."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(select, "_kind", lambda *tensors: "cuda")
-            patch.setattr(select, "_trouble", lambda: "")
+            patch.setattr(select, "_kind", select._kind)  # to be put back
+            patch.setattr(select, "_trouble", select._trouble)
+            kernel_cases.interpret()
         yield
 
 
 def tables_of(codec: Codec, hidden: int, kept: int, ranks: int = 3) -> Tables:
-    generator = torch.Generator().manual_seed(hidden)
-    index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
-    statistics = Statistics.of(sample("heavy-tailed", (ranks, 5, hidden), 1))
-    return codec.tables(hidden, bf16_index=index, statistics=statistics).to(DEVICE)
+    return kernel_cases.tables_of(codec, hidden, kept, ranks=ranks, device=DEVICE)
 
 
-def _same(got: Tensor, expected: Tensor, case: str) -> None:
-    integer = {4: torch.int32, 2: torch.int16}[got.element_size()]
-    bits = [x.contiguous().view(integer).masked_fill(x.isnan(), -1).cpu() for x in (got, expected)]
-    assert got.dtype == expected.dtype and got.shape == expected.shape, case
-    assert torch.equal(*bits), f"{case}: first at {(bits[0] != bits[1]).nonzero()[0].tolist()}"
-
-
-def _same_payload(got: Tensor, expected: Tensor, codec: Codec, tables: Tables) -> None:
-    case = f"{codec}, hidden {tables.hidden}"
-    assert got.shape == expected.shape and got.dtype == torch.uint8 and got.is_contiguous(), case
-    body = tables.hidden if tables.body_index is None else tables.body_index.numel()
-    body = 0 if codec.name == "bf16" else wire.packed_bytes(body, codec.bits)
-    assert torch.equal(got[:, :body], expected[:, :body]), f"{case}: codes differ"
-    floats = [_numbers(payload, body, codec, tables) for payload in (got, expected)]
-    for mine, right in zip(*floats, strict=True):
-        _same(mine, right, case)
-
-
-def _numbers(payload: Tensor, body: int, codec: Codec, tables: Tables) -> list[Tensor]:
-    """Kind by kind as fp32, which tells all of their bits apart but those of a NaN."""
-    if not isinstance(codec, Grouped):
-        return [wire.split_row(payload, body)[1]]
-    hidden, groups = tables.hidden, codec._groups(tables.hidden)[0]
-    offsets = codec._offsets(hidden)
-    spans = zip(codec._numbers(groups), itertools.pairwise(offsets), strict=True)
-    found = [payload[:, body : offsets[0]].float()]  # padding
-    for (dtype, _), (start, stop) in spans:
-        found.append(payload[:, start:stop].flatten().clone().view(dtype).float())
-    return found
-
-
-def _check(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:
-    """Encode and sum `partials`, each step against plain torch; gives the payloads."""
-    payloads = []
-    for rank, partial in enumerate(partials):
-        with kernels.disabled():
-            expected = codec.encode(partial.cpu(), tables.to("cpu"), rank=rank)
-        payloads.append(codec.encode(partial.to(DEVICE), tables, rank=rank))
-        _same_payload(payloads[-1].cpu(), expected, codec, tables)
-    payloads = torch.stack(payloads)
-    _check_sums(codec, payloads, tables)
-    return payloads
-
-
-def _check_sums(codec: Codec, payloads: Tensor, tables: Tables, dtypes=(None,)) -> None:
-    on_cpu = tables.to("cpu")
-    with kernels.disabled():
-        total = codec.decode_sum(payloads.cpu(), on_cpu)
-    for dtype in dtypes:
-        out = None if dtype is None else torch.empty(total.shape, dtype=dtype, device=DEVICE)
-        got = codec.decode_sum(payloads, tables, out=out)
-        assert out is None or got is out
-        _same(got.cpu(), total.to(dtype or torch.float32), f"{codec}, {tables.hidden}, {dtype}")
-    if codec.name in ROTATED:
-        with kernels.disabled():
-            of_sum = codec.reduce_encode(payloads.cpu(), on_cpu)
-        got = codec.reduce_encode(payloads, tables).cpu()
-        _same_payload(got, of_sum, codec.for_sum(), tables)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ROTATED)
-def test_bits_of_the_rotated(name, bits):
-    """Every number of bits in partials, and another one in the sum."""
-    codec = get_codec(name, bits=(bits, 7 - bits))
-    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, tables_of(codec, 96, 5))
-
-
-@pytest.mark.parametrize("bits", STATIC_BITS)
-def test_bits_of_static(bits):
-    codec = get_codec("static-hybrid", bits=bits)
-    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, tables_of(codec, 96, 5))
-
-
-@pytest.mark.parametrize("bits", BITS[1:])
-def test_bits_of_scaled(bits):
-    codec = get_codec("scaled-hybrid", bits=bits)
-    partials = [sample("heavy-tailed", (2, 96), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, tables_of(codec, 96, 5))
-
-
-@pytest.mark.parametrize(
-    ("name", "bits"), [(n, b) for n in GROUPED for b in get_codec(n).supported_bits]
-)
-def test_bits_of_the_grouped(name, bits):
-    """Two groups and a part of one."""
-    codec = get_codec(name, bits=bits)
-    hidden = 2 * (codec.group or 32) + 5
-    partials = [sample("heavy-tailed", (1, hidden), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, tables_of(codec, hidden, 0))
+@pytest.mark.parametrize(("name", "bits"), kernel_cases.all_bits())
+def test_bits(name, bits):
+    """Every number of bits in partials, and in the rotated another one in the sum."""
+    kernel_cases.check_bits(name, bits, DEVICE)
 
 
 # By format, values of a group by which the step is a power of two: the step, and the values.
@@ -208,11 +116,7 @@ def test_scaled_divides():
 
 @pytest.mark.parametrize("name", ROTATED)
 def test_a_folded_weight(name):
-    """Rows that come rotated, with the BF16 features behind."""
-    codec = get_codec(name)
-    _, folded = fold(torch.ones(96, 2, device=DEVICE), tables_of(codec, 96, 5))
-    partials = [sample("heavy-tailed", (2, 101), seed).bfloat16() for seed in range(2)]
-    _check(codec, partials, folded)
+    kernel_cases.check_folded(name, DEVICE)
 
 
 @pytest.mark.parametrize("hidden", [1, 33, 64, 576])
@@ -227,44 +131,18 @@ def test_shapes(name, hidden):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_long_row(name):
-    codec = get_codec(name)
-    _check(codec, [sample("heavy-tailed", (1, 4096), 0).bfloat16()] * 2, tables_of(codec, 4096, 32))
+    kernel_cases.check_long(name, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", WAYS)
 def test_types_and_strides(name, dtype):
-    codec = get_codec(name)
-    wide = sample("heavy-tailed", (48, 100), 3).to(dtype)
-    tables = tables_of(codec, 48, 3)
-    views = [wide[:4:2, 3:51], wide[:, :2].T, wide[:1, 4:52].expand(2, 48)]
-    payloads = _check(codec, views, tables)
-    _check_sums(codec, payloads[:, :1], tables, dtypes=DTYPES)
-    row = payloads.shape[2]
-    wider = torch.empty(3, 2, row + 3, dtype=torch.uint8, device=DEVICE)[..., 1 : row + 1]
-    _check_sums(codec, wider.copy_(payloads), tables)  # and at odd addresses
-    _check_sums(codec, payloads[2:].expand(3, 2, row), tables)
-    _check_sums(codec, payloads.transpose(1, 2).contiguous().transpose(1, 2), tables)
-    out = torch.zeros(48, 2, dtype=dtype, device=DEVICE)
-    codec.decode_sum(payloads, tables, out=out.T)
-    _same(out.T.cpu(), codec.decode_sum(payloads, tables).to(dtype).cpu(), "a transposed result")
+    hard_cases.check_strides(name, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_rows_that_are_not_finite(name):
-    """Every feature in some token, all kinds in the body and in the BF16 features; and none.
-
-    Of a group, whose features are alike to the kernels, the first, one between and the last.
-    """
-    codec = get_codec(name)
-    tables = tables_of(codec, 12, 6)
-    features = range(12) if name in (*ROTATED, *GATHERED) else (0, 5, 11)
-    partials = [sample("normal", (len(features) + 1, 12), seed) for seed in range(2)]
-    for token, feature in enumerate(features):
-        partials[1][token, feature] = (torch.nan, torch.inf, -torch.inf)[token % 3]
-    payloads = _check(codec, partials, tables)
-    nan = codec.decode_sum(payloads, tables).isnan().any(dim=1)
-    assert nan.tolist() == [True] * len(features) + [False]
+    hard_cases.check_not_finite(name, DEVICE)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -344,27 +222,10 @@ def test_norm_is_rms_norm():
 
 @pytest.mark.parametrize("name", [ROTATED[0], GROUPED[0]])
 def test_offsets_above_two_to_the_31(name):
-    codec = get_codec(name)
-    tables = tables_of(codec, 64, 1)
-    row = codec.row_bytes(tables)
-    try:
-        far = torch.empty(2**32 + 4096, dtype=torch.uint8, device=DEVICE)  # reserved, not touched
-    except RuntimeError:
+    far = hard_cases.far_memory(DEVICE)
+    if far is None:
         pytest.skip("no 4 GiB to reserve here")
-    partial = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
-    _check(codec, [partial.copy_(sample("normal", (2, 64), 0))], tables)
-    for strides in ((2**32, row, 1), (row, 2**32, 1)):
-        payloads = far.as_strided((2, 2, row), strides)
-        _check_sums(codec, payloads.random_(0, 256), tables)
-    out = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
-    payloads = torch.zeros(1, 2, row, dtype=torch.uint8, device=DEVICE)
-    codec.decode_sum(payloads, tables, out=out)
-    _same(out.cpu(), codec.decode_sum(payloads, tables).bfloat16().cpu(), "a far result")
-    columns = far.view(torch.bfloat16).as_strided((2, 65), (1, 2**25))
-    tables = tables_of(codec, 65, 1)
-    payloads = _check(codec, [columns.copy_(sample("normal", (2, 65), 0))], tables)
-    codec.decode_sum(payloads, tables, out=columns)
-    _same(columns.cpu(), codec.decode_sum(payloads, tables).bfloat16().cpu(), "a far column")
+    hard_cases.check_far(name, far)
 
 
 def test_what_is_not_supported_is_named():
@@ -451,22 +312,6 @@ def test_ops_are_what_torch_expects(family):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
-def test_a_graph_replays_with_other_inputs():
-    codec = get_codec("rotated-hybrid")
-    tables = tables_of(codec, 4096, 32)
-    partial = sample("normal", (16, 4096), 0).bfloat16().to(DEVICE)
-    out = torch.empty_like(partial)
-
-    def work() -> None:
-        codec.decode_sum(codec.encode(partial, tables).expand(2, -1, -1), tables, out=out)
-
-    work()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    for seed in range(3):
-        partial.copy_(sample("heavy-tailed", (16, 4096), seed))
-        graph.replay()
-        replayed = out.clone()
-        work()
-        assert torch.equal(out, replayed)
+@pytest.mark.parametrize("name", WAYS)
+def test_a_graph_replays_with_other_inputs(name):
+    hard_cases.check_graph(name, DEVICE)

@@ -10,7 +10,9 @@ from megatron_lowbit.benchmark.codecs.closeness import codes_apart, sums_apart
 from megatron_lowbit.codecs import Codec, Statistics, Tables
 from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.codecs.folding import fold
+from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels import select
 
 _PERIOD = 257  # tokens of the partials, which repeat: a prime, so that a wrong row is seen
 
@@ -68,6 +70,8 @@ def cases(codec: Codec, tables: Tables, partials: list[Tensor]) -> list[Case]:
     ]
     if not codec.needs_statistics or tables.of_sum is not None:
         found.append(Case(f"reduce_encode of {ranks}", reduce_encode, (payloads,), received + sent))
+    if isinstance(codec, RotatedHybrid):
+        found += _of_rotated_sums(codec, tables, partials, payloads)
     return found
 
 
@@ -86,6 +90,27 @@ def _folded(codec: Codec, tables: Tables, partial: Tensor, sent: int) -> Case:
     _, folded = fold(torch.ones(tables.hidden, 1, device=partial.device), tables)
     wide = torch.cat([partial, partial[:, tables.bf16_index]], dim=1)
     return Case("encode, folded", lambda x: (codec.encode(x, folded),), (wide,), wide.nbytes + sent)
+
+
+def _of_rotated_sums(
+    codec: RotatedHybrid, tables: Tables, partials: list[Tensor], payloads: Tensor
+) -> list[Case]:
+    """The sum of two-shot with error feedback, and the sum with residual and norm."""
+    partial, ranks, dense = partials[0], len(payloads), partials[0].nbytes
+    given, weight = torch.empty_like(partial), torch.ones_like(partial[0])
+
+    def reduce_encode(rows: Tensor, taken: Tensor) -> Results:
+        return codec.reduce_encode_with_carry(rows, tables, Carry(taken, given)), given
+
+    def norm(rows: Tensor, residual: Tensor) -> Results:
+        return codec.decode_sum_norm(rows, tables, weight=weight, epsilon=1e-5, residual=residual)
+
+    given_of, moved = (payloads, partials[-1]), payloads.nbytes + 2 * dense
+    sent = payloads[0].nbytes
+    found = [Case(f"reduce_encode of {ranks} with a carry", reduce_encode, given_of, moved + sent)]
+    if codec.kernels(payloads, tables, family=select.NORM) is not None:  # on GPUs
+        found.append(Case(f"decode_sum_norm of {ranks}", norm, given_of, moved + dense))
+    return found
 
 
 def check_equal(got: Results, expected: Results, what: str) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from megatron_lowbit import __version__
 from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.comm.policy.timings import size_text
-from megatron_lowbit.files import is_checkout, write_atomic
+from megatron_lowbit.files import commit, write_atomic
 from megatron_lowbit.text_table import aligned
 
 Row = dict
@@ -116,7 +115,7 @@ def circumstances(command: list[str], *, machine: dict, versions: dict[str, str]
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "versions": {"megatron_lowbit": __version__, **versions},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -179,18 +178,3 @@ def _is_native(row: Row) -> bool:
 
 def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _commit() -> str:
-    """The commit of the checkout that this package is in, marked if files differ from it."""
-    if not is_checkout():  # a folder of packages can lie in a checkout of something else
-        return "unknown"
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    if commit.returncode != 0:
-        return "unknown"
-    return commit.stdout.strip() + (" and changes" if status.stdout.strip() else "")

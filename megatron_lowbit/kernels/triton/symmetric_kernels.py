@@ -12,6 +12,7 @@ from megatron_lowbit.kernels.triton.parts import barrier as barrier
 from megatron_lowbit.kernels.triton.parts import reduce as reduce
 from megatron_lowbit.kernels.triton.parts import rows as rows
 from megatron_lowbit.kernels.triton.parts import sending as sending
+from megatron_lowbit.kernels.triton.parts.sending import row_of as row_of
 
 
 @triton.jit
@@ -72,11 +73,11 @@ def one_shot(
     for token in range(program, tokens, PROGRAMS):
         place = tl.cast(rank * tokens + token, tl.int64) * ROW
         rows.encode_row(
-            sending.row_of(partial, token, partial_row_stride),
+            row_of(partial, token, partial_row_stride),
             partial_column_stride,
-            sending.row_of(taken, token, taken_row_stride),
+            None if taken is None else row_of(taken, token, taken_row_stride),
             taken_column_stride,
-            sending.row_of(given, token, given_row_stride),
+            None if given is None else row_of(given, token, given_row_stride),
             given_column_stride,
             bounded,
             largest,
@@ -111,7 +112,7 @@ def one_shot(
             index,
             kept,
             levels,
-            sending.row_of(out, token, out_row_stride),
+            row_of(out, token, out_row_stride),
             out_column_stride,
             HIDDEN,
             LOG_SUM_BLOCK,
@@ -204,11 +205,11 @@ def two_shot(
             if token < tokens:
                 theirs = tl.load(peers + owner) + half
                 rows.encode_row(
-                    sending.row_of(partial, token, partial_row_stride),
+                    row_of(partial, token, partial_row_stride),
                     partial_column_stride,
-                    sending.row_of(taken, token, taken_row_stride),
+                    None if taken is None else row_of(taken, token, taken_row_stride),
                     taken_column_stride,
-                    sending.row_of(given, token, given_row_stride),
+                    None if given is None else row_of(given, token, given_row_stride),
                     given_column_stride,
                     bounded,
                     largest,
@@ -241,9 +242,9 @@ def two_shot(
                 sending.as_bytes(own + tl.cast(place, tl.int64) * ROW),
                 tl.cast(share, tl.int64) * ROW,
                 ranks,
-                sending.row_of(sum_taken, place, sum_taken_row_stride),
+                None if sum_taken is None else row_of(sum_taken, place, sum_taken_row_stride),
                 sum_taken_column_stride,
-                sending.row_of(sum_given, place, sum_given_row_stride),
+                None if sum_given is None else row_of(sum_given, place, sum_given_row_stride),
                 sum_given_column_stride,
                 sum_bounded,
                 sum_largest,
@@ -284,7 +285,7 @@ def two_shot(
                     index,
                     kept,
                     sum_levels,
-                    sending.row_of(out, token, out_row_stride),
+                    row_of(out, token, out_row_stride),
                     out_column_stride,
                     HIDDEN,
                     LOG_SUM_BLOCK,
