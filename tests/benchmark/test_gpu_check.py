@@ -19,7 +19,7 @@ from megatron_lowbit.benchmark.gpu_check import (
     stage_runner,
 )
 from megatron_lowbit.benchmark.gpu_check.gpu_results import FAILED, OUT_OF_TIME, PASSED, SKIPPED
-from megatron_lowbit.benchmark.gpu_check.stages import STAGES, Stage
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import STAGES, Stage
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import sources_digest
 

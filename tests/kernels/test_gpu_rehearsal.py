@@ -12,8 +12,8 @@ from cases import sample
 
 from megatron_lowbit.benchmark.gpu_check import gpu_results, record_partials, saved_partials
 from megatron_lowbit.benchmark.gpu_check.gpu_results import FAILED, PASSED, SKIPPED
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import STAGES, Stage
 from megatron_lowbit.benchmark.gpu_check.stage_runner import Setting, run
-from megatron_lowbit.benchmark.gpu_check.stages import STAGES, Stage
 from megatron_lowbit.benchmark.gpu_check.work import chain_stage, peer_cases
 from megatron_lowbit.errors import LowbitError
 

@@ -92,7 +92,7 @@ def _table(path: Path) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from megatron_lowbit.benchmark.gpu_check import gpu_results, stage_runner
-    from megatron_lowbit.benchmark.gpu_check.stages import PARTIALS, STAGES
+    from megatron_lowbit.benchmark.gpu_check.gpu_stages import PARTIALS, STAGES
 
     output = options.output.absolute()
     for name in (gpu_results.NAME, stage_runner.LOG):

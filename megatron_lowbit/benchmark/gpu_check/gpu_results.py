@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_lowbit.benchmark.gpu_check.stages import STAGES, Stage
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import STAGES, Stage
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import commit, sources_digest, write_atomic
 from megatron_lowbit.json_files import read_json, shown

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from megatron_lowbit.benchmark.gpu_check.gpu_results import PASSED, Content
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import STAGES
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row
-from megatron_lowbit.benchmark.gpu_check.stages import STAGES
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import commit, sources_digest
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit import cli
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import PARTIALS
 from megatron_lowbit.benchmark.gpu_check.saved_partials import (
     BITS,
     CODEC,
@@ -22,7 +23,6 @@ from megatron_lowbit.benchmark.gpu_check.saved_partials import (
     metadata,
     tensors,
 )
-from megatron_lowbit.benchmark.gpu_check.stages import PARTIALS
 from megatron_lowbit.codecs import Statistics, Tables, get_codec
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_output, in_checkout, write_atomic

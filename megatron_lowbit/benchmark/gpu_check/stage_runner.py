@@ -26,13 +26,13 @@ from megatron_lowbit.benchmark.gpu_check.gpu_results import (
     Content,
     write,
 )
-from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row, Task
-from megatron_lowbit.benchmark.gpu_check.stages import (
+from megatron_lowbit.benchmark.gpu_check.gpu_stages import (
     AS_MANY_AS_CORES,
     MACHINE,
     MOST_PROCESSES,
     Stage,
 )
+from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row, Task
 from megatron_lowbit.files import import_path
 
 _PROCESS = "megatron_lowbit.benchmark.gpu_check.stage_process"
