@@ -72,6 +72,7 @@ def test_a_stage_that_fails_leaves_the_others_alive(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended_and_the_time_left_is_for_the_next(tmp_path, monkeypatch):
     stages = (stage("hangs", 1), stage("fine", 9))
     found = checked(tmp_path, monkeypatch, *stages, seconds=30)["stages"]
@@ -92,6 +93,7 @@ def test_processes_share_a_stage_and_one_that_dies_loses_its_own_part_only(tmp_p
     assert [row["case"] for row in found["dies"]["results"]] == ["a", "b", "a"]
 
 
+@pytest.mark.slow
 def test_what_a_stage_started_ends_with_it(tmp_path, monkeypatch):
     found = checked(tmp_path, monkeypatch, stage("starts_another"), seconds=4)["stages"]
     [row] = found["starts_another"]["results"]
@@ -227,6 +229,11 @@ def test_the_page_is_filled():
     cpu = "CPU, one thread, 512 x 4096 at 4 bits, against plain torch"
     assert speed[cpu] == cells(before, gpu_tables.SPEED_HEAD)[cpu]
     assert gpu_tables.filled(page, sample_content()) == page
+
+
+def test_the_page_lists_the_stages():
+    page = PAGE.read_text()
+    assert all(f"| {one.name} | {one.about} | " in page for one in STAGES)
 
 
 def test_what_was_not_measured_says_so():
