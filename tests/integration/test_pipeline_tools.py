@@ -13,6 +13,7 @@ from releases import ROOT
 from test_tools import CALIBRATE, EVALUATE, TEXT
 
 from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.integration.sums.chain_check import _moves_between
 
 CUT = Path(__file__).with_name("cut_worker.py")
 EXPERTS = Path(__file__).with_name("experts_checkpoint.py")
@@ -81,6 +82,14 @@ def test_simulated_ranks_over_four_stages_give_the_same_bytes(deep, tmp_path):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
 
 
+def test_a_stream_that_changes_between_stages_is_seen():
+    """By digests of what each stage's layers were given and left; none where it has no numbers."""
+    assert not _moves_between([("a", "b")])
+    assert not _moves_between([("a", "b"), ("b", "c"), ("c", "d")])
+    assert _moves_between([("a", "b"), ("b", "c"), ("x", "d")])
+    assert not _moves_between([("a", ""), ("x", "c")])
+
+
 def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(deep, tmp_path):
     """The layer that does not differentiate is on the last stage: the first one must not wait."""
     some = ["--budget", "4", "--sequences", "2"]
@@ -123,7 +132,7 @@ CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,recipe,recipe-3.5,recipe-3.
 
 
 def evaluation(ranks: int, deep: Path, index: Path, output: Path, *more: str) -> dict:
-    small = ["--tokens", "64", "--seq-length", "32", "--generate", "2", "--codecs", CODECS]
+    small = ["--tokens", "64", "--seq-length", "32", "--generate", "1", "--codecs", CODECS]
     command = [EVALUATE, "--load", deep, "--index", index, "--data", TEXT, *small]
     done = forked(ranks, *command, "--output", output, *more)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -181,7 +190,7 @@ def test_an_evaluation_with_experts_on_other_ranks_has_the_same_results(mixture,
     """3 sequences for 2 pairs of ranks: the pair without a third must not be waited for."""
     for name in ("whole", "split"):
         (tmp_path / name).mkdir()
-    more = ["--tokens", "96"]
+    more = ["--tokens", "96", "--codecs", "bf16,recipe@feedback"]
     whole = evaluation(1, *mixture, tmp_path / "whole" / "summary.json", *SIMULATED, *more)
     split = evaluation(4, *mixture, tmp_path / "split" / "summary.json", *SPREAD, *more)
     assert whole == split
