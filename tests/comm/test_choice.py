@@ -10,8 +10,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from worker import error_of
 
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
@@ -62,6 +63,12 @@ def _tuning(**changes) -> Tuning:
     return Tuning(**{**fields, "timings": _timings(), **changes})
 
 
+def _of_ranges() -> list[Kind]:
+    """A codec with statistics of the partials, and none of the sum."""
+    codec = get_codec("static-hybrid")
+    return [Kind(codec, codec.tables(64, statistics=Statistics(ranges=torch.ones(2, 64))))]
+
+
 def _only(*names: tuple[str, str]) -> Timings:
     return _timings({Case(codec, False, by): (1.0,) for codec, by in names})
 
@@ -107,6 +114,10 @@ def _choose(rank: int, directory: Path) -> dict:
         "modes": error_of(lambda: _chooser(mode="one-shot" if rank else "two-shot")),
         "one_node": error_of(lambda: _chooser(mode="hierarchical", node_size=2)),
         "odd_nodes": error_of(lambda: _chooser(mode="hierarchical", node_size=3)),
+        "no_sums": error_of(
+            lambda: _chooser(_of_ranges(), mode="hierarchical", node_size=1, low_bit_inside=True)
+        ),
+        "sums_not_sent": _chooser(_of_ranges(), mode="hierarchical", node_size=1).mode,
         **refused,
     }
 
@@ -194,12 +205,25 @@ def test_times_taken_at_load(results):
         ("broken", "ranks differ in their collective|is damaged"),
         ("modes", "ranks differ in their collective"),
         ("one_node", "all 2 ranks are on one: use two-shot"),
-        ("odd_nodes", "nodes of 3 ranks do not divide a group of 2"),
+        ("odd_nodes", "nodes of 3 ranks do not divide a group of 2: give --lowbit-node-size"),
+        ("no_sums", "static-hybrid has no calibrated statistics of the sum"),
     ],
 )
 def test_refused_on_every_rank(results, case, message):
     for result in results:
         assert re.search(message, result[case]), result[case]
+
+
+def test_statistics_of_the_sum_are_asked_for_only_where_it_is_sent(results):
+    assert [result["sums_not_sent"] for result in results] == ["hierarchical"] * 2
+
+
+@pytest.mark.parametrize(("local", "shown"), [("0", "0"), ("two", "two"), ("", "not set")])
+def test_a_machine_of_no_ranks_bounds_no_node(monkeypatch, local, shown):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert not spans_nodes(None)
+    with pytest.raises(LowbitError, match=f"LOCAL_WORLD_SIZE is {shown}: start with torchrun"):
+        node_size(None)
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,9 @@ def make_policy(
         settings: The same on every rank.
         group: The ranks that all-reduce.
         device: Where the partials are.
-        codec: Of all messages, the same on every rank; without `kinds`.
-        tables: Of one sync point; without `kinds`.
-        kinds: Where a pass has several codecs, or carries errors: its sync points.
+        codec: Of all messages, the same on every rank. Left out where there are `kinds`.
+        tables: Of one sync point. Left out where there are `kinds`.
+        kinds: The sync points of a pass that has several codecs, or carries errors.
         dtype: Of the partials.
         scatters: Whether there may be reduce-scatters. `auto` keeps those native otherwise.
         largest: Bytes in BF16 of the longest message that `auto` takes times of.
@@ -55,10 +55,10 @@ def make_policy(
     if not kinds:
         assert codec is not None and tables is not None, "give a codec and tables, or kinds"
         kinds = (Kind(codec, tables),)
-    if settings.mode == "two-shot":
+    size = on_every_rank(lambda: _node_size(settings, group), group=group)
+    if _sends_sums(settings, size, group):
         for kind in kinds:
             kind.codec.sum_tables(kind.tables)
-    size = on_every_rank(lambda: _node_size(settings, group), group=group)
     nodes = None
     if size is not None:
         nodes = make_nodes(group, size=size, low_bit_inside=settings.low_bit_inside)
@@ -160,6 +160,14 @@ def _collectives(place: Place) -> list[str]:
     return [*place.policies, *(["reduce-scatter"] if place.scatters else [])]
 
 
+def _sends_sums(settings: Settings, size: int | None, group: dist.ProcessGroup) -> bool:
+    """Whether a fixed mode sends sums in low bits; `size` is of a node."""
+    if settings.mode != "hierarchical":
+        return settings.mode == "two-shot"
+    assert size is not None, "hierarchical has nodes"
+    return settings.low_bit_inside or dist.get_world_size(group) > 2 * size
+
+
 def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
     """Ranks of the group in a node where hierarchical is asked for or possible, else None."""
     ranks = dist.get_world_size(group)
@@ -169,7 +177,10 @@ def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
         return _node_size_of_auto(group)
     size = settings.node_size or node_size(group)
     if size < 1 or ranks % size:
-        raise LowbitError(f"nodes of {size} ranks do not divide a group of {ranks}")
+        raise LowbitError(
+            f"nodes of {size} ranks do not divide a group of {ranks}: give --lowbit-node-size a "
+            "number that does"
+        )
     if size == ranks:
         raise LowbitError(
             f"hierarchical needs several nodes, and all {ranks} ranks are on one: use two-shot, or "
