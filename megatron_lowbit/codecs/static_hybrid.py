@@ -23,6 +23,7 @@ from megatron_lowbit.codecs.base import Codec, rounded_into
 from megatron_lowbit.codecs.tables import (
     Statistics,
     Tables,
+    check_by_rank,
     check_index,
     other_features,
     put_in_place,
@@ -54,10 +55,7 @@ class StaticHybrid(Codec):
                 "static-hybrid needs calibrated ranges: take them from a calibration index (python "
                 "-m megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
             )
-        if ranges.ndim != 2 or ranges.shape[1] != hidden:
-            raise LowbitError(
-                f"ranges have shape {tuple(ranges.shape)}, not [ranks, hidden] with hidden {hidden}"
-            )
+        check_by_rank("ranges", ranges, hidden)
         device = device or ranges.device
         index = check_index(bf16_index, hidden, device)
         of_sum = None

@@ -130,11 +130,22 @@ def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | s
     index = bf16_index.to(torch.int64).flatten().sort().values
     if index.numel() and (index[0] < 0 or index[-1] >= hidden):
         bad = index[0].item() if index[0] < 0 else index[-1].item()
-        raise LowbitError(f"BF16 feature {bad} is outside the hidden size {hidden}")
+        raise LowbitError(
+            f"BF16 feature {bad} is outside the hidden size {hidden}: give 0 to {hidden - 1}"
+        )
     repeated = index[1:][index[1:] == index[:-1]]
     if repeated.numel():
-        raise LowbitError(f"BF16 feature {repeated[0].item()} is named twice")
+        raise LowbitError(f"BF16 feature {repeated[0].item()} is named twice: give each once")
     return index.to(device)
+
+
+def check_by_rank(name: str, values: Tensor, hidden: int) -> None:
+    """Raise LowbitError unless `values` are ``[ranks, hidden]``; `name` is what they are."""
+    if values.ndim != 2 or values.shape[1] != hidden:
+        raise LowbitError(
+            f"{name} have shape {tuple(values.shape)}, not [ranks, hidden] with hidden {hidden}: "
+            "give the statistics of this sync point"
+        )
 
 
 def other_features(bf16_index: Tensor, hidden: int) -> Tensor:

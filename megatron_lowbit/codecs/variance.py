@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.tables import Statistics
+from megatron_lowbit.codecs.tables import Statistics, check_by_rank
 from megatron_lowbit.errors import LowbitError
 
 # A feature that calibration saw (nearly) constant is not blown up without limit.
@@ -22,10 +22,8 @@ def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor
             "megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
         )
     for name, values in (("variances", statistics.variance), ("means", statistics.mean)):
-        if values is not None and (values.ndim != 2 or values.shape[1] != hidden):
-            raise LowbitError(
-                f"{name} have shape {tuple(values.shape)}, not [ranks, hidden] with hidden {hidden}"
-            )
+        if values is not None:
+            check_by_rank(name, values, hidden)
     return statistics.variance.float()
 
 

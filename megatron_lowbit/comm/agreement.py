@@ -43,7 +43,8 @@ def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None =
     for rank, other in enumerate(values):
         if other != values[0]:
             raise LowbitError(
-                f"ranks differ in their {what}: rank 0 has {values[0]}, rank {rank} has {other}"
+                f"ranks differ in their {what}: rank 0 has {values[0]}, rank {rank} has {other}; "
+                "give all ranks the same"
             )
 
 
