@@ -137,7 +137,7 @@ def _candidates(kinds: Sequence[Kind], nodes: Nodes | None) -> list[str]:
 def _measured(kinds: Sequence[Kind], place: Place) -> ByTimes:
     """By times that are taken now."""
     start = time.perf_counter()
-    timed = [kind for kind in kinds if kind.codec.bits] or kinds  # 0 bits are never sent
+    timed = _sent(kinds) or kinds
     timings = time_collectives(timed, place)
     seconds = max(gather_values(time.perf_counter() - start, group=place.group))
     sizes = timings.sizes()
@@ -152,8 +152,13 @@ def _by_tuning(tuning: Tuning, kinds: Sequence[Kind], place: Place, nodes: Nodes
     candidates = _collectives(place)
     if nodes is not None and tuning.node_size != nodes.size:
         candidates.remove("hierarchical")
-    timed = [kind for kind in kinds if kind.codec.bits] or kinds
+    timed = _sent(kinds) or kinds
     return ByTimes(tuning.timings, timed, candidates, source=Path(tuning.origin).name)
+
+
+def _sent(kinds: Sequence[Kind]) -> list[Kind]:
+    """Those of 0 bits are never sent, and have no times."""
+    return [kind for kind in kinds if kind.codec.bits]
 
 
 def _collectives(place: Place) -> list[str]:
@@ -201,8 +206,7 @@ def _node_size_of_auto(group: dist.ProcessGroup) -> int | None:
 
 def _read(path: Path, kinds: Sequence[Kind], group: dist.ProcessGroup) -> Tuning:
     tuning = read_tuning(path, group=group)
-    needed = [kind for kind in kinds if kind.codec.bits]
-    missing = tuning.timings.missing(needed, "one-shot")
+    missing = tuning.timings.missing(_sent(kinds), "one-shot")
     if missing:
         raise LowbitError(
             f"{path} has no times of {missing[0]}, only of {', '.join(tuning.codecs())}: make it "
