@@ -124,7 +124,11 @@ def sum_in_rank_order(values: Tensor) -> Tensor:
 
 
 def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:
-    """Return the BF16 index as ascending int64 on `device`, or say what is wrong with it."""
+    """Return the BF16 index as ascending int64 on `device`.
+
+    Raises:
+        LowbitError: A feature is named twice, or is outside the token.
+    """
     if bf16_index is None:
         return torch.empty(0, dtype=torch.int64, device=device)
     index = bf16_index.to(torch.int64).flatten().sort().values

@@ -15,7 +15,11 @@ MOST_COST = 16.0  # 12 dB
 
 
 def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor:
-    """The variances, fp32 ``[ranks, hidden]``, or an error that names the codec."""
+    """The variances, fp32 ``[ranks, hidden]``.
+
+    Raises:
+        LowbitError: There are none, or variances or means have another shape; it names `codec`.
+    """
     if statistics is None or statistics.variance is None:
         raise LowbitError(
             f"{codec} needs calibrated statistics: take them from a calibration index (python -m "

@@ -38,7 +38,7 @@ def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
 
 
 def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank if `value` is not the same on all ranks."""
+    """Raise LowbitError on every rank if `value` is not the same on all; `what` names it."""
     values = gather_values(value, group=group)
     for rank, other in enumerate(values):
         if other != values[0]:
@@ -49,7 +49,7 @@ def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None =
 
 
 def require_some(found: object, failure: str, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise rank 0's `failure` on every rank if `found` is empty or false on all of them."""
+    """Raise LowbitError on every rank, in rank 0's words, if `found` is empty or false on all."""
     failures = gather_values(None if found else failure, group=group)
     if all(failures):
         raise LowbitError(failures[0])

@@ -186,6 +186,7 @@ class Call:
         return x.new_empty(*x.shape[:-1], self.tables.hidden)
 
     def count(self, decision: Decision, x: Tensor, payload: int, sent: int, clock: Clock) -> None:
+        """Add this call to the counters, if there are any; it ends here."""
         if self.traffic is not None:
             tokens = x.numel() // x.shape[-1]
             counters = Counters(1, tokens, tokens * self.tables.hidden, payload, sent)
@@ -203,12 +204,14 @@ class Call:
 
 
 def run(function: type[torch.autograd.Function], x: Tensor, call: Call) -> Tensor:
+    """Run a collective; its backward pass is recorded only where a gradient is wanted."""
     if records(x):
         return function.apply(x, call)
     return function.forward(None, x, call)  # without autograd's 5 us a call
 
 
 def records(x: Tensor) -> bool:
+    """Whether autograd records what is done with `x`."""
     return torch.is_grad_enabled() and x.requires_grad
 
 

@@ -53,7 +53,7 @@ def is_checking() -> bool:
 
 
 def require_same_call(name: str, x: object, call: dict, group: dist.ProcessGroup) -> None:
-    """Raise on every rank of `group` unless all make the same call.
+    """Raise LowbitError on every rank of `group` unless all make the same call.
 
     Args:
         name: The public function.
