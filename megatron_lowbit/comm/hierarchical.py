@@ -60,7 +60,7 @@ class Nodes:
 
 
 class Carries(NamedTuple):
-    """Error feedback of each quantization; but the first, rows of the tokens that this rank owns.
+    """Error feedback of each quantization; all but `partial` are of tokens that this rank owns.
 
     Attributes:
         partial: Of this rank's partial, ``[tokens, hidden]``.
