@@ -37,9 +37,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--num-tokens-to-generate", type=cli.positive, default=30, metavar="N", help="default: 30"
     )
-    parser.add_argument("--top_k", type=int, default=1, help="1 is greedy (default)")
-    parser.add_argument("--top_p", type=float, default=0.0, help="0 is off (default)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default: 1")
+    parser.add_argument("--top_k", type=int, default=1, help="1 is greedy (default), 0 is off")
+    parser.add_argument(
+        "--top_p", type=float, default=0.0, help="0 is off (default); needs --top_k 0"
+    )
+    parser.add_argument("--temperature", type=cli.positive_number, default=1.0, help="default: 1")
     add_lowbit_args(parser)
     return parser.parse_known_args()
 
@@ -58,12 +60,28 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def check_sampling(options: argparse.Namespace) -> None:
+    """Raise LowbitError for what Megatron would assert in the middle of a request."""
+    top_k, top_p = options.top_k, options.top_p
+    if top_k < 0:
+        raise LowbitError(f"--top_k {top_k}: give 1 or more, or 0 for off")
+    if not 0 <= top_p <= 1:
+        raise LowbitError(f"--top_p {top_p}: give 0 to 1, 0 for off")
+    if top_k and top_p:
+        raise LowbitError(f"--top_p {top_p} and --top_k {top_k} exclude each other: add --top_k 0")
+
+
 def main() -> None:
     """Load, switch to low bits if asked to, generate, print."""
     options, megatron_argv = parse()
     prompts = read_prompts(options)
+    check_sampling(options)
     index_dir_from_args(options)  # what is wrong with it should not wait for the checkpoint
     args = parse_megatron_args(["--load", options.load, *megatron_argv])
+    if options.top_k >= args.padded_vocab_size:
+        raise LowbitError(
+            f"--top_k {options.top_k} is not below the vocabulary's {args.padded_vocab_size}"
+        )
     session.initialize(args)
     tokenizer, model = session.build_tokenizer(args), session.load_model(args)
     if apply_from_args(model, options) is None:

@@ -28,7 +28,7 @@ TASKS="${TASKS:-local-arc-easy,local-arc-challenge,local-winogrande,local-hellas
 LOWBIT="${LOWBIT:---lowbit-tp-comm --lowbit-collective one-shot}"
 
 die() { echo "lm_eval: $*" >&2; exit 1; }
-[[ -d "$CKPT/lowbit" ]] || die "no index in $CKPT/lowbit: run examples/quickstart.sh first"
+[[ -d "$CKPT/lowbit" ]] || die "no calibration index in $CKPT/lowbit: run examples/quickstart.sh first"
 
 export LOWBIT_LM_EVAL=yes # 620 MB, when it is first wanted
 # shellcheck source=tools/setup_env.sh

@@ -29,7 +29,7 @@ ABSENT_IN_CHATS: dict[str, tuple] = {
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
 }
-IDS = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 StopWord = Annotated[Text, Field(min_length=1)]
 Cold = Temperature | Annotated[float, Field(ge=0, le=0)]  # 0 is greedy
 
@@ -73,7 +73,7 @@ class Request(BaseModel):
 class Completion(Request):
     """POST /v1/completions."""
 
-    prompt: Text | IDS | Prompts | Tokens
+    prompt: Text | Ids | Prompts | Tokens
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=10)
     echo: bool = False

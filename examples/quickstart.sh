@@ -4,9 +4,9 @@
 #   examples/quickstart.sh
 #
 # Makes or reuses the environment .venv (see tools/setup_env.sh) and writes to out/quickstart/:
-# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its
-# calibration index),
-# stats.json (what generation sent), summary.json (the table) and report.html with report_plots/.
+# ckpt/ (SmolLM2-135M-Instruct as a Megatron-core checkpoint for TP 3), ckpt/lowbit/ (its calibration
+# index), stats.json (what generation sent), summary.json (the table) and report.html with
+# report_plots/.
 # Takes 8 to 12 minutes on 2 cores once packages are cached.
 
 set -euo pipefail

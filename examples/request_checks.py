@@ -161,7 +161,7 @@ class Checks:
         """Raises ValueError for a request that the server could not serve."""
         asked = schema.model_validate(content)
         if asked.top_k >= self._ids:
-            raise ValueError(f"top_k: {asked.top_k}, below the vocabulary's {self._ids}")
+            raise ValueError(f"top_k: {asked.top_k} is not below the vocabulary's {self._ids}")
         with self._lock:
             texts = asked.texts(self._detokenize)
             prompts = [self._tokenizer.tokenize(text) for text in texts]
@@ -181,7 +181,7 @@ class Checks:
 
     def _detokenize(self, ids: list[int]) -> str:
         if max(ids) >= self._ids:
-            raise ValueError(f"prompt: token {max(ids)}, below the vocabulary's {self._ids}")
+            raise ValueError(f"prompt: token {max(ids)} is not below the vocabulary's {self._ids}")
         return self._tokenizer.detokenize(ids)
 
 

@@ -22,7 +22,7 @@ source "$ROOT/tools/setup_env.sh"
 CKPT="${CKPT:-$ROOT/out/quickstart/ckpt}"
 PORT="${PORT:-5000}"
 ENGINE="${ENGINE:-dynamic}"
-LOG="$ROOT/out/serve-$PORT.log"
+LOGS="$ROOT/out/serve-$PORT.rank" # and the rank, and .log
 mkdir -p "$ROOT/out"
 TOKENS=16
 PROMPTS=("$@")
@@ -67,27 +67,26 @@ export MASTER_PORT
 RANKS=()
 for rank in 0 1 2; do
     RANK=$rank LOCAL_RANK=$rank "$ENV_PYTHON" -m megatron_lowbit.launch "$SCRIPT" "${ALL[@]}" "${more[@]}" \
-        >"${LOG%.log}.rank$rank.log" 2>&1 &
+        >"$LOGS$rank.log" 2>&1 &
     RANKS+=($!)
 done
-LOG="${LOG%.log}.rank0.log"
 stop() {
     kill "${RANKS[@]}" 2>/dev/null || true
     wait "${RANKS[@]}" 2>/dev/null || true
 }
 trap stop EXIT
 
-echo "serve: starting the $ENGINE engine on port $PORT; its messages go to ${LOG#"$ROOT"/}"
+echo "serve: starting the $ENGINE engine on port $PORT; its messages go to ${LOGS#"$ROOT"/}0.log"
 until curl -s -o /dev/null --max-time 5 "http://127.0.0.1:$PORT/"; do
     for pid in "${RANKS[@]}"; do
         kill -0 "$pid" 2>/dev/null || {
-            tail -n 20 "${LOG%0.log}"*.log >&2
+            tail -n 20 "$LOGS"*.log >&2
             die "a rank of the server has ended; the last messages are above"
         }
     done
     sleep 1
 done
-grep "^> low-bit" "$LOG"
+grep "^> low-bit" "${LOGS}0.log"
 
 # ask_dynamic PROMPT, ask_static PROMPT: the request, and the text of the answer
 ask_dynamic() {

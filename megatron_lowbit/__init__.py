@@ -4,13 +4,13 @@ Public names, imported on first use so that a bare ``import megatron_lowbit`` to
 CUDA, Triton nor Megatron:
 
     apply           switch a Megatron model's sync points to the low-bit path (needs megatron-core)
-    Settings        of its collectives: a tuning file, nodes
+    Settings        which collectives `apply` takes: a mode, a tuning file, nodes
     all_reduce      sum a tensor over a process group through a codec (needs only torch)
     reduce_scatter  the same, each rank its own block of the first axis
     all_gather      put the tensors of all ranks together
     ErrorFeedback   what one sum could not send goes along with the next one
     get_codec       a codec by name and bits
-    register_route  of a fork's own row-parallel linears to their partials
+    register_route  how a fork's own row-parallel linears hand over their partials
     LowbitError     the base of the package's errors
 """
 

@@ -110,18 +110,22 @@ def say(text: str) -> None:
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above zero")
-    return value
+    """argparse type: a whole number above zero."""
+    return int(_above_zero(text, int, "a whole number above zero"))
 
 
 def positive_number(text: str) -> float:
     """argparse type: a finite number above zero."""
-    value = float(text)
+    return _above_zero(text, float, "a finite number above zero")
+
+
+def _above_zero(text: str, kind: Callable[[str], float], wanted: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:  # argparse would show this function's name
+        value = 0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not above zero and finite")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
 
 

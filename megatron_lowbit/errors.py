@@ -6,7 +6,7 @@ class LowbitError(ValueError):
 
 
 class IndexFileError(LowbitError):
-    """An index directory that is missing, damaged, or made for something else."""
+    """A calibration index that is missing, damaged, or made for something else."""
 
 
 class CorpusError(LowbitError):

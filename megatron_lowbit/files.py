@@ -109,6 +109,10 @@ def replace_together(contents: dict[Path, bytes]) -> None:
     Success means that each file was read again, and holds what was to be written. Each is renamed
     into place, so a file that is hard-linked into a package manager's cache is replaced here and
     not changed there.
+
+    Raises:
+        LowbitError: A file holds something else than was written.
+        OSError: One cannot be read or written.
     """
     before = {path: path.read_bytes() for path in contents}
     staged = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
@@ -192,9 +196,11 @@ def flush(path: Path) -> None:
 def _followed(target: Path) -> Path:
     """The directory that `target` is, or links to; see `atomic_directory`."""
     if target.is_symlink() and not target.exists():
-        raise LowbitError(f"{target}: a link to {os.readlink(target)}, which is not there")
+        raise LowbitError(
+            f"{target}: a link to {os.readlink(target)}, which is not there: remove the link"
+        )
     if target.exists() and not target.is_dir():
-        raise LowbitError(f"{target}: exists and is not a directory")
+        raise LowbitError(f"{target}: exists and is not a directory: name another")
     real = Path(os.path.realpath(target))
     if os.path.ismount(real):
         raise LowbitError(f"{target}: a disk is mounted there: name a directory in it")

@@ -10,7 +10,8 @@ as Megatron-LM's examples/inference/gpt/gpt_static_inference.py or
 tools/run_text_generation_server.py. ARGS are the script's own. --lowbit-tp-comm and the arguments
 that go with it are in its --help, are checked when it parses them, and take effect when it has
 loaded its checkpoint: one line then says how many sync points are in low bits. Without INDEX_DIR
-CKPT/lowbit is taken, where CKPT is the checkpoint of --load (tools/calibrate.py makes it).
+CKPT/lowbit is taken, where CKPT is the checkpoint of --load; python -m megatron_lowbit calibrate
+makes it.
 What counts is what Megatron parses: a script may build its argument list itself, as evaluation
 harnesses do, and then it belongs there.
 

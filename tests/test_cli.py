@@ -115,3 +115,20 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, number):
 )
 def test_the_loss_of_another_rank_is_told_from_faults_of_ours(error, lost):
     assert cli._is_lost_rank(error) is lost
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "wanted"),
+    [
+        (cli.positive, "three", "'three' is not a whole number above zero"),
+        (cli.positive, "0", "'0' is not a whole number above zero"),
+        (cli.positive_number, "x", "'x' is not a finite number above zero"),
+        (cli.positive_number, "inf", "'inf' is not a finite number above zero"),
+    ],
+)
+def test_a_bad_number_is_named_with_what_is_wanted(kind, text, wanted, capsys):
+    parser = cli.described(None)
+    parser.add_argument("--n", type=kind)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", text])
+    assert f"argument --n: {wanted}" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Codecs by name: the plain-torch reference of each, which is its specification.
 
-A new codec is one module with a `Codec` subclass and one entry in `CODECS`; collectives,
+A new codec is one module with a `Codec` subclass and one entry in `_OWN`; collectives,
 calibration, integration and evaluation take it from there. Other packages bring codecs of their own
 by an entry point (`codecs.foreign`).
 """

@@ -43,7 +43,7 @@ class Codec(abc.ABC):
         bits: Bits of one body value of a partial.
         sum_bits: Bits of one body value of the sum, in collectives that send it.
         needs_statistics: Whether `tables` needs statistics of this very TP degree.
-        takes_index: Whether features apart from the body mean anything to it.
+        takes_index: Whether it sends the features of a BF16 index apart from the body.
         carries: Whether sync points carry errors by default (`codecs.carry`); they can with any.
         can_skip: Whether it has a version of 0 bits, which sends nothing: the calibrated mean
             stands for the sum, and error feedback (`codecs.carry`) brings the rest later.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_lowbit.codecs.base import Codec, rounded_into
 from megatron_lowbit.codecs.tables import Tables, sum_in_rank_order
-from megatron_lowbit.codecs.wire import bf16_bytes, to_wire_bf16
+from megatron_lowbit.codecs.wire import bytes_of, to_wire_bf16
 from megatron_lowbit.kernels import select
 
 
@@ -27,7 +27,7 @@ class Bf16(Codec):
     def encode(self, partial: Tensor, tables: Tables, *, rank: int = 0) -> Tensor:
         module = self.kernels(partial, tables)
         if module is None:
-            return bf16_bytes(to_wire_bf16(partial))
+            return bytes_of(to_wire_bf16(partial))
         return module.encode(partial, **self._layout(tables))
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:

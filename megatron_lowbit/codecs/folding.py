@@ -42,9 +42,14 @@ def fold(weight: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
     if tables.encode_scale is None:
         raise LowbitError(f"codec {tables.codec} has no rotation to fold: use rotated-hybrid")
     if weight.dtype not in FOLDABLE:
-        raise LowbitError(f"cannot fold a rotation into a quantized weight ({weight.dtype})")
+        raise LowbitError(
+            f"cannot fold a rotation into a quantized weight ({weight.dtype}): leave out fold"
+        )
     if weight.shape[0] != tables.hidden:
-        raise LowbitError(f"a weight of {weight.shape[0]} rows, tables for {tables.hidden}")
+        raise LowbitError(
+            f"a weight of {weight.shape[0]} rows, tables for {tables.hidden}: give those of its "
+            "sync point"
+        )
     norm = _norm(tables.hidden)
     scale = tables.encode_scale * norm
     columns = weight.float().t() * scale

@@ -1,12 +1,22 @@
-"""What the kernels of the rotated codecs take, from what the codecs know (`codecs.tables`).
+"""What kernels take, from what the codecs know (`codecs.tables`); kernels know nothing of codecs.
 
-Kernels know nothing of codecs; the names are those of `kernels.cpu.rotated` and
-`kernels.triton.rotated`, which have the same functions.
+Of `apart` the names are those of `kernels.triton.static` and `kernels.triton.scaled`, of all others
+those of `kernels.cpu.rotated` and `kernels.triton.rotated`, which have the same functions.
 """
 
 from megatron_lowbit.codecs import codebook, rotation, wire
 from megatron_lowbit.codecs.carry import LARGEST, Carry
 from megatron_lowbit.codecs.tables import Tables
+
+
+def apart(tables: Tables, bits: int) -> dict:
+    """Of rows that are not rotated: which features are in the body, and which are sent apart."""
+    return {
+        "body_index": tables.body_index,
+        "bf16_index": tables.bf16_index,
+        "bits": bits,
+        "body_bytes": wire.packed_bytes(tables.body_index.numel(), bits),
+    }
 
 
 def encoding(tables: Tables, rank: int, bits: int) -> dict:

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs import codebook, variance, wire
+from megatron_lowbit.codecs import codebook, kernel_arguments, variance, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
 from megatron_lowbit.codecs.rotation import token_scale
 from megatron_lowbit.codecs.tables import (
@@ -88,7 +88,7 @@ class ScaledHybrid(Codec):
             center=None if tables.center is None else tables.center[rank],
             scale=tables.scale[rank],
             thresholds=codebook.thresholds(self.bits, partial.device),
-            **self._layout(tables),
+            **kernel_arguments.apart(tables, self.bits),
         )
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
@@ -101,20 +101,11 @@ class ScaledHybrid(Codec):
             center=tables.center_sum,
             scale=tables.scale,
             levels=codebook.levels(self.bits, payloads.device),
-            **self._layout(tables),
+            **kernel_arguments.apart(tables, self.bits),
         )
 
     def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
         return select.kernels_for(select.SCALED, values, tables.scale)
-
-    def _layout(self, tables: Tables) -> dict:
-        """What kernels must know of the rows of a payload."""
-        return {
-            "body_index": tables.body_index,
-            "bf16_index": tables.bf16_index,
-            "bits": self.bits,
-            "body_bytes": wire.packed_bytes(tables.body_index.numel(), self.bits),
-        }
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         body = tables.body_index

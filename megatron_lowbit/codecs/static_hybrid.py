@@ -18,11 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs import wire
+from megatron_lowbit.codecs import kernel_arguments, wire
 from megatron_lowbit.codecs.base import Codec, rounded_into
 from megatron_lowbit.codecs.tables import (
     Statistics,
     Tables,
+    check_by_rank,
     check_index,
     other_features,
     put_in_place,
@@ -54,10 +55,7 @@ class StaticHybrid(Codec):
                 "static-hybrid needs calibrated ranges: take them from a calibration index (python "
                 "-m megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
             )
-        if ranges.ndim != 2 or ranges.shape[1] != hidden:
-            raise LowbitError(
-                f"ranges have shape {tuple(ranges.shape)}, not [ranks, hidden] with hidden {hidden}"
-            )
+        check_by_rank("ranges", ranges, hidden)
         device = device or ranges.device
         index = check_index(bf16_index, hidden, device)
         of_sum = None
@@ -85,26 +83,18 @@ class StaticHybrid(Codec):
         module = self.kernels(partial, tables)
         if module is None:
             return self._reference_encode(partial, tables, rank)
-        return module.encode(partial, scale=tables.scale[rank], **self._layout(tables))
+        layout = kernel_arguments.apart(tables, self.bits)
+        return module.encode(partial, scale=tables.scale[rank], **layout)
 
     def decode_sum(self, payloads: Tensor, tables: Tables, *, out: Tensor | None = None) -> Tensor:
         module = self.kernels(payloads, tables)
         if module is None:
             return rounded_into(out, self._reference_decode_sum(payloads, tables))
-        layout = self._layout(tables)
+        layout = kernel_arguments.apart(tables, self.bits)
         return module.decode_sum(payloads, out=out, scale=tables.scale, **layout)
 
     def kernels(self, values: Tensor, tables: Tables) -> ModuleType | None:
         return select.kernels_for(select.STATIC, values, tables.scale)
-
-    def _layout(self, tables: Tables) -> dict:
-        """What kernels must know of the rows of a payload."""
-        return {
-            "body_index": tables.body_index,
-            "bf16_index": tables.bf16_index,
-            "bits": self.bits,
-            "body_bytes": wire.packed_bytes(tables.body_index.numel(), self.bits),
-        }
 
     def _reference_encode(self, partial: Tensor, tables: Tables, rank: int) -> Tensor:
         body = tables.body_index

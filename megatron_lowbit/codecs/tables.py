@@ -124,17 +124,32 @@ def sum_in_rank_order(values: Tensor) -> Tensor:
 
 
 def check_index(bf16_index: Tensor | None, hidden: int, device: torch.device | str) -> Tensor:
-    """Return the BF16 index as ascending int64 on `device`, or say what is wrong with it."""
+    """Return the BF16 index as ascending int64 on `device`.
+
+    Raises:
+        LowbitError: A feature is named twice, or is outside the token.
+    """
     if bf16_index is None:
         return torch.empty(0, dtype=torch.int64, device=device)
     index = bf16_index.to(torch.int64).flatten().sort().values
     if index.numel() and (index[0] < 0 or index[-1] >= hidden):
         bad = index[0].item() if index[0] < 0 else index[-1].item()
-        raise LowbitError(f"BF16 feature {bad} is outside the hidden size {hidden}")
+        raise LowbitError(
+            f"BF16 feature {bad} is outside the hidden size {hidden}: give 0 to {hidden - 1}"
+        )
     repeated = index[1:][index[1:] == index[:-1]]
     if repeated.numel():
-        raise LowbitError(f"BF16 feature {repeated[0].item()} is named twice")
+        raise LowbitError(f"BF16 feature {repeated[0].item()} is named twice: give each once")
     return index.to(device)
+
+
+def check_by_rank(name: str, values: Tensor, hidden: int) -> None:
+    """Raise LowbitError unless `values` are ``[ranks, hidden]``; `name` is what they are."""
+    if values.ndim != 2 or values.shape[1] != hidden:
+        raise LowbitError(
+            f"{name} have shape {tuple(values.shape)}, not [ranks, hidden] with hidden {hidden}: "
+            "give the statistics of this sync point"
+        )
 
 
 def other_features(bf16_index: Tensor, hidden: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_lowbit.codecs.tables import Statistics
+from megatron_lowbit.codecs.tables import Statistics, check_by_rank
 from megatron_lowbit.errors import LowbitError
 
 # A feature that calibration saw (nearly) constant is not blown up without limit.
@@ -15,17 +15,19 @@ MOST_COST = 16.0  # 12 dB
 
 
 def calibrated(statistics: Statistics | None, hidden: int, codec: str) -> Tensor:
-    """The variances, fp32 ``[ranks, hidden]``, or an error that names the codec."""
+    """The variances, fp32 ``[ranks, hidden]``.
+
+    Raises:
+        LowbitError: There are none, or variances or means have another shape; it names `codec`.
+    """
     if statistics is None or statistics.variance is None:
         raise LowbitError(
             f"{codec} needs calibrated statistics: take them from a calibration index (python -m "
             "megatron_lowbit calibrate makes one), or use rotated-hybrid, which needs none"
         )
     for name, values in (("variances", statistics.variance), ("means", statistics.mean)):
-        if values is not None and (values.ndim != 2 or values.shape[1] != hidden):
-            raise LowbitError(
-                f"{name} have shape {tuple(values.shape)}, not [ranks, hidden] with hidden {hidden}"
-            )
+        if values is not None:
+            check_by_rank(name, values, hidden)
     return statistics.variance.float()
 
 

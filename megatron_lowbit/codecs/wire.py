@@ -62,11 +62,11 @@ def to_wire_bf16(values: Tensor) -> Tensor:
     return torch.where(values.isinf(), torch.nan, finite).to(torch.bfloat16)
 
 
-def bf16_bytes(values: Tensor) -> Tensor:
-    """The bytes of bf16 ``[tokens, m]`` as ``uint8 [tokens, 2 m]``."""
-    tokens, count = values.shape
+def bytes_of(numbers: Tensor) -> Tensor:
+    """The bytes of ``[tokens, m]`` of any dtype as ``uint8 [tokens, m * itemsize]``."""
+    tokens, count = numbers.shape
     # By way of one dimension: torch will not view an empty [0, 1] as another type.
-    return values.flatten().view(torch.uint8).view(tokens, 2 * count)
+    return numbers.flatten().view(torch.uint8).view(tokens, count * numbers.itemsize)
 
 
 def join_row(body: Tensor, floats: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def join_row(body: Tensor, floats: Tensor) -> Tensor:
     if floats.shape[1] == 0:
         return body.contiguous()
     body = torch.nn.functional.pad(body, (0, body.shape[1] % 2))
-    return torch.cat([body, bf16_bytes(floats)], dim=1)
+    return torch.cat([body, bytes_of(floats)], dim=1)
 
 
 def split_row(rows: Tensor, body_bytes: int) -> tuple[Tensor, Tensor]:

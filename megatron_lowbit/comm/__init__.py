@@ -1,8 +1,8 @@
 """Collectives: how the payloads of a codec travel, whatever the codec.
 
-`all_reduce`, `reduce_scatter` and `all_gather` are the entries, a module each. The ways of an
-all-reduce (`one_shot`, `two_shot`, `hierarchical`, `symmetric_memory`) move payload rows through
-`transport` and know nothing of what is in them. `policy` says which way a message goes.
+`all_reduce`, `reduce_scatter` and `all_gather` are the entries, a module each. `one_shot`,
+`two_shot` and `hierarchical` move payload rows through `transport`, `symmetric_memory` through
+memory that GPUs share; none knows what is in a row. `policy` says which way a message goes.
 """
 
 from megatron_lowbit.comm.all_gather import all_gather

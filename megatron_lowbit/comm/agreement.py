@@ -38,17 +38,18 @@ def on_every_rank(step: Callable[[], T], *, group: dist.ProcessGroup | None = No
 
 
 def require_equal(what: str, value: object, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank if `value` is not the same on all ranks."""
+    """Raise LowbitError on every rank if `value` is not the same on all; `what` names it."""
     values = gather_values(value, group=group)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise LowbitError(
-                f"ranks differ in their {what}: rank 0 has {values[0]}, rank {rank} has {other}"
+                f"ranks differ in their {what}: rank 0 has {values[0]}, rank {rank} has {other}; "
+                "give all ranks the same"
             )
 
 
 def require_some(found: object, failure: str, *, group: dist.ProcessGroup | None = None) -> None:
-    """Raise rank 0's `failure` on every rank if `found` is empty or false on all of them."""
+    """Raise LowbitError on every rank, in rank 0's words, if `found` is empty or false on all."""
     failures = gather_values(None if found else failure, group=group)
     if all(failures):
         raise LowbitError(failures[0])

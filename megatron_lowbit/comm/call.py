@@ -34,8 +34,10 @@ from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.errors import LowbitError
 
+_OWN_TABLES = "give what this codec's tables() makes for it"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = ("native", "one-shot", "two-shot")
+_GRADIENTS = "serves inference only, and this partial wants gradients: call it in torch.no_grad()"
 _CODEC, _COLLECTIVE = (str, Codec), (str, Policy)
 _inside: dict[int, object] = {}  # by id of a group: the call that is under way
 _broken: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()  # and what is said of it
@@ -153,9 +155,11 @@ class Call:
         if tables.folded_index is not None:
             self._check_folded(x)
         if feedback is not None and records(x):
-            raise LowbitError("error feedback serves inference only: its partial wants gradients")
+            raise LowbitError(f"error feedback {_GRADIENTS}")
         if self.codec.bits == 0 and feedback is None:
-            raise LowbitError(f"{self.codec} sends nothing: it needs error feedback")
+            raise LowbitError(
+                f"{self.codec} sends nothing: it needs error feedback, so give feedback="
+            )
 
     def _check_folded(self, x: Tensor) -> None:
         if self.policy.mode not in ("one-shot", "two-shot"):
@@ -164,9 +168,12 @@ class Call:
                 "choose one-shot or two-shot"
             )
         if self.feedback is not None:
-            raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
+            raise LowbitError(
+                "a folded weight's error is rotated and cannot be carried on: leave out feedback "
+                "or fold"
+            )
         if records(x):
-            raise LowbitError("a folded weight serves inference only: its partial wants gradients")
+            raise LowbitError(f"a folded weight {_GRADIENTS}")
 
     def step(self, x: Tensor) -> Step | None:
         """What this call takes of the one before it, and gives to the next."""
@@ -179,6 +186,7 @@ class Call:
         return x.new_empty(*x.shape[:-1], self.tables.hidden)
 
     def count(self, decision: Decision, x: Tensor, payload: int, sent: int, clock: Clock) -> None:
+        """Add this call to the counters, if there are any; it ends here."""
         if self.traffic is not None:
             tokens = x.numel() // x.shape[-1]
             counters = Counters(1, tokens, tokens * self.tables.hidden, payload, sent)
@@ -196,12 +204,14 @@ class Call:
 
 
 def run(function: type[torch.autograd.Function], x: Tensor, call: Call) -> Tensor:
+    """Run a collective; its backward pass is recorded only where a gradient is wanted."""
     if records(x):
         return function.apply(x, call)
     return function.forward(None, x, call)  # without autograd's 5 us a call
 
 
 def records(x: Tensor) -> bool:
+    """Whether autograd records what is done with `x`."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
@@ -213,7 +223,10 @@ def check_counts(counts: Any, tokens: int, ranks: int) -> None:
     if not are_whole:
         raise LowbitError(f"counts={counts!r}: give a list of whole numbers, none below 0")
     if len(counts) != ranks or sum(counts) != tokens:
-        raise LowbitError(f"counts {counts} do not split {tokens} tokens over {ranks} ranks")
+        raise LowbitError(
+            f"counts {counts} do not split {tokens} tokens over {ranks} ranks: give one a rank, "
+            "together all tokens"
+        )
 
 
 def _check_kinds(codec, tables, collective, traffic, feedback) -> None:
@@ -242,9 +255,16 @@ def _check_input(x: Tensor) -> None:
 
 def _check_tables(tables: Tables, codec: Codec, hidden: int, ranks: int) -> None:
     if tables.codec != codec.name:
-        raise LowbitError(f"tables are of codec {tables.codec}, the codec is {codec.name}")
+        raise LowbitError(
+            f"tables are of codec {tables.codec}, the codec is {codec.name}: {_OWN_TABLES}"
+        )
     if tables.width != hidden:
-        raise LowbitError(f"tables are for hidden size {tables.width}, the tensor has {hidden}")
+        raise LowbitError(
+            f"tables are for hidden size {tables.width}, the tensor has {hidden}: {_OWN_TABLES}"
+        )
     for by_rank in (tables.scale, tables.center):
         if by_rank is not None and len(by_rank) != ranks:
-            raise LowbitError(f"tables are for {len(by_rank)} ranks, the group has {ranks}")
+            raise LowbitError(
+                f"tables are for {len(by_rank)} ranks, the group has {ranks}: give statistics of "
+                f"{ranks} ranks to tables()"
+            )

@@ -10,6 +10,7 @@ and `all_gather`, native ones too, first gathers a small header from all ranks o
     codec       its name and bits
     tables      the first digits of a digest of all their values
     counts      of reduce_scatter
+    feedback    whether there is error feedback
 
 Where ranks differ in one, all of them raise the same `LowbitError`, which names the ranks and the
 values. An argument that is wrong on one rank alone ends the others, too.
@@ -52,7 +53,7 @@ def is_checking() -> bool:
 
 
 def require_same_call(name: str, x: object, call: dict, group: dist.ProcessGroup) -> None:
-    """Raise on every rank of `group` unless all make the same call.
+    """Raise LowbitError on every rank of `group` unless all make the same call.
 
     Args:
         name: The public function.
@@ -70,7 +71,9 @@ def require_same_call(name: str, x: object, call: dict, group: dist.ProcessGroup
         if len({header.get(field, "none") for header in headers}) > 1
     ]
     if differences:
-        raise LowbitError(f"ranks differ in one call: {'; '.join(differences)}")
+        raise LowbitError(
+            f"ranks differ in one call: {'; '.join(differences)}; make the same call on all ranks"
+        )
 
 
 def _header(name: str, x: object, call: dict) -> dict[str, str]:

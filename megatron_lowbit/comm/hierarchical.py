@@ -6,9 +6,9 @@
 3. Inside each node the ranks all-gather the sums.
 
 With N nodes of L ranks, a rank sends over the slow link 2 (N - 1) / N of 1/L of the message, in low
-bits, where a flat two-shot sends up to (N - 1) / N of all of it. Inside a node the codec is
-BF16 by default: one quantization (two between more than two nodes); or the low-bit codec itself,
-which adds one in step 1 and one in step 3.
+bits, where a flat two-shot sends up to 2 (N - 1) / N of all of it. Inside a node the codec is BF16
+by default: one quantization (two between more than two nodes); or the low-bit codec itself, which
+adds one in step 1 and one in step 3.
 
 A share is summed by rank inside each node and then by node: in fp32, in a fixed order, the same on
 all ranks, so all end bit-identical.
@@ -60,7 +60,7 @@ class Nodes:
 
 
 class Carries(NamedTuple):
-    """Error feedback of each quantization; but the first, rows of the tokens that this rank owns.
+    """Error feedback of each quantization; all but `partial` are of tokens that this rank owns.
 
     Attributes:
         partial: Of this rank's partial, ``[tokens, hidden]``.
@@ -80,32 +80,40 @@ _NONE = Carries()
 
 def spans_nodes(group: dist.ProcessGroup) -> bool:
     """Whether torchrun's LOCAL_WORLD_SIZE says that the group's ranks are on several nodes."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    ranks = dist.get_process_group_ranks(group)
-    return local.isdigit() and len({rank // int(local) for rank in ranks}) > 1
+    local = _ranks_of_a_machine()
+    if not local:
+        return False
+    return len({rank // local for rank in dist.get_process_group_ranks(group)}) > 1
 
 
 def node_size(group: dist.ProcessGroup) -> int:
     """Ranks of `group` in a node, from torchrun's LOCAL_WORLD_SIZE.
 
     Raises:
-        LowbitError: LOCAL_WORLD_SIZE is not set, or the group is not the same number of
-            neighbouring ranks on each node.
+        LowbitError: LOCAL_WORLD_SIZE is not a number above zero, or the group is not the same
+            number of neighbouring ranks on each node.
     """
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if not local.isdigit():
+    local = _ranks_of_a_machine()
+    if not local:
         raise LowbitError(
-            "hierarchical needs the node boundaries: start with torchrun, which sets "
-            "LOCAL_WORLD_SIZE, or give --lowbit-node-size"
+            f"hierarchical needs the node boundaries, and LOCAL_WORLD_SIZE is "
+            f"{os.environ.get('LOCAL_WORLD_SIZE') or 'not set'}: start with torchrun, which sets "
+            "it, or give --lowbit-node-size"
         )
-    nodes = [rank // int(local) for rank in dist.get_process_group_ranks(group)]
+    nodes = [rank // local for rank in dist.get_process_group_ranks(group)]
     size = nodes.count(nodes[0])
     if nodes != sorted(nodes) or any(nodes.count(node) != size for node in nodes):
         raise LowbitError(
             f"hierarchical needs as many ranks of the group on each node, one node after another; "
-            f"the group's ranks are on nodes {nodes}"
+            f"the group's ranks are on nodes {nodes}: choose two-shot"
         )
     return size
+
+
+def _ranks_of_a_machine() -> int:
+    """Torchrun's LOCAL_WORLD_SIZE; 0 where it is not set, or is no number."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def make_nodes(group: dist.ProcessGroup, *, size: int, low_bit_inside: bool = False) -> Nodes:

@@ -88,7 +88,10 @@ class _ReduceScatter(torch.autograd.Function):
             return out
         if decision.collective == "native reduce-scatter":
             if len(set(call.counts)) > 1:
-                raise LowbitError(f"native reduce-scatter cannot split by {call.counts}")
+                raise LowbitError(
+                    f"native reduce-scatter cannot split by {call.counts}: give equal counts, or "
+                    "another collective"
+                )
             x = native_input(x, step, call)
             transport.native_reduce_scatter(out, x.contiguous(), group=call.group)
             size = x.numel() * x.element_size()

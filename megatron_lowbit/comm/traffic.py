@@ -13,7 +13,9 @@ class Decision:
     """Which collective a message goes by, and why.
 
     Attributes:
-        collective: ``native``, ``one-shot``, ``two-shot``, ``hierarchical`` or ``reduce-scatter``.
+        collective: Of an all-reduce ``native``, ``one-shot``, ``two-shot`` or ``hierarchical``;
+            otherwise ``reduce-scatter``, ``native reduce-scatter`` or ``all-gather``; ``skip``
+            where 0 bits are sent.
         why: ``fixed``, or what `auto` went by; for calls that a CUDA graph captured, whose replays
             no one counts, it says so.
     """

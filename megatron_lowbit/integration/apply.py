@@ -62,7 +62,8 @@ def apply(
         model: A GPTModel or HybridModel of the local or Transformer Engine's spec with its weights
             loaded, wrapped or not: all of it, or this rank's pipeline stage, or the list of its
             chunks where stages interleave; without CUDA graphs so far.
-        index_dir: The index that tools/calibrate.py wrote for this model, or one already read.
+        index_dir: The calibration index of this model (`python -m megatron_lowbit calibrate`
+            writes it), or one already read.
         codec: A codec's name, for all sync points; by the index's recipe, or with its own codec,
             if left out.
         bits: Bits of a body value, or a pair: of partials, and of sums, for all sync points; by

@@ -143,7 +143,8 @@ def test_a_reduce_scatter_into_uneven_blocks(results):
     for more in results:
         assert more["uneven_blocks"] == [True] * 4
         ranks = len(results)
-        assert more["counts"] == f"counts {[3] * ranks} do not split 2 tokens over {ranks} ranks"
+        said = f"counts {[3] * ranks} do not split 2 tokens over {ranks} ranks: give one a rank"
+        assert more["counts"].startswith(said)
 
 
 def test_strided_input_is_taken_and_left_alone(results):

@@ -134,8 +134,8 @@ def script(data: Path, load: Path, **env: str) -> str:
 
 
 def test_what_is_missing_is_said(data, calibrated, tmp_path):
-    missing = f"lm_eval: no index in {tmp_path}/lowbit: run examples/quickstart.sh first\n"
-    assert script(data, tmp_path) == missing
+    missing = f"lm_eval: no calibration index in {tmp_path}/lowbit: run examples/quickstart.sh"
+    assert script(data, tmp_path) == f"{missing} first\n"
     python = tmp_path / "bin" / "python"  # an environment without the harness
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

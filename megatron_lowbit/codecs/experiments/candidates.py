@@ -1,8 +1,8 @@
 """Codecs that the search for better ones tried and did not keep, so that anyone can try them again.
 
 Each is `shaped-hybrid` with one thing changed, with really packed payloads of the same size. They
-are measured like any codec (``tools/evaluate.py --codecs shaped-hybrid,try-vector``) and cannot be
-served with: `CODECS` does not have them.
+are measured like any codec (``python -m megatron_lowbit evaluate --codecs try-vector ...``) and
+cannot be served with: `CODECS` does not have them.
 
 The figures are the signal to quantization noise of what is rotated, on a Gaussian, at 4 / 3 / 2
 bits. `shaped-hybrid` has 20.22 / 14.62 / 9.30 dB (`codecs.codebook`). No fixed-rate code gets

@@ -1,9 +1,9 @@
 """The frame of the peers' formats: small codes, and a few numbers per group of features.
 
 The peers are here for honest comparison; `codecs.peers.systems` lists them. Nothing is calibrated,
-rotated but for `sdp4bit`, or kept apart but for `codecs.peers.asymmetric_groups`'s spikes: the
-tables hold nothing, and a large feature takes its group's precision. The last group of a token is
-shorter where the group size does not divide the hidden size. A row is laid out as
+so the tables hold nothing. Only `sdp4bit` rotates, and only `spike-g32` keeps values apart:
+elsewhere a large feature takes its group's precision. The last group of a token is shorter where
+the group size does not divide the hidden size. A row is laid out as
 
     packed codes | zero bytes up to a multiple of the first number's size | numbers, kind by kind
 
@@ -106,7 +106,7 @@ class Grouped(Codec):
         codes, numbers = self._quantize(values.reshape(tokens, groups, size))
         packed = wire.pack(codes.flatten(1)[:, :hidden], self.bits)
         packed = torch.nn.functional.pad(packed, (0, self._offsets(hidden)[0] - packed.shape[1]))
-        return torch.cat([packed, *map(_bytes, numbers)], dim=1)
+        return torch.cat([packed, *map(wire.bytes_of, numbers)], dim=1)
 
     def _reference_decode_sum(self, payloads: Tensor, hidden: int) -> Tensor:
         kinds = self._numbers(self._groups(hidden)[0])
@@ -219,14 +219,7 @@ def divide(values: Tensor, by: float) -> Tensor:
     return values / values.new_full((), by)
 
 
-def _bytes(numbers: Tensor) -> Tensor:
-    """``[tokens, count]`` as ``uint8 [tokens, bytes]``."""
-    tokens, count = numbers.shape
-    # By way of one dimension: torch will not view an empty [0, 1] as another type.
-    return numbers.flatten().view(torch.uint8).view(tokens, count * numbers.itemsize)
-
-
 def _from_bytes(rows: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """``[tokens, count]`` of the bytes that `_bytes` makes, at any place in memory."""
+    """``[tokens, count]`` of the bytes that `wire.bytes_of` makes, at any place in memory."""
     # A copy, since torch views only aligned bytes as another type.
     return rows.flatten().clone().view(dtype).view(len(rows), count)

@@ -237,8 +237,8 @@ class ErrorFeedback:
             for layer in layers:
                 h = h + megatron_lowbit.all_reduce(layer(h), feedback=feedback)
 
-    All ranks of a group must use it alike. Calls of another shape or dtype than the one before
-    neither take nor lose anything but the last carry.
+    All ranks of a group must use it alike. A call of another shape or dtype than the one before
+    takes nothing: that one's carry is dropped, and counted.
     """
 
     def __init__(self) -> None:

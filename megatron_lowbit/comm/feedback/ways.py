@@ -39,11 +39,9 @@ def node_carries(call: Call, step: Step | None, tokens: int) -> Carries:
 
 
 def native_input(x: Tensor, step: Step | None, call: Call) -> Tensor:
-    """What the backend sums itself: the partial with what it owes, rounded to its dtype.
+    """What the backend sums itself: the partial with all that this rank owes, in `x`'s dtype.
 
-    What the rank owes of a two-shot's sums goes along.
-
-    That rounding is dropped, so nothing is left to carry.
+    What rounding to that dtype misses is dropped, so nothing is left to carry.
     """
     if step is None:
         return x

@@ -37,9 +37,9 @@ def make_policy(
         settings: The same on every rank.
         group: The ranks that all-reduce.
         device: Where the partials are.
-        codec: Of all messages, the same on every rank; without `kinds`.
-        tables: Of one sync point; without `kinds`.
-        kinds: Where a pass has several codecs, or carries errors: its sync points.
+        codec: Of all messages, the same on every rank. Left out where there are `kinds`.
+        tables: Of one sync point. Left out where there are `kinds`.
+        kinds: The sync points of a pass that has several codecs, or carries errors.
         dtype: Of the partials.
         scatters: Whether there may be reduce-scatters. `auto` keeps those native otherwise.
         largest: Bytes in BF16 of the longest message that `auto` takes times of.
@@ -55,10 +55,10 @@ def make_policy(
     if not kinds:
         assert codec is not None and tables is not None, "give a codec and tables, or kinds"
         kinds = (Kind(codec, tables),)
-    if settings.mode == "two-shot":
+    size = on_every_rank(lambda: _node_size(settings, group), group=group)
+    if _sends_sums(settings, size, group):
         for kind in kinds:
             kind.codec.sum_tables(kind.tables)
-    size = on_every_rank(lambda: _node_size(settings, group), group=group)
     nodes = None
     if size is not None:
         nodes = make_nodes(group, size=size, low_bit_inside=settings.low_bit_inside)
@@ -137,7 +137,7 @@ def _candidates(kinds: Sequence[Kind], nodes: Nodes | None) -> list[str]:
 def _measured(kinds: Sequence[Kind], place: Place) -> ByTimes:
     """By times that are taken now."""
     start = time.perf_counter()
-    timed = [kind for kind in kinds if kind.codec.bits] or kinds  # 0 bits are never sent
+    timed = _sent(kinds) or kinds
     timings = time_collectives(timed, place)
     seconds = max(gather_values(time.perf_counter() - start, group=place.group))
     sizes = timings.sizes()
@@ -152,12 +152,25 @@ def _by_tuning(tuning: Tuning, kinds: Sequence[Kind], place: Place, nodes: Nodes
     candidates = _collectives(place)
     if nodes is not None and tuning.node_size != nodes.size:
         candidates.remove("hierarchical")
-    timed = [kind for kind in kinds if kind.codec.bits] or kinds
+    timed = _sent(kinds) or kinds
     return ByTimes(tuning.timings, timed, candidates, source=Path(tuning.origin).name)
+
+
+def _sent(kinds: Sequence[Kind]) -> list[Kind]:
+    """Those of 0 bits are never sent, and have no times."""
+    return [kind for kind in kinds if kind.codec.bits]
 
 
 def _collectives(place: Place) -> list[str]:
     return [*place.policies, *(["reduce-scatter"] if place.scatters else [])]
+
+
+def _sends_sums(settings: Settings, size: int | None, group: dist.ProcessGroup) -> bool:
+    """Whether a fixed mode sends sums in low bits; `size` is of a node."""
+    if settings.mode != "hierarchical":
+        return settings.mode == "two-shot"
+    assert size is not None, "hierarchical has nodes"
+    return settings.low_bit_inside or dist.get_world_size(group) > 2 * size
 
 
 def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
@@ -169,7 +182,10 @@ def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
         return _node_size_of_auto(group)
     size = settings.node_size or node_size(group)
     if size < 1 or ranks % size:
-        raise LowbitError(f"nodes of {size} ranks do not divide a group of {ranks}")
+        raise LowbitError(
+            f"nodes of {size} ranks do not divide a group of {ranks}: give --lowbit-node-size a "
+            "number that does"
+        )
     if size == ranks:
         raise LowbitError(
             f"hierarchical needs several nodes, and all {ranks} ranks are on one: use two-shot, or "
@@ -190,8 +206,7 @@ def _node_size_of_auto(group: dist.ProcessGroup) -> int | None:
 
 def _read(path: Path, kinds: Sequence[Kind], group: dist.ProcessGroup) -> Tuning:
     tuning = read_tuning(path, group=group)
-    needed = [kind for kind in kinds if kind.codec.bits]
-    missing = tuning.timings.missing(needed, "one-shot")
+    missing = tuning.timings.missing(_sent(kinds), "one-shot")
     if missing:
         raise LowbitError(
             f"{path} has no times of {missing[0]}, only of {', '.join(tuning.codecs())}: make it "

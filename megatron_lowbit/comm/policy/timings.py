@@ -7,10 +7,10 @@ a pass: in each round the low-bit times, each as often as the model has such syn
 many of native's.
 
 Low bits are taken only where they surely save at least `MARGIN` of native's time: where the upper
-end of the interval that holds the median of these ratios with 99.5 % is at most 1 - MARGIN. So sure
-since a dozen decisions are made, by size and collective, of which none is to be chance: with 95 %,
-on 2 cores with 30 other processes, a sweep found 2 of 10 to be slower than native. No shape of the
-scatter is assumed (it is that of order statistics). Of fewer than nine rounds the worst counts.
+end of the interval that holds the median of these ratios with 99.5 % is at most 1 - MARGIN. A dozen
+decisions are made, by size and collective, and none is to be chance. (With 95 %, on 2 cores with 30
+other processes, 2 of 10 decisions for low bits were slower than native.) No shape of the scatter is
+assumed: the interval is that of order statistics. Of fewer than nine rounds the worst counts.
 
 Between two timed sizes the worse of both counts. Outside of them, what gets worse towards the end
 goes on getting worse, and what gets better does not. A size that is alone says nothing of others.

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from worker import error_of
 
-from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
@@ -46,7 +47,7 @@ def _timings(times=None, rounds: int = 6) -> Timings:
     return Timings(points)
 
 
-def _chooser(kinds=None, largest: int = 64 * KB, **settings) -> Policy:
+def _policy(kinds=None, largest: int = 64 * KB, **settings) -> Policy:
     codec = get_codec()
     return make_policy(
         Settings(**settings),
@@ -62,11 +63,17 @@ def _tuning(**changes) -> Tuning:
     return Tuning(**{**fields, "timings": _timings(), **changes})
 
 
+def _of_ranges() -> list[Kind]:
+    """A codec with statistics of the partials, and none of the sum."""
+    codec = get_codec("static-hybrid")
+    return [Kind(codec, codec.tables(64, statistics=Statistics(ranges=torch.ones(2, 64))))]
+
+
 def _only(*names: tuple[str, str]) -> Timings:
     return _timings({Case(codec, False, by): (1.0,) for codec, by in names})
 
 
-def _choose(rank: int, directory: Path) -> dict:
+def _decisions(rank: int, directory: Path) -> dict:
     files = {
         "good": _tuning(),
         "ranks": _tuning(ranks=4),
@@ -83,7 +90,7 @@ def _choose(rank: int, directory: Path) -> dict:
     dist.barrier()
     (own / "broken.json").write_text('{"format_version": 2, "times": 3}')
     (directory / "old.json").write_text('{"format_version": 1, "times": []}')
-    policy = _chooser(tuning=directory / "good.json")
+    policy = _policy(tuning=directory / "good.json")
     traffic = Traffic()
     for tokens in (1, 512, 20_000):
         all_reduce(torch.randn(tokens, 64), collective=policy, traffic=traffic)
@@ -91,22 +98,26 @@ def _choose(rank: int, directory: Path) -> dict:
     shaped = get_codec("rotated-hybrid", bits=3)
     carried = [Kind(get_codec(), get_codec().tables(64), 2, True), Kind(shaped, shaped.tables(64))]
     refused = {
-        name: error_of(lambda name=name: _chooser(tuning=directory / f"{name}.json"))
+        name: error_of(lambda name=name: _policy(tuning=directory / f"{name}.json"))
         for name in ("ranks", "machine", "codec", "none", "old")
     }
     return {
-        "choices": [policy.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
+        "decided_by_size": [policy.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
         "scatter": policy.reduce_scatter(4 * KB).collective,
         "text": policy.spans(),
         "traffic": {decision: counters.calls for decision, counters in traffic.by_decision.items()},
         "measured": measured,
-        "carries": error_of(lambda: _chooser(carried, tuning=directory / "good.json")),
-        "fixed": error_of(_chooser(mode="one-shot").retune),
-        "differs": error_of(lambda: _chooser(tuning=own / "differs.json")),
-        "broken": error_of(lambda: _chooser(tuning=own / "broken.json")),
-        "modes": error_of(lambda: _chooser(mode="one-shot" if rank else "two-shot")),
-        "one_node": error_of(lambda: _chooser(mode="hierarchical", node_size=2)),
-        "odd_nodes": error_of(lambda: _chooser(mode="hierarchical", node_size=3)),
+        "carries": error_of(lambda: _policy(carried, tuning=directory / "good.json")),
+        "fixed": error_of(_policy(mode="one-shot").retune),
+        "differs": error_of(lambda: _policy(tuning=own / "differs.json")),
+        "broken": error_of(lambda: _policy(tuning=own / "broken.json")),
+        "modes": error_of(lambda: _policy(mode="one-shot" if rank else "two-shot")),
+        "one_node": error_of(lambda: _policy(mode="hierarchical", node_size=2)),
+        "odd_nodes": error_of(lambda: _policy(mode="hierarchical", node_size=3)),
+        "no_sums": error_of(
+            lambda: _policy(_of_ranges(), mode="hierarchical", node_size=1, low_bit_inside=True)
+        ),
+        "sums_not_sent": _policy(_of_ranges(), mode="hierarchical", node_size=1).mode,
         **refused,
     }
 
@@ -116,7 +127,7 @@ def _measured(rank: int) -> dict:
     codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, 4)]
     kinds = [Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs]
     torch.manual_seed(7)
-    policy = _chooser(kinds)
+    policy = _policy(kinds)
     drawn = torch.rand(1).item()
     torch.manual_seed(7)
     first = policy.times.timings
@@ -141,12 +152,12 @@ def _measured(rank: int) -> dict:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tuning")
-    return run_ranks(2, _choose, tmp_path_factory.mktemp("ranks"), directory)
+    return run_ranks(2, _decisions, tmp_path_factory.mktemp("ranks"), directory)
 
 
 def test_tuning_file_decides_by_size(results):
     for result in results:
-        assert result["choices"] == ["native", "one-shot", "two-shot"]
+        assert result["decided_by_size"] == ["native", "one-shot", "two-shot"]
         assert result["scatter"] == "reduce-scatter"
         assert "by good.json: native, one-shot from 64 KB, two-shot from 1 MB; " in result["text"]
 
@@ -194,12 +205,25 @@ def test_times_taken_at_load(results):
         ("broken", "ranks differ in their collective|is damaged"),
         ("modes", "ranks differ in their collective"),
         ("one_node", "all 2 ranks are on one: use two-shot"),
-        ("odd_nodes", "nodes of 3 ranks do not divide a group of 2"),
+        ("odd_nodes", "nodes of 3 ranks do not divide a group of 2: give --lowbit-node-size"),
+        ("no_sums", "static-hybrid has no calibrated statistics of the sum"),
     ],
 )
 def test_refused_on_every_rank(results, case, message):
     for result in results:
         assert re.search(message, result[case]), result[case]
+
+
+def test_statistics_of_the_sum_are_asked_for_only_where_it_is_sent(results):
+    assert [result["sums_not_sent"] for result in results] == ["hierarchical"] * 2
+
+
+@pytest.mark.parametrize(("local", "shown"), [("0", "0"), ("two", "two"), ("", "not set")])
+def test_a_machine_of_no_ranks_bounds_no_node(monkeypatch, local, shown):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert not spans_nodes(None)
+    with pytest.raises(LowbitError, match=f"LOCAL_WORLD_SIZE is {shown}: start with torchrun"):
+        node_size(None)
 
 
 @pytest.mark.parametrize(
