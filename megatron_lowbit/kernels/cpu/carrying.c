@@ -39,10 +39,15 @@ INLINE vf sent(const float *row, const float *center, const float *scale) {
  * are those of `keep_exact`, added in another order: of at most 2^15 positive numbers that changes
  * a sum by less than 2^-8, and NaN and infinity compare as false. */
 INLINE int keep_small(const float *row, const float *wanted, const float *center,
-                      const float *scale, int64_t hidden, float largest, uint16_t *given) {
+                      const float *scale, int64_t hidden, float largest, uint16_t *given,
+                      struct soon taken, struct soon target) {
     vf of_errors = {0}, of_wanted = {0};
     int64_t i = 0;
     for (; i + W <= hidden; i += W) {
+        if (i % GROUP == 0) {
+            fetch(&taken, 0);
+            fetch(&target, 1);
+        }
         vf x = *(const vf *)(wanted + i);
         vf error = x - sent(row + i, center ? center + i : NULL, scale + i);
         of_errors += error * error;
@@ -107,9 +112,10 @@ static void take(const void *values, enum dtype dtype, const void *taken, const 
 #undef LOAD
 }
 
-/* Encode what `take` made, and keep what the payload's row misses of it. */
+/* Encode what `take` made, and keep what the payload's row misses of it; `next` and `taken` are of
+ * the next row. */
 static void send(float *wanted, float *row, const struct coding *with, uint8_t *payload,
-                 struct soon next, const struct carry *carry, uint8_t *at) {
+                 struct soon next, const struct carry *carry, const uint8_t *taken, uint8_t *at) {
     table scaled;
     const int64_t hidden = with->hidden, *index = with->index;
     uint8_t *features = payload + with->to.floats;
@@ -128,8 +134,10 @@ static void send(float *wanted, float *row, const struct coding *with, uint8_t *
         aside[j] = wanted[index[j]];
         wanted[index[j]] = row[index[j]] = 0;
     }
+    struct soon next_taken = {taken, taken ? GROUP * size_of(carry->taken_dtype) : 0};
+    struct soon next_given = {at + carry->given_stride, GROUP * 2};
     int is_small = keep_small(row, wanted, with->center, with->decode_scale, hidden,
-                              carry->largest, given);
+                              carry->largest, given, next_taken, next_given);
     for (int64_t j = 0; j < with->to.kept; j++) wanted[index[j]] = aside[j];
     if (!is_small) to_error(row, wanted, with->center, with->decode_scale, hidden);
     for (int64_t j = 0; j < with->to.kept; j++) {
@@ -158,7 +166,7 @@ int encode_with_carry(const uint8_t *partial, int dtype, int64_t stride, int64_t
         if (taken) taken += carry->taken_stride;
         partial += stride;
         struct soon next = {partial, GROUP * size_of(dtype)};
-        send(wanted, row, &with, payload, next, carry, given);
+        send(wanted, row, &with, payload, next, carry, taken, given);
         given += carry->given_stride;
         payload += with.to.bytes;
     }
@@ -197,7 +205,7 @@ int reduce_encode_with_carry(const uint8_t *payloads, int64_t rank_stride, int64
         if (taken) taken += carry->taken_stride;
         payloads += from.bytes;
         struct soon next = {payloads, PACKED(bits)};
-        send(wanted, row, &with, payload, next, carry, given);
+        send(wanted, row, &with, payload, next, carry, taken, given);
         given += carry->given_stride;
         payload += with.to.bytes;
     }
