@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton.launching import (
     Tile,
     as_bits,
@@ -139,7 +140,7 @@ def decode_sum_norm(
     """
     hidden, kept = scale.numel(), bf16_index.numel()
     tile = Tile.of(hidden)
-    payloads = check_payloads(payloads, body_bytes + body_bytes % 2 + 2 * (kept + 1))
+    payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     if residual is not None and residual.shape != (tokens, hidden):
         raise LowbitError(f"a residual is [{tokens}, {hidden}], got {list(residual.shape)}")
