@@ -8,7 +8,6 @@ since the difference in loss of so few tokens is mostly noise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -30,6 +29,7 @@ from megatron_lowbit.calibration.plan import (
     with_feedback,
 )
 from megatron_lowbit.calibration.recipe import Key, Recipe, with_strong_ends
+from megatron_lowbit.calibration.skipping import choose_skipped
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
@@ -202,7 +202,7 @@ def _add(
         "sum_bits_per_value": average_sum_bits(options, recipe),
         "predicted_divergence": predicted_divergence(*of_plan),
         "predicted_two_shot": predicted_divergence(*of_plan, two_shot=True),
-        "points": points_json(recipe),
+        "points": _points(recipe),
         "options": [
             {"choice": o.assignment.to_json(), "bits_per_value": o.bits_per_value} for o in first
         ],
@@ -217,68 +217,30 @@ def _add(
     return replace(index, manifest={**index.manifest, "recipe": entry}, layers=layers)
 
 
-def points_json(recipe: Recipe) -> dict[str, dict]:
+def replanned(
+    index: CalibrationIndex, points: Sequence[Placed], budget: float, *, skip: int = 0
+) -> CalibrationIndex:
+    """`index` with a recipe anew, planned for feedback from the costs that it holds.
+
+    Args:
+        index: With a recipe.
+        points: The sync points, in call order.
+        budget: Average bits a value, all included.
+        skip: How many sync points are to send nothing.
+
+    Raises:
+        LowbitError: There is no recipe, or the budget or so many skipped ones are out of reach.
+    """
+    options = with_feedback(index.options())
+    skipped = choose_skipped(options, points, skip)
+    recipe = plan(options, budget, following=following_keys(points), skipped=skipped)
+    entry = {**index.manifest["recipe"], "feedback": True, "points": _points(recipe)}
+    return replace(index, manifest={**index.manifest, "recipe": entry})
+
+
+def _points(recipe: Recipe) -> dict[str, dict]:
     """A recipe as the manifest has it: layer -> sync point -> what is assigned."""
     points: dict[str, dict] = {}
     for (layer, name), assignment in recipe.items():
         points.setdefault(str(layer), {})[name] = assignment.to_json()
     return points
-
-
-def choose_skipped(options: Options, points: Sequence[Placed], count: int) -> frozenset[Key]:
-    """The sync points that cost least to skip: never two neighbours in a chain, never its end.
-
-    What a skipped one leaves is sent by the next one, whose error grows with what it has to send.
-
-    Args:
-        options: Of each sync point, at their cost with feedback.
-        points: The sync points, in call order.
-        count: How many to skip.
-
-    Raises:
-        LowbitError: So many cannot be skipped.
-    """
-    costs = {
-        key: next(o.divergence for o in of_point if o.assignment == SKIP)
-        for key, of_point in options.items()
-    }
-    cheapest: _Cheapest = {0: (0.0, ())}
-    for chain in _chains(following_keys(points)):
-        of_chain = _cheapest(chain[:-1], costs)
-        combined: _Cheapest = {}
-        for (m, (cost, keys)), (n, (more, others)) in product(cheapest.items(), of_chain.items()):
-            found = (cost + more, (*keys, *others))
-            combined[m + n] = min(combined.get(m + n, found), found)
-        cheapest = combined
-    if count not in cheapest:
-        outside = next((f" ({p.apart})" for p in points if p.apart), "")
-        raise LowbitError(
-            f"--skip {count}: {max(cheapest)} of {len(points)} sync points can be skipped, never "
-            f"two neighbours, never the last one that carries errors, none that does not{outside}"
-        )
-    return frozenset(cheapest[count][1])
-
-
-_Cheapest = dict[int, tuple[float, tuple[Key, ...]]]  # how many are skipped -> their cost, and they
-
-
-def _cheapest(keys: list[Key], costs: dict[Key, float]) -> _Cheapest:
-    """Of a chain without its end, for each number of skipped ones, never two neighbours."""
-    kept: _Cheapest = {0: (0.0, ())}  # the last key was kept
-    skipped: _Cheapest = {}
-    for key in keys:
-        skipping = {n + 1: (c + costs[key], (*chosen, key)) for n, (c, chosen) in kept.items()}
-        kept = {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
-        skipped = skipping
-    return {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
-
-
-def _chains(following: dict[Key, Key]) -> list[list[Key]]:
-    """The keys of each chain, in order."""
-    chains = []
-    for first in following.keys() - set(following.values()):
-        chain = [first]
-        while chain[-1] in following:
-            chain.append(following[chain[-1]])
-        chains.append(chain)
-    return sorted(chains)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lowbit.calibration.plan import SKIP, Cost, Option
-from megatron_lowbit.calibration.planning import choose_skipped
+from megatron_lowbit.calibration.skipping import choose_skipped
 from megatron_lowbit.errors import LowbitError
 
 

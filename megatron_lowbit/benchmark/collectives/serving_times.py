@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lowbit import cli
@@ -150,19 +150,13 @@ def _measure(options: argparse.Namespace) -> None:
 
 def _planned(index, model, way: Way):
     """The index with this way's recipe."""
-    from megatron_lowbit.calibration.costs.neighbours import following_keys
-    from megatron_lowbit.calibration.plan import plan, with_feedback
-    from megatron_lowbit.calibration.planning import choose_skipped, points_json
+    from megatron_lowbit.calibration.planning import replanned
     from megatron_lowbit.integration.sums.sync_points import sync_points_here
 
     if way.budget is None:
         return index
     points, _ = sync_points_here(model)
-    options = with_feedback(index.options())
-    skipped = choose_skipped(options, points, way.skipped)
-    recipe = plan(options, way.budget, following=following_keys(points), skipped=skipped)
-    entry = {**index.manifest["recipe"], "feedback": True, "points": points_json(recipe)}
-    return replace(index, manifest={**index.manifest, "recipe": entry})
+    return replanned(index, points, way.budget, skip=way.skipped)
 
 
 def _sample(

@@ -70,7 +70,9 @@ class Result:
         return f"| {' | '.join(cells)} |"
 
 
-def large_messages(ranks: int, collective: str, asked: dict[str, float], rows: list[dict]):
+def large_messages(
+    ranks: int, collective: str, asked: dict[str, float], rows: list[dict]
+) -> list[Result]:
     """`rotated-hybrid` in 2 bits with errors carried over 1 Gbit/s links, 4 MB and more.
 
     A recipe of the paper's KL has 1.7 bits in one-shot and 2.1 in two-shot.
@@ -87,7 +89,8 @@ def large_messages(ranks: int, collective: str, asked: dict[str, float], rows: l
     plan = Plan((CONTROL, Variant(_LOW, collective)), _LARGE, ranks, "1gbit", feedback=True)
     measured = sweep.run(plan, quiet=True).rows
     rows += measured
-    ratios, control = _speedups(measured, collective), _controls(measured)
+    ratios = _speedups(measured, collective=collective)
+    control = _speedups(measured, codec=CONTROL.label[0])
     return [
         Result(
             f"1 Gbit/s, {ranks} ranks, {size}, {collective}",
@@ -128,7 +131,7 @@ def auto(ranks: int, link: str | None, rows: list[dict]) -> "AutoRuns":
     for _ in range(_RUNS):
         measured = sweep.run(plan, quiet=True)
         rows += measured.rows
-        ratios = _speedups(measured.rows, "auto")
+        ratios = _speedups(measured.rows, collective="auto")
         for _, size, collective in measured.choices:
             taken = runs.by_size.setdefault(size_text(size), [])
             taken.append((collective, ratios[size_text(size)]))
@@ -228,12 +231,10 @@ def run(checkpoint: Path, text: Path) -> list[dict]:
     return rows
 
 
-def _speedups(rows: list[dict], collective: str) -> dict[str, float]:
+def _speedups(rows: list[dict], **of: str) -> dict[str, float]:
+    """Of the rows with these values, by message size."""
     return {
-        size_text(row["bytes"]): row["speedup"] for row in rows if row["collective"] == collective
+        size_text(row["bytes"]): row["speedup"]
+        for row in rows
+        if all(row[key] == value for key, value in of.items())
     }
-
-
-def _controls(rows: list[dict]) -> dict[str, float]:
-    label = CONTROL.label[0]
-    return {size_text(row["bytes"]): row["speedup"] for row in rows if row["codec"] == label}
