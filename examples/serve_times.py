@@ -27,8 +27,7 @@ from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_ra
 from megatron_lowbit.calibration.corpus import read_corpus
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, check_output, write_atomic
-from megatron_lowbit.integration.convert.hf_source import load_tokenizer
-from megatron_lowbit.integration.runtime.model_files import refuse_own_code
+from megatron_lowbit.integration.convert.hf_source import saved_tokenizer
 
 LOW_BITS = "--lowbit-tp-comm --lowbit-collective"
 WAYS = {
@@ -193,11 +192,7 @@ def complete(prompt: list[int], tokens: int) -> float:
 
 def prompts_of(options: argparse.Namespace) -> list[list[int]]:
     """Tokens of `AT_ONCE` prompts, `PROMPT` of each and one more."""
-    words = options.load / "tokenizer"
-    if not (words / "tokenizer.json").is_file():
-        raise LowbitError(f"--load {options.load}: no tokenizer/tokenizer.json in it")
-    refuse_own_code(words)
-    tokenizer = load_tokenizer(words, vocab=sys.maxsize)  # nothing is looked up
+    tokenizer = saved_tokenizer(options.load / "tokenizer", "--load")
     return read_corpus([options.data], tokenizer.encode).first(AT_ONCE, PROMPT).tolist()
 
 

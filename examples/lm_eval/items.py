@@ -17,11 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also runs from a plain checkout
 
 from megatron_lowbit import cli
-from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.task_data import TASKS, Item, read_task
 from megatron_lowbit.files import write_atomic
-from megatron_lowbit.integration.convert.hf_source import load_tokenizer
-from megatron_lowbit.integration.runtime.model_files import refuse_own_code
+from megatron_lowbit.integration.convert.hf_source import saved_tokenizer
 
 
 def parse() -> argparse.Namespace:
@@ -48,10 +46,7 @@ def row(item: Item) -> dict:
 def main() -> None:
     """Write a file for each task, and count what is too long."""
     options = parse()
-    if not (options.tokenizer / "tokenizer.json").is_file():
-        raise LowbitError(f"--tokenizer {options.tokenizer}: it has no tokenizer.json")
-    refuse_own_code(options.tokenizer)
-    tokenizer = load_tokenizer(options.tokenizer, vocab=sys.maxsize)  # nothing is looked up
+    tokenizer = saved_tokenizer(options.tokenizer, "--tokenizer")
     options.directory.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         items = read_task(task).items

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,22 @@ def load_tokenizer(path: Path, vocab: int) -> Any:
             f"{vocab - 1}: take them out of the tokenizer, or use the model's own"
         )
     return made
+
+
+def saved_tokenizer(directory: Path, flag: str) -> Any:
+    """The transformers tokenizer that conversion saved in `directory`, whatever its model.
+
+    Args:
+        directory: Such as ``CKPT/tokenizer``.
+        flag: What named it, for messages.
+
+    Raises:
+        LowbitError: It has no tokenizer.json, asks for code of its own, or cannot be read.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        raise LowbitError(f"{flag} {directory}: it has no tokenizer.json")
+    refuse_own_code(directory)
+    return load_tokenizer(directory, vocab=sys.maxsize)  # nothing is looked up
 
 
 def _check_tokenizer_files(path: Path) -> None:
