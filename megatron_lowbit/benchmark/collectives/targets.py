@@ -13,7 +13,7 @@ import torch
 
 from megatron_lowbit import cli
 from megatron_lowbit.benchmark.codecs.codec_cases import cases, make_partials, make_tables
-from megatron_lowbit.benchmark.collectives import serving_times, sweep
+from megatron_lowbit.benchmark.collectives import generation_times, sweep
 from megatron_lowbit.benchmark.collectives.sweep_plan import (
     CONTROL,
     NATIVE,
@@ -196,8 +196,8 @@ def auto_table(rows: list[dict]) -> None:
 def served(
     checkpoint: Path, text: Path, work: str, link: str, asked: float, rows: list[dict]
 ) -> tuple[Result, list[str]]:
-    """A target of `serving_times` at TP 3, by its best way, and a line for each way."""
-    measured = serving_times.run(checkpoint, text, work=work, ranks=3, link=link)
+    """A target of `generation_times` at TP 3, by its best way, and a line for each way."""
+    measured = generation_times.run(checkpoint, text, work=work, ranks=3, link=link)
     rows += measured
     lines = [
         f"| {row['way']} | {row['ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f}) ms | "
@@ -207,7 +207,7 @@ def served(
     ]
     _, again, *ways = measured
     best = max(ways, key=lambda row: row["speedup"])
-    name = f"{serving_times.WORKS[work].name}, TP 3, {link}"
+    name = f"{generation_times.WORKS[work].name}, TP 3, {link}"
     return Result(name, asked, {best["way"]: best["speedup"]}, again["speedup"]), lines
 
 

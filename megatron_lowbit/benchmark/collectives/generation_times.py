@@ -1,6 +1,6 @@
 r"""What a served model's user waits for, native against low bits; one process a rank.
 
-    torchrun --nproc-per-node 3 -m megatron_lowbit.benchmark.collectives.serving_times \
+    torchrun --nproc-per-node 3 -m megatron_lowbit.benchmark.collectives.generation_times \
         --load CKPT --data TEXT --work decode
 
 Prompts go through Megatron's static engine: until the first new token is there (time to first
@@ -100,7 +100,7 @@ def run(checkpoint: Path, text: Path, *, work: str, ranks: int, link: str | None
         ``p10_ms``, ``p90_ms``, ``communication_ms`` (in collectives, codec included),
         ``sent_bytes`` of rank 0, ``speedup`` over native.
     """
-    module = [sys.executable, "-m", "megatron_lowbit.benchmark.collectives.serving_times"]
+    module = [sys.executable, "-m", "megatron_lowbit.benchmark.collectives.generation_times"]
     started = emulated_links(ranks, parse_rate(link)) if link else plain_ranks(ranks)
     with tempfile.TemporaryDirectory() as directory, started as group:
         out = Path(directory) / "rows.json"
