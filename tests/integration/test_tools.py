@@ -378,6 +378,17 @@ def _check_one_line(done: subprocess.CompletedProcess, message: str) -> None:
             ["--simulate-tp", "8", "--tensor-model-parallel-size", "8"],
             "--tensor-model-parallel-size with --simulate-tp 8: leave it out",
         ),
+        *(
+            (script, [f"--{kind}-parallel-size", size], f"--{kind}-parallel-size {size}: give 1 or")
+            for script, kind, size in [
+                (CALIBRATE, "tensor-model", "0"),
+                (CALIBRATE, "pipeline-model", "0"),
+                (EVALUATE, "pipeline-model", "-2"),
+                (EVALUATE, "context", "0"),
+                (CALIBRATE, "expert-model", "-1"),
+                (CALIBRATE, "expert-tensor", "0"),
+            ]
+        ),
     ],
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, arguments, message):

@@ -25,6 +25,7 @@ from megatron_lowbit.integration.runtime.checkpoint import (
     check_checkpoint_dir,
     reading_checkpoint,
 )
+from megatron_lowbit.integration.runtime.parallel_sizes import check_parallel_sizes
 from megatron_lowbit.integration.runtime.quiet import quiet
 from megatron_lowbit.integration.runtime.rendezvous import check_environment
 
@@ -91,6 +92,7 @@ def parse_megatron_args(
         args.bf16 = args.fp16 = False
     fit_to_machine(args, given)
     check_parallel_sizes(args)
+    _fit_vocabulary(args)
     _validate(args)
     return args
 
@@ -207,7 +209,6 @@ def _take_from_checkpoint(args: argparse.Namespace, given: set[str]) -> None:
         args.tensor_model_parallel_size = getattr(saved, "tensor_model_parallel_size", 1)
     if files:
         legacy.check_sizes(files, args, saved)
-    _fit_vocabulary(args)
     find_tokenizer(args, named)
     # Weights only, and none of them drawn at random first.
     args.no_load_optim = args.no_load_rng = args.finetune = True
@@ -245,24 +246,6 @@ def _fit_vocabulary(args: argparse.Namespace) -> None:
     if padded and padded % ranks:
         multiple = args.make_vocab_size_divisible_by * ranks
         args.padded_vocab_size = -(-padded // multiple) * multiple
-
-
-def check_parallel_sizes(args: argparse.Namespace) -> None:
-    """Raises LowbitError where the world size or the model does not divide by its parallel size."""
-    ranks = args.tensor_model_parallel_size
-    stages, context = args.pipeline_model_parallel_size, args.context_parallel_size
-    product = ranks * stages * context
-    if args.world_size % product:
-        raise LowbitError(
-            f"world size {args.world_size} is not divisible by {product} (tensor parallel {ranks} "
-            f"x pipeline {stages} x context {context}): start {product} processes, or pass "
-            "--tensor-model-parallel-size"
-        )
-    groups = args.num_query_groups if args.group_query_attention else None
-    for what, count in (("attention heads", args.num_attention_heads), ("query groups", groups)):
-        # Megatron duplicates KV heads where there are fewer of them than ranks.
-        if count and count % ranks and not (what == "query groups" and ranks % count == 0):
-            raise LowbitError(f"tensor parallel size {ranks} does not divide {count} {what}")
 
 
 def fit_to_machine(args: argparse.Namespace, given: set[str]) -> None:
