@@ -54,6 +54,11 @@ class Nodes:
         return dist.get_world_size(self.between)
 
     @property
+    def sends_sums(self) -> bool:
+        """Whether a sum travels in low bits: between more than two nodes, or inside one."""
+        return self.count > 2 or self.codec_inside is None
+
+    @property
     def number(self) -> int:
         """Which of them this rank is in."""
         return dist.get_rank(self.between)
@@ -154,7 +159,7 @@ def hierarchical(
     Returns:
         The bytes that this rank sent, inside its node and to others.
     """
-    if nodes.count > 2 or nodes.codec_inside is None:
+    if nodes.sends_sums:
         codec.sum_tables(tables)  # raises on every rank alike, before any of them sends
     spans = chunks(len(partial), partial.shape[1], nodes.size)
     return run(

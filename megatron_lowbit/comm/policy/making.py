@@ -56,12 +56,13 @@ def make_policy(
         assert codec is not None and tables is not None, "give a codec and tables, or kinds"
         kinds = (Kind(codec, tables),)
     size = on_every_rank(lambda: _node_size(settings, group), group=group)
-    if _sends_sums(settings, size, group):
-        for kind in kinds:
-            kind.codec.sum_tables(kind.tables)
     nodes = None
     if size is not None:
         nodes = make_nodes(group, size=size, low_bit_inside=settings.low_bit_inside)
+    by_nodes = nodes is not None and settings.mode == "hierarchical" and nodes.sends_sums
+    if settings.mode == "two-shot" or by_nodes:
+        for kind in kinds:
+            kind.codec.sum_tables(kind.tables)
     if settings.mode in ("native", "hierarchical"):
         return Policy(settings.mode, nodes=nodes)
     if settings.mode != "auto":
@@ -163,14 +164,6 @@ def _sent(kinds: Sequence[Kind]) -> list[Kind]:
 
 def _collectives(place: Place) -> list[str]:
     return [*place.policies, *(["reduce-scatter"] if place.scatters else [])]
-
-
-def _sends_sums(settings: Settings, size: int | None, group: dist.ProcessGroup) -> bool:
-    """Whether a fixed mode sends sums in low bits; `size` is of a node."""
-    if settings.mode != "hierarchical":
-        return settings.mode == "two-shot"
-    assert size is not None, "hierarchical has nodes"
-    return settings.low_bit_inside or dist.get_world_size(group) > 2 * size
 
 
 def _node_size(settings: Settings, group: dist.ProcessGroup) -> int | None:
