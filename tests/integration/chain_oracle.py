@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from core_worker import whole_logits
+from small_gpt import whole_logits
 from torch import Tensor, nn
 
 from megatron_lowbit.codecs.carry import NO_CARRY, Carry

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 from chain_oracle import assert_follows_chain
-from core_worker import HIDDEN, LENGTH, MOE, VOCAB, build, message, whole_logits, whole_vocabulary
+from small_gpt import HIDDEN, LENGTH, MOE, VOCAB, build, message, whole_logits, whole_vocabulary
 from torch import Tensor, nn
 
 import megatron_lowbit

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from on_ranks import _group_of_ranks, divert, pytest_runtest_logreport  # noqa: F401
 from releases import RELEASES, ROOT, environment, torchrun
 
 
@@ -80,10 +81,12 @@ def _calibrate(checkpoint: Path, directory: Path) -> Path:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Writes the cell of the support matrix that a test stands for into JUnit's report.
+    """Has a test of ranks run there; writes the cell of the support matrix that a test stands for
+    into JUnit's report.
 
     Where a mark names no release it is the one among the test's parameters.
     """
+    divert(item)
     for mark in item.iter_markers("support"):
         capability, *named = mark.args
         (release,) = named or [p for p in item.callspec.params.values() if p in RELEASES]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from core_worker import HIDDEN, VOCAB, build, make_index, message
+from small_gpt import HIDDEN, VOCAB, build, make_index, message
 
 import megatron_lowbit
 from megatron_lowbit.comm.policy.policy import Settings

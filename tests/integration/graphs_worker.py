@@ -18,9 +18,9 @@ import cuda_graph_stand_in
 import engines_worker
 import torch
 import torch.distributed as dist
-from core_worker import build, make_index, message
 from cuda_graph_stand_in import CUDAGraph
 from engines_worker import accepted, begin, counted, dynamic_engine, greedy, has_new_config
+from small_gpt import build, make_index, message
 
 import megatron_lowbit
 from megatron_lowbit.comm.traffic import Clock

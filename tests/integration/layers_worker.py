@@ -21,7 +21,7 @@ import kernel_stand_ins
 import torch
 import torch.distributed as dist
 from chain_oracle import follows_chain, recorded
-from core_worker import message
+from small_gpt import message
 from torch import Tensor, nn
 
 from megatron_lowbit.codecs import get_codec

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from core_worker import (
+from small_gpt import (
     LENGTH,
     MOE,
     VOCAB,

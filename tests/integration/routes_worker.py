@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from chain_oracle import assert_follows_chain
 from chains_worker import DEEP, POINTS, index_of, low, main, reasons, without_chain
-from core_worker import build, message, whole_logits
+from small_gpt import build, message, whole_logits
 from torch import Tensor, nn
 
 import megatron_lowbit

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from core_worker import HIDDEN, LAYERS, LENGTH, VOCAB, build, make_index, message, whole_logits
+from small_gpt import HIDDEN, LAYERS, LENGTH, VOCAB, build, make_index, message, whole_logits
 
 from megatron_lowbit.integration.cpu.device import enable_cpu
 
@@ -326,8 +326,8 @@ def fused_refusals() -> dict[str, str]:
 
 def experts() -> dict:
     """What of a model with routed experts in TE's grouped linears are sync points."""
-    from core_worker import MOE
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from small_gpt import MOE
 
     from megatron_lowbit.integration.sums.sync_points import find_sync_points
 

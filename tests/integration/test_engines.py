@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from core_worker import LAYERS
 from engines_worker import ALONE, DYNAMIC_INSIDE, NEW_TOKENS, PROMPTS
 from forks import forked
 from releases import OLDER, RELEASES, environment, is_release
+from small_gpt import LAYERS
 
 HERE = Path(__file__).parent
 

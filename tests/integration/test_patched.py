@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from core_worker import LENGTH, VOCAB, build, make_index, message, whole_logits
 from forks import forked
 from releases import NEWEST, RELEASES, ROOT
+from small_gpt import LENGTH, VOCAB, build, make_index, message, whole_logits
 from test_patches import folder, patchctl
 
 import megatron_lowbit
