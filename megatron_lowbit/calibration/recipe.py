@@ -11,7 +11,7 @@ on top of it:
 in Megatron's own quantization recipes. ``codec`` may be ``native``: Megatron's own reduction.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, codec_names, get_cod
 from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.json_files import read_json, shown
-from megatron_lowbit.model.summing import Placed
+from megatron_lowbit.model.summing import Placed, chains
 
 NATIVE = "native"
 # Of a chain's last sync point, where no plan says more: 0.03 bits on average over 60 of them.
@@ -183,22 +183,11 @@ def with_strong_ends(recipe: Recipe, points: Sequence[Placed]) -> Recipe:
     if not is_planned and strong.codec == CALIBRATED_CODEC:
         strong = replace(strong, bits=END_BITS)
     changed = dict(recipe)
-    for end in _ends(points):
+    for end in (points[chain[-1]] for chain in chains(points)):
         key = (end.layer, end.name)
         if key in changed and not (is_planned and end.layer == depth):
             changed[key] = _raised(changed[key], strong)
     return changed
-
-
-def _ends(points: Sequence[Placed]) -> Iterator[Placed]:
-    """The last sync point of each chain."""
-    chains: dict[int, list[Placed]] = {}
-    for point in points:
-        if not point.apart:
-            chains.setdefault(point.chunk, []).append(point)
-    for chain in chains.values():
-        if len(chain) > 1:
-            yield chain[-1]
 
 
 def _raised(assignment: Assignment, strong: Assignment) -> Assignment:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from itertools import product
 
-from megatron_lowbit.calibration.costs.neighbours import following_keys
 from megatron_lowbit.calibration.plan import SKIP, Options
 from megatron_lowbit.calibration.recipe import Key
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.model.summing import Placed
+from megatron_lowbit.model.summing import Placed, chains
 
 _Cheapest = dict[int, tuple[float, tuple[Key, ...]]]  # how many are skipped -> their cost, and they
 
@@ -30,8 +29,8 @@ def choose_skipped(options: Options, points: Sequence[Placed], count: int) -> fr
         for key, of_point in options.items()
     }
     cheapest: _Cheapest = {0: (0.0, ())}
-    for chain in _chains(following_keys(points)):
-        of_chain = _cheapest(chain[:-1], costs)
+    for chain in chains(points):
+        of_chain = _cheapest([(points[n].layer, points[n].name) for n in chain[:-1]], costs)
         combined: _Cheapest = {}
         for (m, (cost, keys)), (n, (more, others)) in product(cheapest.items(), of_chain.items()):
             found = (cost + more, (*keys, *others))
@@ -55,14 +54,3 @@ def _cheapest(keys: list[Key], costs: dict[Key, float]) -> _Cheapest:
         kept = {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
         skipped = skipping
     return {n: min(t[n] for t in (kept, skipped) if n in t) for n in {*kept, *skipped}}
-
-
-def _chains(following: dict[Key, Key]) -> list[list[Key]]:
-    """The keys of each chain, in order."""
-    chains = []
-    for first in following.keys() - set(following.values()):
-        chain = [first]
-        while chain[-1] in following:
-            chain.append(following[chain[-1]])
-        chains.append(chain)
-    return sorted(chains)

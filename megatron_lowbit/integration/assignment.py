@@ -25,9 +25,9 @@ from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm.policy.timings import Kind
 from megatron_lowbit.errors import IndexFileError, LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
-from megatron_lowbit.integration.sums.chains import members
 from megatron_lowbit.integration.sums.sync_points import SyncPoint, fingerprint, transformer_layers
 from megatron_lowbit.model.stages import Stages
+from megatron_lowbit.model.summing import chains
 
 MODEL_SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -142,7 +142,7 @@ def check_skips(points: list[SyncPoint], codecs: list[Codec], has_feedback: bool
             f"{points[min(skipped)]} has 0 bits, which only error feedback makes good: leave "
             "--lowbit-no-feedback and --lowbit-fold out, or plan a recipe without --skip"
         )
-    for chain in members(points, [True] * len(points)):
+    for chain in chains(points):
         for number, following in zip(chain, [*chain[1:], None], strict=True):
             if number in skipped and (following is None or following in skipped):
                 raise LowbitError(

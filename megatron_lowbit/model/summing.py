@@ -72,6 +72,18 @@ class Place:
         return f"layer {self.layer} {self.name}"
 
 
+def chains(points: Sequence[Placed]) -> list[list[int]]:
+    """The chains that carry errors: numbers of sync points in call order, a list a model chunk.
+
+    A sync point that is apart, or alone in its chunk, is in none.
+    """
+    by_chunk: dict[int, list[int]] = {}
+    for number, point in enumerate(points):
+        if not point.apart:
+            by_chunk.setdefault(point.chunk, []).append(number)
+    return [chain for chain in by_chunk.values() if len(chain) > 1]
+
+
 class Point(Placed, Protocol):
     """A sync point of this stage, by what loops need of it.
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.feedback.chain import SLOTS, Chain, Step
 from megatron_lowbit.integration.sums.routes import registered_route
+from megatron_lowbit.model.summing import chains
 
 # The first part of a sync point's name -> the layer's function that adds its sum to the stream.
 _ADDED_BY = {
@@ -147,24 +148,10 @@ class SimulatedLink:
         return [link.step(x, hidden) for link, x in zip(self.ranks, partials, strict=True)]
 
 
-def members(points: Sequence, low: Sequence[bool]) -> list[list[int]]:
-    """The chains: numbers of sync points that carry, in call order, a list for each model chunk.
-
-    Args:
-        points: Sync points of this rank, with `chunk` and `apart`.
-        low: Whether each of them is in low bits.
-    """
-    chains: dict[int, list[int]] = {}
-    for number, (point, is_low) in enumerate(zip(points, low, strict=True)):
-        if is_low and not point.apart:
-            chains.setdefault(point.chunk, []).append(number)
-    return [chain for chain in chains.values() if len(chain) > 1]
-
-
 def links(points: Sequence, codecs: Sequence[Codec]) -> list[Link | None]:
     """A link for each sync point that carries, with chains of its own; None for the others."""
     made: list[Link | None] = [None] * len(points)
-    for chain in members(points, [True] * len(points)):
+    for chain in chains(points):
         carries = Chain(max(SLOTS, _most_in_a_layer([points[n] for n in chain]) + 1))
         for place, number in enumerate(chain):
             needs = place > 0 and codecs[chain[place - 1]].bits == 0
@@ -184,9 +171,8 @@ def simulated_links(
 
 def bytes_a_token(points: Sequence, ranks: int, *, sums: bool) -> int:
     """Of all carries of this rank: three partials a chain, and with sums a share of three more."""
-    chains = members(points, [True] * len(points))
     bf16 = torch.bfloat16.itemsize
-    partials = sum(SLOTS * bf16 * points[chain[0]].hidden for chain in chains)
+    partials = sum(SLOTS * bf16 * points[chain[0]].hidden for chain in chains(points))
     return partials + partials // ranks if sums else partials
 
 
