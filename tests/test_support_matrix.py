@@ -1,5 +1,6 @@
 """tools/support_matrix.py: the table of integration/README.md from a JUnit report."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ def report(directory: Path, broken: str = "pass") -> Path:
 
 def test_table(tmp_path):
     cells, main = support_matrix.read_report(report(tmp_path))
-    assert support_matrix.table(cells, main) == TABLE
+    assert re.sub("  +", " ", support_matrix.table(cells, main)) == TABLE
 
 
 def test_a_failure_is_not_written(tmp_path):
@@ -75,7 +76,7 @@ def test_a_failure_is_not_written(tmp_path):
     command = [sys.executable, ROOT / "tools" / "support_matrix.py", "--results", file, "--write"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "| launcher | not run (2) | not run (2) | failed (4) |" in done.stdout
+    assert re.search(r"^\| launcher +\|( not run \(2\) \|){2} failed \(4\)", done.stdout, re.M)
     assert "not written, since tests fail: test_launcher fails" in done.stderr
 
 

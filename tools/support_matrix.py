@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs from a
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.text_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "megatron_lowbit" / "integration" / "README.md"
@@ -95,11 +96,11 @@ def table(cells: dict[tuple[str, str], Cell], main: str) -> str:
     capabilities = dict.fromkeys(capability for capability, _ in cells)
     releases = sorted(dict.fromkeys(release for _, release in cells), key=_by_version)
     reasons: list[str] = []
-    lines = ["| | " + " | ".join(releases) + " |", "| --- |" + " --- |" * len(releases)]
+    rows = []
     for capability in capabilities:
         found = [cells.get((capability, r), Cell("not run", NO_RESULT)) for r in releases]
-        row = [_text(cell, reasons) for cell in found]
-        lines.append(f"| {capability} | " + " | ".join(row) + " |")
+        rows.append([capability, *(_text(cell, reasons) for cell in found)])
+    lines = [markdown(["", *releases], rows)]
     if main:
         lines += ["", f"main: {main}."]
     for number, reason in enumerate(reasons, start=1):

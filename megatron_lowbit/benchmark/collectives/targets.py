@@ -24,6 +24,7 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
 from megatron_lowbit.benchmark.timing import Call, time_alone
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.policy.timings import size_text
+from megatron_lowbit.text_table import markdown
 
 _LARGE = parse_sizes("4M,16M,64M")
 _ALL = parse_sizes("8K,32K,128K,512K,2M,8M,64M")
@@ -160,8 +161,8 @@ class AutoRuns:
         return Result(f"{self.work}, low bits, lower end", 1.0, ends) if ends else None
 
     @property
-    def line(self) -> str:
-        """A row of a Markdown table: what was taken how often, with the mean ratio."""
+    def cells(self) -> list[str]:
+        """A row of a table: what was taken how often, with the mean ratio."""
         cells = []
         for taken in self.by_size.values():
             parts = []
@@ -169,7 +170,7 @@ class AutoRuns:
                 mine = [ratio for collective, ratio in taken if collective == name]
                 parts.append(f"{statistics.mean(mine):.2f}x {name} ({len(mine)})")
             cells.append(", ".join(parts))
-        return f"| {self.work} | {' | '.join(cells)} |"
+        return [self.work, *cells]
 
 
 def lower_end(ratios: list[float]) -> float:
@@ -188,27 +189,30 @@ def auto_table(rows: list[dict]) -> None:
         runs.append(auto(ranks, link, rows))
         result = runs[-1].result()
         cli.say(result.line if result else f"| {runs[-1].work} | 1.00x | all native | yes |")
-    sizes = " | ".join(runs[0].by_size)
-    head = f"\n| native's time over auto's, mean (runs) | {sizes} |\n" + "| --- " * (len(_ALL) + 1)
-    cli.say("\n".join([f"{head}|", *(run.line for run in runs)]))
+    head = ["native's time over auto's, mean (runs)", *runs[0].by_size]
+    cli.say("\n" + markdown(head, [run.cells for run in runs]))
 
 
 def served(
     checkpoint: Path, text: Path, work: str, link: str, asked: float, rows: list[dict]
-) -> tuple[Result, list[str]]:
-    """A target of `generation_times` at TP 3, by its best way, and a line for each way."""
+) -> tuple[Result, list[list[str]]]:
+    """A target of `generation_times` at TP 3, by its best way, and a row for each way."""
     measured = generation_times.run(checkpoint, text, work=work, ranks=3, link=link)
     rows += measured
-    lines = [
-        f"| {row['way']} | {row['ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f}) ms | "
-        f"{row['speedup']:.2f}x | {row['communication_ms'] / row['ms']:.0%} | "
-        f"{row['sent_bytes'] / 1e6:.2f} MB |"
+    ways = [
+        [
+            row["way"],
+            f"{row['ms']:.0f} ({row['p10_ms']:.0f} to {row['p90_ms']:.0f}) ms",
+            f"{row['speedup']:.2f}x",
+            f"{row['communication_ms'] / row['ms']:.0%}",
+            f"{row['sent_bytes'] / 1e6:.2f} MB",
+        ]
         for row in measured
     ]
-    _, again, *ways = measured
-    best = max(ways, key=lambda row: row["speedup"])
+    _, again, *low = measured
+    best = max(low, key=lambda row: row["speedup"])
     name = f"{generation_times.WORKS[work].name}, TP 3, {link}"
-    return Result(name, asked, {best["way"]: best["speedup"]}, again["speedup"]), lines
+    return Result(name, asked, {best["way"]: best["speedup"]}, again["speedup"]), ways
 
 
 def run(checkpoint: Path, text: Path) -> list[dict]:
@@ -221,13 +225,18 @@ def run(checkpoint: Path, text: Path) -> list[dict]:
             cli.say(result.line)
     tables = []
     for work, link, least in _SERVED:
-        result, lines = served(checkpoint, text, work, link, least, rows)
+        result, ways = served(checkpoint, text, work, link, least, rows)
         cli.say(result.line)
-        tables.append((work, lines))
+        head = [
+            f"{work}: way",
+            "median (p10 to p90)",
+            "speedup",
+            "in collectives",
+            "sent by a rank",
+        ]
+        tables.append(markdown(head, ways))
     auto_table(rows)
-    for work, lines in tables:
-        head = f"| {work}: way | median (p10 to p90) | speedup | in collectives | sent by a rank |"
-        cli.say("\n".join(["", head, "| --- " * 5 + "|", *lines]))
+    cli.say("\n" + "\n\n".join(tables))
     return rows
 
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from megatron_lowbit.benchmark.prediction.hardware import LAUNCH, LINKS, MEMORY_SHARE, NODE_SIZE
 from megatron_lowbit.benchmark.prediction.prediction import BATCHES, COLLECTIVES, PROMPTS, Row
 from megatron_lowbit.benchmark.prediction.prediction_check import SHORTEST, Result
+from megatron_lowbit.text_table import aligned
 
 _SHORT = {"hierarchical": "hier.", "hierarchical-low": "hier.-low"}
 
@@ -16,7 +17,7 @@ def preamble(bits: tuple[int, int]) -> str:
     return (
         f"Predicted, not measured: time of tensor-parallel communication, {bits[0]}+{bits[1]} "
         "bits (partial + sum);\n"
-        "a step of decode, a token of prefill.\n"
+        "a step of decode (batch N), a token of prefill (Nk tokens).\n"
         f"Assumed: codec kernels at {share} of the card's memory bandwidth and {launch} each; "
         "nothing overlaps with the model's work.\n"
         "x: native BF16's time over that of the fastest; native: no other saves a tenth of it.\n"
@@ -41,15 +42,12 @@ def heading(link: str) -> str:
 def summary(rows: Iterable[Row]) -> str:
     """The best collective and its speedup: a table a link, a line a model and TP size."""
     passes = [f"batch {n}" for n in BATCHES] + [f"{n >> 10}k tokens" for n in PROMPTS]
-    above = f"{'':12}{'decode':<{15 * len(BATCHES)}}{'prefill'}"
     parts = []
     for link, of_link in groupby(rows, key=lambda row: row.link):
-        head = "model  TP   " + "".join(f"{name:<15}" for name in passes)
-        lines = [heading(link), above.rstrip(), head.rstrip()]
+        lines = [["model", "TP", *passes]]
         for (model, tp), cells in groupby(of_link, key=lambda row: (row.model, row.tp)):
-            found = "".join(f"{_cell(row):<15}" for row in cells)
-            lines.append(f"{model:<6} {tp:<4} {found}".rstrip())
-        parts.append("\n".join(lines))
+            lines.append([model, str(tp), *map(_cell, cells)])
+        parts.append(_table(link, lines, left=len(lines[0])))
     return "\n\n".join(parts)
 
 
@@ -59,13 +57,17 @@ def details(rows: Iterable[Row]) -> str:
     for link, group in groupby(rows, key=lambda row: row.link):
         of_link = list(group)
         names = [name for name in COLLECTIVES if any(name in row.seconds for row in of_link)]
-        head = "model  TP  pass            message  " + "".join(f"{_short(n):>10}" for n in names)
-        lines = [heading(link), f"{'':36}one all-reduce, us"]
-        lines[-1] = f"{lines[-1]:<{36 + 10 * len(names)}}  {'':15}a step or token, us"
-        lines.append(f"{head}  {'best':<15}{'native':>10}{'best':>12}")
-        lines += [_detail(row, names) for row in of_link]
-        parts.append("\n".join(lines))
+        head = ["model", "TP", "pass", "message", *map(_short, names), "best", "native", "best"]
+        lines = [head, *(_detail(row, names) for row in of_link)]
+        parts.append(_table(link, lines, left=3, note="us: one all-reduce | a step or token"))
     return "\n\n".join(parts)
+
+
+def _table(link: str, rows: Sequence[Sequence[str]], *, left: int, note: str = "") -> str:
+    """Of one link, under its heading; `note` ends where the rows do."""
+    lines = [line.rstrip() for line in aligned(rows, left=left)]
+    above = [f"{note:>{len(lines[0])}}"] if note else []
+    return "\n".join([heading(link), *above, *lines])
 
 
 def check_heading() -> str:
@@ -99,14 +101,12 @@ def _cell(row: Row) -> str:
     return "native" if row.best == "native" else f"{_short(row.best)} {row.speedup:.1f}x"
 
 
-def _detail(row: Row, names: Sequence[str]) -> str:
-    times = [f"{row.seconds[n] * 1e6:>10.0f}" if n in row.seconds else f"{'':10}" for n in names]
+def _detail(row: Row, names: Sequence[str]) -> list[str]:
+    times = [f"{row.seconds[n] * 1e6:.0f}" if n in row.seconds else "" for n in names]
     tokens = f"batch {row.tokens}" if row.phase == "decode" else f"{row.tokens >> 10}k"
-    where = (
-        f"{row.model:<6} {row.tp:<3} {row.phase + ' ' + tokens:<15} {size(row.message_bytes):>7}"
-    )
-    native, best = (row.token_seconds(name) * 1e6 for name in ("native", row.best))
-    return f"{where}  {''.join(times)}  {_cell(row):<15}{native:>10.1f}{best:>12.1f}"
+    whole = [f"{row.token_seconds(name) * 1e6:.1f}" for name in ("native", row.best)]
+    where = [row.model, str(row.tp), f"{row.phase} {tokens}", size(row.message_bytes)]
+    return [*where, *times, _cell(row), *whole]
 
 
 def _short(name: str) -> str:
