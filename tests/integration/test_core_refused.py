@@ -19,10 +19,10 @@ from megatron_lowbit.kernels import switches
 pytestmark = pytest.mark.on_ranks(3)
 
 
-@pytest.fixture(scope="module", params=["0.16.1", NEWEST])
-def release(request):
-    start_megatron(request.param)
-    return request.param
+@pytest.fixture(scope="module")
+def release():
+    start_megatron(NEWEST)
+    return NEWEST
 
 
 @pytest.fixture(scope="module")

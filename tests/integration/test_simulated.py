@@ -49,10 +49,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["0.16.1", NEWEST])
-def release(request):
-    start_megatron(request.param)
-    return request.param
+@pytest.fixture(scope="module")
+def release():
+    start_megatron(NEWEST)
+    return NEWEST
 
 
 @pytest.fixture(scope="module")
