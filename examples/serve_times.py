@@ -28,6 +28,7 @@ from megatron_lowbit.calibration.corpus import read_corpus
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, check_output, write_atomic
 from megatron_lowbit.integration.convert.hf_source import saved_tokenizer
+from megatron_lowbit.text_table import markdown
 
 LOW_BITS = "--lowbit-tp-comm --lowbit-collective"
 WAYS = {
@@ -93,16 +94,18 @@ def measure(way: str, prompts: list[list[int]], options: argparse.Namespace) -> 
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown, ratios against the first."""
-    head = f"| way | time to first token, {PROMPT} tokens | tokens a second, one request | "
-    lines = [f"{head}{AT_ONCE} at once |", "| --- " * 4 + "|"]
+    head = ["way", f"time to first token, {PROMPT} tokens", "tokens a second, one request"]
     first = rows[0]
-    for row in rows:
-        lines.append(
-            f"| {row['way']} | {row['ttft']:.2f} s ({first['ttft'] / row['ttft']:.2f}x) | "
-            f"{row['alone']:.2f} ({row['alone'] / first['alone']:.2f}x) | "
-            f"{row['together']:.2f} ({row['together'] / first['together']:.2f}x) |"
-        )
-    return "\n".join(lines)
+    cells = [
+        [
+            row["way"],
+            f"{row['ttft']:.2f} s ({first['ttft'] / row['ttft']:.2f}x)",
+            f"{row['alone']:.2f} ({row['alone'] / first['alone']:.2f}x)",
+            f"{row['together']:.2f} ({row['together'] / first['together']:.2f}x)",
+        ]
+        for row in rows
+    ]
+    return markdown([*head, f"{AT_ONCE} at once"], cells)
 
 
 class Rank:
