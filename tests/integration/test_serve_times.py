@@ -4,8 +4,8 @@ Its figures need links, root rights and minutes: benchmark/README.md has them.
 """
 
 import importlib.util
-import re
 import os
+import re
 import subprocess
 import sys
 

@@ -1,6 +1,7 @@
 """Encoding with error feedback on CPUs: the work in ``carrying.c``, a row at a time.
 
 The bits are those of `codecs.carry` and `codecs.rotated_hybrid`, the plain torch.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import ctypes
@@ -52,16 +53,7 @@ def encode_with_carry(
 
     Args:
         partial: As for `encode`, without a folded weight.
-        taken: Floating point ``[tokens, hidden]``; nothing is if None.
-        given: BF16 ``[tokens, hidden]``, rows contiguous; it may be `taken`.
-        bounded: int64 ``[1]``, counts rows that were scaled down.
-        largest: Of a row: the most that its error may be.
-        decode_scale: fp32 ``[hidden]``, contiguous, as for `decode_sum`.
-        levels: fp32 ``[2**bits]``, ascending.
-        encoding: What `encode` takes.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
+        given: Its rows are contiguous.
     """
     scale, index = encoding["scale"], encoding["bf16_index"]
     hidden, kept = scale.numel(), index.numel()
@@ -104,33 +96,7 @@ def reduce_encode_with_carry(
     sum_bits: int,
     sum_body_bytes: int,
 ) -> Tensor:
-    """`reduce_encode` with error feedback of the sum, which is turned back to features for it.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        taken: As for `encode_with_carry`, of the sum.
-        given: The same.
-        bounded: The same.
-        largest: The same.
-        center: fp32 ``[hidden]``, contiguous: the mean of the sum; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous, as for `encode`.
-        decode_scale: fp32 ``[hidden]``, contiguous, as for `decode_sum`.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
-        block: Values that the rotation mixes.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 1 to 6.
-        body_bytes: Bytes of the packed codes of a row in `payloads`.
-        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_levels: fp32 ``[2**sum_bits]``, ascending.
-        sum_bits: Of a value in the result, 1 to 6.
-        sum_body_bytes: Bytes of the packed codes of a row in the result.
-
-    Returns:
-        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
-
-    Raises:
-        LowbitError: `payloads` has another shape or type.
-    """
+    """`reduce_encode` with error feedback of the sum, which is turned back to features for it."""
     hidden, kept = scale.numel(), bf16_index.numel()
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape

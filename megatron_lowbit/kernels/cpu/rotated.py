@@ -9,6 +9,7 @@ run at once. Nothing here is recorded by autograd.
 brackets): encode 0.52 (26), decode and sum 4 payloads 0.55 (33), sum and encode 4 payloads 0.46
 (47).
 A call costs about 10 us before the first value.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -41,25 +42,7 @@ def encode(
     bits: int,
     body_bytes: int,
 ) -> Tensor:
-    """Write a partial into a payload.
-
-    Args:
-        partial: Floating point ``[tokens, width]``, any strides.
-        width: Hidden size, or k more with a body that the weight has rotated (`codecs.folding`).
-        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by then.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
-        block: Values that the rotation mixes, a power of two that divides hidden.
-        thresholds: fp32 ``[2**bits - 1]``, ascending.
-        bits: 1 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
-
-    Raises:
-        LowbitError: `partial` is not ``[tokens, width]``.
-    """
+    """Write a partial into a payload."""
     hidden, kept = scale.numel(), bf16_index.numel()
     partial = readable(partial, width)
     tokens = len(partial)
@@ -92,26 +75,7 @@ def decode_sum(
     body_bytes: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        center: fp32 ``[hidden]``, contiguous: added last; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by before.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
-        block: Values that the rotation mixes.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: 1 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-        out: Floating point ``[tokens, hidden]`` that the sum is rounded into; a new fp32 tensor if
-            left out.
-
-    Returns:
-        `out`.
-
-    Raises:
-        LowbitError: `payloads` has another shape or type.
-    """
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order."""
     hidden, kept = scale.numel(), bf16_index.numel()
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
@@ -147,25 +111,7 @@ def reduce_encode(
     sum_bits: int,
     sum_body_bytes: int,
 ) -> Tensor:
-    """Sum the partials of all ranks and write the sum into a payload, without turning it back.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        hidden: Features in a token.
-        kept: Features that travel in BF16.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 1 to 6.
-        body_bytes: Bytes of the packed codes of a row in `payloads`.
-        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_bits: Of a value in the result, 1 to 6.
-        sum_body_bytes: Bytes of the packed codes of a row in the result.
-
-    Returns:
-        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
-
-    Raises:
-        LowbitError: `payloads` has another shape or type.
-    """
+    """Sum the partials of all ranks and write the sum into a payload, without turning it back."""
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     payload = torch.empty((tokens, row_bytes(sum_body_bytes, kept + 1)), dtype=torch.uint8)

@@ -5,6 +5,7 @@ says how. Bytes moved a value at 4 bits: encode 2 in, 0.5 out, and a carry's 2 i
 reduce_encode 0.5 in for each rank, 0.5 out, and the same for its carry.
 
 A carry may be written where the one before lay: a program reads its row before.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -39,26 +40,7 @@ def encode_with_carry(
     """`rotated.encode` with error feedback (`codecs.carry`).
 
     Args:
-        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        taken: The same; nothing is if None.
-        given: BF16 ``[tokens, hidden]``, any strides: where the error goes. It may be `taken`.
-            Nothing is kept if None.
-        bounded: int64 ``[1]``, counts rows whose error was scaled down; None to count nothing.
-        largest: Of a row: the most that its error may be.
         width: Hidden size. A folded weight's rows have no features to carry.
-        center: fp32 ``[hidden]``, contiguous: subtracted first, and added by receivers.
-        scale: As for `rotated.encode`.
-        decode_scale: fp32 ``[hidden]``, contiguous, 0 for the features of the index: what receivers
-            multiply by.
-        bf16_index: As for `rotated.encode`, and so all others but:
-        block: See there.
-        thresholds: See there.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: See there.
-        body_bytes: See there.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
 
     Raises:
         LowbitError: A tensor has another shape or type, the rows come rotated, or there are too
@@ -110,34 +92,7 @@ def reduce_encode_with_carry(
     sum_bits: int,
     sum_body_bytes: int,
 ) -> Tensor:
-    """`rotated.reduce_encode` with error feedback of the sum, which is turned back for it.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        taken: As for `encode_with_carry`, of the sum; and so all others but:
-        given: See there.
-        bounded: See there.
-        largest: See there.
-        center: fp32 ``[hidden]``, contiguous: added to the sum, and subtracted before it is
-            encoded.
-        scale: See there.
-        decode_scale: See there.
-        bf16_index: See there.
-        block: See there.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 1 to 6.
-        body_bytes: Bytes of the packed codes of a row in `payloads`.
-        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_levels: fp32 ``[2**sum_bits]``, ascending.
-        sum_bits: Of a value in the result, 1 to 6.
-        sum_body_bytes: Bytes of the packed codes of a row in the result.
-
-    Returns:
-        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
-    """
+    """`rotated.reduce_encode` with error feedback of the sum, which is turned back for it."""
     return launch_reduce(
         payloads,
         hidden=scale.numel(),

@@ -64,16 +64,7 @@ def store_sum(
         total: fp32 [1 << LOG_TILE], the sum of the body.
         feature: As from `features`.
         inside: As from `features`.
-        payloads: The bytes of the token's row of rank 0.
-        rank_stride: Bytes to the next rank's.
-        ranks: How many.
-        bf16_index: int64 [kept].
-        kept: BF16 features.
         out: fp32, fp16 or the bits of BF16, `out_column_stride` apart.
-        out_column_stride: See there.
-        BODY_BYTES: Of the packed codes.
-        KEPT: A power of two, at least `kept`; or 0.
-        NATIVE: As for `parts.values.store_floats`.
     """
     parts.store_floats(out + feature * out_column_stride, total, inside, NATIVE)
     if KEPT:

@@ -4,6 +4,7 @@ One kernel each for encode and decode_sum serves every format (`grouped_kernels`
 are those of `codecs.peers.group_frame`, the plain torch; only the bits of a NaN may differ. Bytes
 moved a value in groups of 32 at 4 bits: encode 2 in and 0.5625 out; decode_sum 0.5625 in for each
 rank and 2 out.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -50,19 +51,11 @@ def encode(
     """Write a partial into a payload.
 
     Args:
-        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        hidden: Features in a token.
         format: One of `parts.group_formats`.
         group: Features that share numbers, a power of two; None for all features of a token.
         bits: Of a code, 2 to 8.
         body_bytes: Bytes of a row before the first number.
         row_bytes: Of a row.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
-
-    Raises:
-        LowbitError: `partial` has another shape or type, or too many features.
     """
     tile, values = Tile.of(max(hidden, group or 0)), check_partial(partial, hidden)
     payload = new_payload(partial, len(partial), row_bytes)
@@ -83,17 +76,7 @@ def _(partial, hidden, format, group, bits, body_bytes, row_bytes):
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **layout) -> Tensor:
-    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
-            new fp32 tensor if left out.
-        layout: As for `decode_sum_into`.
-
-    Returns:
-        `out`.
-    """
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order."""
     out = sum_into(out, payloads, layout["hidden"])
     decode_sum_into(out, payloads, **layout)
     return out
@@ -110,21 +93,7 @@ def decode_sum_into(
     body_bytes: int,
     row_bytes: int,
 ) -> None:
-    """The op behind `decode_sum`.
-
-    Args:
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        hidden: As for `encode`, and so all others.
-        format: See there.
-        group: See there.
-        bits: See there.
-        body_bytes: See there.
-        row_bytes: See there.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
-    """
+    """The op behind `decode_sum`. Its arguments are those of `encode`."""
     tile = Tile.of(max(hidden, group or 0))
     payloads = check_payloads(payloads, row_bytes)
     ranks, tokens, _ = payloads.shape

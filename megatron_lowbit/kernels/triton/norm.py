@@ -3,6 +3,7 @@
 A token's row is decoded, summed and turned back as there, then bias and residual are added and
 RMSNorm is applied, while it is in registers. At 4 bits and for each value it moves 0.5 bytes a rank
 and 2 of the residual in, and 4 out; apart, the sum would be written, read and written once more.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -118,25 +119,14 @@ def decode_sum_norm(
     """Sum the partials of all ranks, add bias and residual, and normalize.
 
     Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
         weight: BF16, fp16 or fp32 ``[hidden]``, contiguous: RMSNorm's.
         epsilon: RMSNorm's.
         residual: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
         bias: BF16, fp16 or fp32 ``[hidden]``, contiguous.
-        center: fp32 ``[hidden]``, contiguous: added to the sum; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by before, 0 for the
-            features of the index.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
-        block: Values that the rotation mixes.
-        levels: fp32 ``[2**bits]``, ascending.
         bits: 2 to 6.
-        body_bytes: Bytes of the packed codes of a row.
 
     Returns:
         What is normalized and what it was before, ``[tokens, hidden]`` in the type of `weight`.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
     """
     hidden, kept = scale.numel(), bf16_index.numel()
     tile = Tile.of(hidden)

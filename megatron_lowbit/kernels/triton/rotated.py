@@ -8,6 +8,7 @@ value at 4 bits: encode 2 in and 0.5 out; decode_sum 0.5 in for each rank and 2 
 
 Each is a `torch.library` op, which torch.compile and CUDA graphs take whole: no host
 synchronisation, and nothing is allocated but the result.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -47,26 +48,7 @@ def encode(
     bits: int,
     body_bytes: int,
 ) -> Tensor:
-    """Write a partial into a payload.
-
-    Args:
-        partial: BF16, fp16 or fp32 ``[tokens, width]``, any strides.
-        width: Hidden size, or k more with a body that the weight has rotated (`codecs.folding`).
-        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by then, 0 for the
-            features of the index.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, width)``.
-        block: Values that the rotation mixes, a power of two that divides hidden.
-        thresholds: fp32 ``[2**bits - 1]``, ascending.
-        bits: 1 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
-
-    Raises:
-        LowbitError: `partial` has another shape or type, or too many features.
-    """
+    """Write a partial into a payload."""
     return launch_encode(
         partial,
         width=width,
@@ -87,17 +69,7 @@ def _(partial, width, center, scale, bf16_index, block, thresholds, bits, body_b
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
-    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
-            new fp32 tensor if left out.
-        tables: As for `decode_sum_into`.
-
-    Returns:
-        `out`.
-    """
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order."""
     out = sum_into(out, payloads, tables["scale"].numel())
     decode_sum_into(out, payloads, **tables)
     return out
@@ -115,22 +87,7 @@ def decode_sum_into(
     bits: int,
     body_bytes: int,
 ) -> None:
-    """The op behind `decode_sum`.
-
-    Args:
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        center: fp32 ``[hidden]``, contiguous: added last; nothing is if None.
-        scale: fp32 ``[hidden]``, contiguous: what each feature is multiplied by before.
-        bf16_index: int64 ``[k]``, contiguous, each in ``[0, hidden)``.
-        block: Values that the rotation mixes.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: 1 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
-    """
+    """The op behind `decode_sum`."""
     hidden, kept = scale.numel(), bf16_index.numel()
     tile = Tile.of(hidden)
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
@@ -174,25 +131,7 @@ def reduce_encode(
     sum_bits: int,
     sum_body_bytes: int,
 ) -> Tensor:
-    """Sum the partials of all ranks and write the sum into a payload, without turning it back.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        hidden: Features in a token.
-        kept: Features that travel in BF16.
-        levels: fp32 ``[2**bits]``, ascending.
-        bits: Of a value in `payloads`, 1 to 6.
-        body_bytes: Bytes of the packed codes of a row in `payloads`.
-        thresholds: fp32 ``[2**sum_bits - 1]``, ascending.
-        sum_bits: Of a value in the result, 1 to 6.
-        sum_body_bytes: Bytes of the packed codes of a row in the result.
-
-    Returns:
-        ``uint8 [tokens, row_bytes at sum_bits]``, contiguous.
-
-    Raises:
-        LowbitError: `payloads` has another shape or type, or too many features.
-    """
+    """Sum the partials of all ranks and write the sum into a payload, without turning it back."""
     return launch_reduce(
         payloads,
         hidden=hidden,

@@ -4,6 +4,7 @@ The bits are those of `codecs.scaled_hybrid`, its plain-torch code; only the bit
 may differ. It moves as many bytes as `static`, and 2 more a token for its scale. The tables,
 4 bytes a feature each and 8 of the body's index, stay in the caches; those of the scales are as
 many as there are ranks.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -142,20 +143,8 @@ def encode(
     """Write a partial into a payload.
 
     Args:
-        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        center: fp32 ``[hidden]``, contiguous: subtracted first; nothing is if None.
         scale: fp32 ``[hidden]``, contiguous: what each feature is divided by then.
-        body_index: int64 ``[hidden - k]``, contiguous: the features that become codes.
-        bf16_index: int64 ``[k]``, contiguous: the others.
-        thresholds: fp32 ``[2**bits - 1]``, ascending.
         bits: 2 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
-
-    Raises:
-        LowbitError: `partial` has another shape or type, or too many features.
     """
     search = cells(thresholds)
     return gathered.launch_encode(
@@ -176,17 +165,7 @@ def _(partial, center, scale, body_index, bf16_index, thresholds, bits, body_byt
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
-    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
-            new fp32 tensor if left out.
-        tables: As for `decode_sum_into`.
-
-    Returns:
-        `out`.
-    """
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order."""
     out = sum_into(out, payloads, tables["scale"].shape[1])
     decode_sum_into(out, payloads, **tables)
     return out
@@ -207,18 +186,8 @@ def decode_sum_into(
     """The op behind `decode_sum`.
 
     Args:
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        center: fp32 ``[hidden]``, contiguous: added to the sum; nothing is if None.
         scale: fp32 ``[at least ranks, hidden]``, contiguous.
-        body_index: int64 ``[hidden - k]``, contiguous: the features that are codes.
-        bf16_index: int64 ``[k]``, contiguous: the others.
-        levels: fp32 ``[2**bits]``, ascending.
         bits: 2 to 6.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
     """
     gathered.launch_decode_sum(
         _decode_sum,

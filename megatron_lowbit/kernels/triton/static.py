@@ -3,6 +3,7 @@
 The bits are those of `codecs.static_hybrid`, its plain-torch code; only the bits of a NaN in a sum
 may differ. At 4 bits encode moves 2 bytes a value in and 0.5 out, decode_sum 0.5 in for each rank
 and 2 out. How the body is gathered and scattered is in `gathered`.
+What arguments, results and errors are is in `megatron_lowbit.kernels`.
 """
 
 import torch
@@ -141,18 +142,8 @@ def encode(
     """Write a partial into a payload.
 
     Args:
-        partial: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
         scale: fp32 ``[hidden]``, contiguous: the value of one step of each feature.
-        body_index: int64 ``[hidden - k]``, contiguous: the features that become codes.
-        bf16_index: int64 ``[k]``, contiguous: the others.
         bits: 3 to 8.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Returns:
-        ``uint8 [tokens, row_bytes]``, contiguous.
-
-    Raises:
-        LowbitError: `partial` has another shape or type, or too many features.
     """
     row = row_bytes(body_bytes, bf16_index.numel())
     tables = (scale, body_index, bf16_index)
@@ -165,17 +156,7 @@ def _(partial, scale, body_index, bf16_index, bits, body_bytes):
 
 
 def decode_sum(payloads: Tensor, *, out: Tensor | None = None, **tables) -> Tensor:
-    """Sum the partials of all ranks from their payloads, in fp32 and in rank order.
-
-    Args:
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides, that the sum is rounded into; a
-            new fp32 tensor if left out.
-        tables: As for `decode_sum_into`.
-
-    Returns:
-        `out`.
-    """
+    """Sum the partials of all ranks from their payloads, in fp32 and in rank order."""
     out = sum_into(out, payloads, tables["scale"].shape[1])
     decode_sum_into(out, payloads, **tables)
     return out
@@ -194,16 +175,8 @@ def decode_sum_into(
     """The op behind `decode_sum`.
 
     Args:
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
         scale: fp32 ``[at least ranks, hidden]``, contiguous.
-        body_index: int64 ``[hidden - k]``, contiguous: the features that are codes.
-        bf16_index: int64 ``[k]``, contiguous: the others.
         bits: 3 to 8.
-        body_bytes: Bytes of the packed codes of a row.
-
-    Raises:
-        LowbitError: A tensor has another shape or type, or too many features.
     """
     row = row_bytes(body_bytes, bf16_index.numel())
     tables = (scale, body_index, bf16_index)

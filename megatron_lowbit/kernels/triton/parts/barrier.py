@@ -33,7 +33,6 @@ def meet(
     Args:
         peers: int64 [ranks]: the addresses of every rank's flags, int32 [programs, ranks].
         rank: This rank.
-        ranks: How many.
         target: int32, one more than at the last meeting or further.
         polls: How often to look at the flags at most.
         late: int32 [1]: counts the ranks that did not come, unless TRAP.

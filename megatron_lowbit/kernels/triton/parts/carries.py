@@ -23,8 +23,6 @@ def put_apart(values, scale, HIDDEN: tl.constexpr, LOG_TILE: tl.constexpr):
     Args:
         values: fp32 [KEPT], in ascending order of the features.
         scale: fp32 [hidden], 0 for a BF16 feature.
-        HIDDEN: As for `rows.encode_row`.
-        LOG_TILE: See there.
 
     Returns:
         fp32 [1 << LOG_TILE], anything but at those features; and where they are.
@@ -60,20 +58,8 @@ def give(
         wanted: fp32 [1 << LOG_TILE], what was to be sent; zero from HIDDEN on.
         codes: int32 [1 << LOG_TILE], as written, and so
         size: fp32, the token's scale.
-        given: The bits of BF16, `given_column_stride` apart: where the error goes. It may be where
-            the row came from.
-        given_column_stride: See there.
-        bounded: int64 [1], counts rows that are scaled down; or None.
-        largest: Of a row: the most that its error may be.
-        center: fp32 [hidden], or None: what a receiver adds.
-        scale: fp32 [hidden]: what a receiver multiplies by, 0 for a BF16 feature.
-        levels: fp32 [2**bits].
-        HIDDEN: As for `rows.encode_row`, and so all others.
-        LOG_BLOCK: See there.
-        KEPT: See there.
-        NATIVE: See there.
-        LOG_TILE: See there.
-        DOT: See there.
+        given: The bits of BF16. It may be where the row came from.
+        scale: What a receiver multiplies by, 0 for a BF16 feature.
     """
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN

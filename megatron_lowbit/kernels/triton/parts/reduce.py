@@ -48,27 +48,9 @@ def reduce_row(
     """Sum a token's rows of all ranks and write the sum into a row; keep what is missed.
 
     Args:
-        payloads: The bytes of the token's row of rank 0.
-        rank_stride: Bytes to the next rank's.
-        ranks: How many.
-        taken: As for `rows.encode_row`, of the sum; and so all up to `largest`. Without a carry,
-            taken or given, the sum is not turned back.
-        taken_column_stride: See there.
-        given: See there.
-        given_column_stride: See there.
-        bounded: See there.
-        largest: See there.
-        center: fp32 [hidden], that of the sum, or None; unread without a carry.
-        scale: As for `rows.encode_row`; unread without a carry.
-        decode_scale: As for `rows.decode_row`; unread without a carry.
-        index: int64 [kept]; unread without a carry.
-        kept: BF16 features.
-        levels: fp32 [2**BITS].
-        cells: int64 [CELLS], of the new row.
-        sum_levels: fp32 [2**SUM_BITS]; unread without a carry.
-        payload: The bytes of the new row.
-        HIDDEN: As for `rows.encode_row`, and so all others; those with SUM, STEPS and CELLS are of
-            the new row.
+        taken: Of the sum. Without a carry, taken or given, the sum is not turned back, and none of
+            `center`, the scales, `index` and `sum_levels` is read.
+        cells: Of the new row, as are `payload` and what has SUM in its name.
     """
     CARRY: tl.constexpr = taken is not None or given is not None
     feature = tl.arange(0, 1 << LOG_TILE)

@@ -33,7 +33,6 @@ def rotate(values, LOG_TILE: tl.constexpr, LOG_BLOCK: tl.constexpr, DOT: tl.cons
 
     Args:
         values: fp32 [1 << LOG_TILE].
-        LOG_TILE: Of the tile.
         LOG_BLOCK: Of the values that are mixed; 0 for a row that is left as it is.
         DOT: What products take: "bf16", or "fp32" in the interpreter, which multiplies the bits of
             BF16 as integers; empty for butterflies, which a tile of less than 16 x 16 has anyway,
@@ -67,12 +66,7 @@ def turned(
 
     Args:
         row: fp32 [1 << LOG_TILE], zero from HIDDEN on, as the result is.
-        center: fp32 [hidden], subtracted first; or None.
-        scale: fp32 [hidden], what each feature is multiplied by then; 0 leaves it out.
-        HIDDEN: Features.
-        LOG_BLOCK: As for `rotate`, and so all others.
-        LOG_TILE: See there.
-        DOT: See there.
+        scale: 0 leaves a feature out.
     """
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
@@ -92,17 +86,7 @@ def turned_back(
     LOG_TILE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """fp32 [1 << LOG_TILE]: a rotated row as features.
-
-    Args:
-        row: fp32 [1 << LOG_TILE].
-        center: fp32 [hidden], added last; or None.
-        scale: fp32 [hidden], what each feature is multiplied by before.
-        HIDDEN: As for `turned`, and so all others.
-        LOG_BLOCK: See there.
-        LOG_TILE: See there.
-        DOT: See there.
-    """
+    """fp32 [1 << LOG_TILE]: a rotated row, the same, as features."""
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
     row = rotate(row, LOG_TILE, LOG_BLOCK, DOT)

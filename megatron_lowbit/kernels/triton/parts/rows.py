@@ -44,33 +44,7 @@ def encode_row(
 ):
     """Write a token's partial, and what is taken, into its row of the payload; keep what is missed.
 
-    Args:
-        partial: fp32, fp16 or the bits of BF16, `column_stride` apart.
-        column_stride: See there.
-        taken: The same, `taken_column_stride` apart; None for nothing.
-        taken_column_stride: See there.
-        given: As for `carries.give`, and so all up to `largest`; None to keep nothing.
-        given_column_stride: See there.
-        bounded: See there.
-        largest: See there.
-        center: fp32 [hidden], or None.
-        scale: fp32 [hidden], 0 for a BF16 feature.
-        decode_scale: As for `decode_row`; None to keep nothing.
-        index: int64 [kept].
-        kept: BF16 features.
-        cells: int64 [CELLS].
-        levels: fp32 [2**BITS]; None to keep nothing.
-        payload: The bytes of the token's row.
-        HIDDEN: Features of the body's row.
-        LOG_BLOCK: Of the values that the rotation mixes; 0 for a row that comes rotated.
-        KEPT: A power of two, at least `kept`; or 0.
-        BODY_BYTES: Of the packed codes.
-        BITS: Of a code.
-        STEPS: Of `cells`.
-        CELLS: Of `cells`.
-        NATIVE: As for `parts.values.store_floats`.
-        LOG_TILE: Of the tile.
-        DOT: As for `parts.rotate.rotate`.
+    Where `given` is None, `decode_scale` and `levels` may be.
     """
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
@@ -126,22 +100,7 @@ def decode_row(
     LOG_TILE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Sum a token's rows of all ranks and turn the sum back.
-
-    Args:
-        payloads: The bytes of the token's row of rank 0.
-        rank_stride: Bytes to the next rank's.
-        ranks: How many.
-        center: fp32 [hidden], or None.
-        scale: fp32 [hidden].
-        index: int64 [kept].
-        kept: BF16 features.
-        levels: fp32 [2**BITS].
-        out: fp32, fp16 or the bits of BF16, `out_column_stride` apart.
-        out_column_stride: See there.
-        HIDDEN: As for `encode_row`, and so all others but:
-        NATIVE: As for `parts.values.store_floats`.
-    """
+    """Sum a token's rows of all ranks and turn the sum back."""
     feature = tl.arange(0, 1 << LOG_TILE)
     inside = feature < HIDDEN
     row = parts.sum_rows(payloads, rank_stride, ranks, kept, levels, BODY_BYTES, BITS, LOG_TILE)

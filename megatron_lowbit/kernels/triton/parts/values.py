@@ -24,16 +24,7 @@ def load_floats(pointers, mask):
 
 @triton.jit
 def load_wanted(partial, column_stride, taken, taken_column_stride, place, mask):
-    """fp32 of a token's features at `place`: the partial and what is taken; 0 where masked out.
-
-    Args:
-        partial: fp32, fp16 or the bits of BF16, `column_stride` apart.
-        column_stride: See there.
-        taken: The same, `taken_column_stride` apart; None for nothing.
-        taken_column_stride: See there.
-        place: Which features.
-        mask: Which of them are real.
-    """
+    """fp32 of a token's features at `place`: the partial and what is taken; 0 where masked out."""
     place = place.to(tl.int64)
     values = load_floats(partial + place * column_stride, mask)
     if taken is not None:
@@ -140,7 +131,6 @@ def write_body(
     Args:
         row: fp32 [1 << LOG_TILE], zero from HIDDEN on.
         finite: 0 if a BF16 feature of the token is not finite, else 1.
-        payload: The bytes of the token's row.
         kept: BF16 features, which lie between codes and scale.
         cells: As for `quantize`.
 
@@ -175,11 +165,7 @@ def sum_rows(
     Behind the last feature there is anything.
 
     Args:
-        payloads: The bytes of the token's row of rank 0.
-        rank_stride: Bytes to the next rank's.
-        ranks: How many.
         kept: BF16 features, which lie between codes and scale.
-        levels: fp32 [2**BITS].
     """
     total = row_values(payloads, kept, levels, BODY_BYTES, BITS, LOG_TILE)
     for _ in range(1, ranks):
@@ -217,7 +203,6 @@ def write_kept(values, kept, floats, KEPT: tl.constexpr):
         values: fp32 [KEPT].
         kept: How many are real.
         floats: The bytes of the row where the BF16 values begin.
-        KEPT: A power of two, at least `kept`.
     """
     j = tl.arange(0, KEPT)
     mask = j < kept
