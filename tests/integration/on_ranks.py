@@ -117,7 +117,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     said = {"id": report.nodeid, "outcome": report.outcome, "time": report.start, "text": ""}
     if report.failed:
-        said |= {"time": report.stop, "text": f"rank {dist.get_rank()}: {report.longreprtext}"}
+        said |= {"time": report.stop, "text": f"rank {os.environ['RANK']}: {report.longreprtext}"}
         said["text"] += "".join(f"\n-- {title}\n{text}" for title, text in report.sections)
     elif report.skipped:
         said["text"] = report.longrepr[2]
