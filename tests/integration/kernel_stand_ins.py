@@ -4,6 +4,7 @@ mamba-ssm and flash-linear-attention cannot be installed on a machine without CU
 compute the same functions, so that Megatron's own mixers run here; no speed is claimed of them.
 """
 
+import importlib
 import sys
 from types import ModuleType
 
@@ -67,7 +68,10 @@ def _unused(*args, **kwargs):
 
 
 def install() -> None:
-    """Make `import mamba_ssm` and `import fla` take these; before megatron is imported."""
+    """Make `import mamba_ssm` and `import fla` take these, also where Megatron has looked for them.
+
+    A mixer that was made before stays without them.
+    """
     functions = {
         "mamba_ssm": {"__version__": "2.2.6"},
         "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": RMSNorm},
@@ -84,3 +88,5 @@ def install() -> None:
         for depth in range(1, len(parts) + 1):
             sys.modules.setdefault(".".join(parts[:depth]), ModuleType(".".join(parts[:depth])))
         vars(sys.modules[path]).update(names)
+    for name in ("mamba_mixer", "gated_delta_net.common"):
+        importlib.reload(importlib.import_module(f"megatron.core.ssm.{name}"))

@@ -55,7 +55,11 @@ def layer_spec(config: dict):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    spec = get_gpt_layer_local_spec(config.get("num_moe_experts"), normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        config.get("num_moe_experts"),
+        multi_latent_attention=config.get("multi_latent_attention", False),
+        normalization="RMSNorm",
+    )
     if not config.get("sequence_parallel"):
         return spec
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -73,20 +77,14 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build(
-    dtype: torch.dtype, *, seed: int = 1, bias: bool = False, place: dict | None = None, **config
-):
-    """A small GPTModel of the local spec, with the same weights at any TP degree.
-
-    `place` is what GPTModel takes to be a stage of a pipeline.
-    """
+def transformer_config(dtype: torch.dtype, *, bias: bool = False, **config):
+    """Of a small model; `config` says more, or other sizes."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    seed_all(seed)
+    kind = MLATransformerConfig if config.get("multi_latent_attention") else TransformerConfig
     fields = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
-    transformer = TransformerConfig(
+    return kind(
         **{**fields, **config},
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         use_cpu_initialization=True,
@@ -98,19 +96,36 @@ def build(
         normalization="RMSNorm",
         masked_softmax_fusion=False,
     )
+
+
+def as_trained(model, dtype: torch.dtype):
+    """Norms and biases as a trained model has them: not all one or zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or (name.endswith("bias") and "linear_proj" in name):
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model.to(dtype).eval()
+
+
+def build(
+    dtype: torch.dtype, *, seed: int = 1, bias: bool = False, place: dict | None = None, **config
+):
+    """A small GPTModel of the local spec, with the same weights at any TP degree.
+
+    `place` is what GPTModel takes to be a stage of a pipeline.
+    """
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    seed_all(seed)
     model = GPTModel(
-        transformer,
+        transformer_config(dtype, bias=bias, **config),
         layer_spec(config),
         vocab_size=VOCAB,
         max_sequence_length=LENGTH,
         position_embedding_type="rope",
         **(place or {}),
     )
-    with torch.no_grad():  # norms and biases as a trained model has them: not all one or zero
-        for name, parameter in model.named_parameters():
-            if "norm" in name or (name.endswith("bias") and "linear_proj" in name):
-                parameter += 0.1 * torch.randn(parameter.shape)
-    return model.to(dtype).eval()
+    return as_trained(model, dtype)
 
 
 def whole_logits(model) -> torch.Tensor:
@@ -131,6 +146,18 @@ def whole_vocabulary(mine: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
+def native_calls(model) -> int:
+    """How often one forward pass calls the all-reduce that RowParallelLinear imports by value."""
+    from megatron.core.tensor_parallel import layers
+
+    name = "reduce_from_tensor_model_parallel_region"
+    with pytest.MonkeyPatch.context() as patch:
+        original, calls = getattr(layers, name), []
+        patch.setattr(layers, name, lambda *args, **kw: calls.append(1) or original(*args, **kw))
+        whole_logits(model)
+    return len(calls)
+
+
 def fp32_accumulation(model) -> torch.Tensor:
     """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
     from megatron_lowbit.integration.sums.sync_points import Attachment, find_sync_points
@@ -147,18 +174,6 @@ def fp32_accumulation(model) -> torch.Tensor:
     result = whole_logits(model)
     attachment.remove()
     return result
-
-
-def native_calls(model) -> int:
-    """How often one forward pass calls the all-reduce that RowParallelLinear imports by value."""
-    from megatron.core.tensor_parallel import layers
-
-    name = "reduce_from_tensor_model_parallel_region"
-    with pytest.MonkeyPatch.context() as patch:
-        original, calls = getattr(layers, name), []
-        patch.setattr(layers, name, lambda *args, **kw: calls.append(1) or original(*args, **kw))
-        whole_logits(model)
-    return len(calls)
 
 
 @contextlib.contextmanager
