@@ -12,7 +12,7 @@ on a GPU,
 
 What it cannot show: streams and their order, the memory pool that graphs share (here nothing is
 ever used again), whether a tensor is the host's, random numbers, Triton and NCCL, and C code behind
-ctypes, which no dispatcher sees: switch the codecs' own off (MEGATRON_LOWBIT_KERNELS=0).
+ctypes, which no dispatcher sees: switch the codecs' own off (`kernels.switches.disabled`).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -185,17 +186,18 @@ def wait(work: dist.Work, *timeout: Any) -> bool:
     return _wait(work, *timeout)
 
 
-def install() -> None:
-    """Put all of it in place, after `enable_cpu`; for the life of the process."""
-    dist.Work.wait = wait
-    torch.cuda.CUDAGraph = CUDAGraph
-    torch.cuda.graph_pool_handle = lambda: (0, 1)
-    torch.cuda.is_current_stream_capturing = lambda: bool(_under_way)
-    torch.cuda.memory_snapshot = list
-    torch._C._host_emptyCache = lambda: None  # torch.cuda.graph calls it
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Put all of it in place, after `enable_cpu`."""
+    patch.setattr(dist.Work, "wait", wait)
+    patch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(_under_way))
+    patch.setattr(torch.cuda, "memory_snapshot", list)
+    # torch.cuda.graph calls it.
+    patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     for owner in (torch.cuda, CpuEvent, CpuStream):
         for name in {"query", "synchronize"} & set(vars(owner)):
-            setattr(owner, name, not_in_a_capture(getattr(owner, name)))
+            patch.setattr(owner, name, not_in_a_capture(getattr(owner, name)))
 
 
 def not_in_a_capture(function: Callable) -> Callable:

@@ -1,28 +1,18 @@
-"""Megatron's inference engines with low-bit sums; run by test_engines.py in forked ranks.
+"""Megatron's inference engines around a small model, in the words of each release."""
 
-One process group does all the work on one release and rank by rank writes what it saw to
-OUT/rankN.pt; the assertions are in test_engines.py.
-"""
-
-import argparse
 import contextlib
+import functools
 import importlib.util
 import inspect
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+import pytest
 import torch
 import torch.distributed as dist
-from small_gpt import HIDDEN, VOCAB, build, make_index, message
+from on_ranks import directory_of_all
+from small_gpt import HIDDEN, LAYERS, VOCAB, make_index
 
-import megatron_lowbit
-from megatron_lowbit.comm.policy.policy import Settings
-from megatron_lowbit.comm.policy.timings import Case, Timings
-from megatron_lowbit.comm.policy.tuning import Tuning, this_machine, write_tuning
-from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
+from megatron_lowbit.integration.sums import reducer
 
 BLOCK, LONGEST, NEW_TOKENS = 8, 112, 12
 # The third shares three blocks with the second, and ends elsewhere; all together, and the fourth
@@ -31,6 +21,7 @@ SHARED = [(7 * i) % 118 for i in range(3 * BLOCK)]
 LONG = [(11 * i + 5) % 118 for i in range(80)]
 PROMPTS = [[3, 5, 7], [*SHARED, 11, 12, 13, 14], [*SHARED, 40, 41], LONG, [100, 2, 9, 4, 7]]
 END = VOCAB - 1
+SUMS = 2 * LAYERS  # of a forward pass
 DYNAMIC_INSIDE = "dynamic engine inside the static one"
 ALONE = 2
 REQUESTS = 8  # the ranks must divide it
@@ -196,11 +187,16 @@ def leave_engine_mode() -> None:
         InferenceMode.unset_active()
 
 
+def index_of(model, name: str = "index"):
+    """A new calibration index; `name` is told apart from those of other models."""
+    leave_engine_mode()
+    return make_index(model, directory_of_all(name))[0]
+
+
 @contextlib.contextmanager
 def counted(model) -> Iterator[list]:
     """What goes through the model: (tokens, collective) of each sum, or "forward" of each pass."""
-    module = importlib.import_module("megatron_lowbit.integration.sums.reducer")
-    original, seen = module.all_reduce, []
+    original, seen = reducer.all_reduce, []
 
     def recording(partial, **call):
         chosen = call["collective"].all_reduce(partial.numel()).collective
@@ -208,14 +204,27 @@ def counted(model) -> Iterator[list]:
         return original(partial, **call)
 
     hook = model.register_forward_pre_hook(lambda *_: seen.append("forward"))
-    module.all_reduce = recording
-    try:
+    with hook, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reducer, "all_reduce", recording)
         yield seen
-    finally:
-        module.all_reduce = original
-        hook.remove()
 
 
+def alike(value):
+    """What is the same on all ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    assert values == [value] * len(values)
+    return value
+
+
+def assert_carried(handle) -> None:
+    """Each sync point's error came to the next one."""
+    carried = handle.feedback()
+    assert (carried["sync_points"], carried["dropped"]) == (SUMS, 0)
+    assert carried["bytes"] > 0
+
+
+@functools.cache
 def features() -> list[str]:
     """What this release's engines can do beside batching."""
     from megatron.core.inference import contexts, engines
@@ -239,81 +248,12 @@ def features() -> list[str]:
     return [name for name, is_there in found.items() if is_there]
 
 
-def plain(model) -> dict:
-    """Greedy tokens of both engines."""
-    return {"static": greedy(static_engine(model)), "dynamic": greedy(dynamic_engine(model))}
+def needs(feature: str) -> None:
+    if feature not in features():
+        pytest.skip(f"this release has no {feature}")
 
 
-def engines(model) -> dict:
-    """Greedy tokens of the engines, batched, alone and in other ways."""
-    result = plain(model)
-    if DYNAMIC_INSIDE in features():
-        inner = static_engine(model, legacy=False)
-        result["has_dynamic_inside"] = hasattr(inner, "dynamic_engine")
-        result["static, dynamic inside"] = greedy(inner)
-    result["static alone"] = alone(static_engine(model))
-    result["dynamic alone"] = alone(dynamic_engine(model))
-    if "chunked prefill" in features():
-        with counted(model) as seen:
-            result["chunked"] = greedy(dynamic_engine(model, chunked=True, max_tokens=64))
-        result["chunked sums"] = [s for s in seen if s != "forward"]
-    if "prefix caching" in features():
-        engine = dynamic_engine(model, enable_prefix_caching=True)
-        result["prefix"] = greedy(engine)
-        result["prefix skipped"] = engine._prefill_tokens_skipped
-    if "MegatronLLM" in features():
-        result["MegatronLLM"] = greedy(high_level_api(model))
-    return result
-
-
-def in_bf16(model) -> dict:
-    """The dynamic engine only: the static one rounds its attention in other places."""
-    result = {"dynamic": greedy(dynamic_engine(model)), "alone": alone(dynamic_engine(model))}
-    if "chunked prefill" in features():
-        result["chunked"] = greedy(dynamic_engine(model, chunked=True, max_tokens=64))
-    return result
-
-
-def low_bits(model, index, run) -> dict:
-    """What `run` gives with a fixed collective, and what was counted."""
-    handle = megatron_lowbit.apply(model, index, collective="one-shot")
-    with counted(model) as seen:
-        result = run(model)
-    result["forwards"] = seen.count("forward")
-    result["stats"], result["feedback"] = handle.stats(), handle.feedback()
-    handle.remove()
-    return result
-
-
-def tuned(model, index, out: Path) -> dict:
-    """`auto` by a tuning file in which large messages go low-bit and small ones native."""
-    handle = megatron_lowbit.apply(model, index, collective="one-shot")
-    kinds = handle.kinds
-    handle.remove()
-    milliseconds = {Case("", False, "native"): (0.1, 10.0)}
-    milliseconds |= {kind.case("one-shot"): (1.0, 1.0) for kind in kinds}
-    milliseconds |= {kind.case("two-shot"): (2.0, 2.0) for kind in kinds}
-    times = Timings(
-        {
-            case: {1024: (short,) * 6, 2048: (long,) * 6}  # 10 and 21 tokens
-            for case, (short, long) in milliseconds.items()
-        }
-    )
-    path, ranks = out / "tuning.json", dist.get_world_size()
-    if dist.get_rank() == 0:
-        write_tuning(Tuning(this_machine(), ranks, None, "as it is", times), path)
-    dist.barrier()
-    handle = megatron_lowbit.apply(model, index, collective=Settings(tuning=path))
-    with counted(model) as seen:
-        tokens = greedy(
-            dynamic_engine(model, max_tokens=64, chunked="chunked prefill" in features())
-        )
-    stats = handle.stats()
-    handle.remove()
-    return {"tokens": tokens, "seen": seen, "stats": stats}
-
-
-def with_prediction_head():
+def with_prediction_head(config):
     """A model with a head that guesses the token after the next one, some of them right.
 
     Decoder and head both go by little more than the last token's embedding: the head takes nothing
@@ -326,7 +266,6 @@ def with_prediction_head():
     # After 0.19 it compares with classes that are none where Transformer Engine is missing.
     if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
         multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
-    config = build(torch.float32).config
     config.mtp_num_layers = 1
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
     head = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
@@ -346,156 +285,3 @@ def with_prediction_head():
                 mine = torch.eye(HIDDEN, 2 * HIDDEN).chunk(dist.get_world_size())
                 parameter.copy_(mine[dist.get_rank()])
     return model.eval()
-
-
-def speculative(out: Path) -> dict:
-    """Greedy tokens without and with guesses, natively and in low bits."""
-    if "speculative decoding" not in features():
-        return {}
-    leave_engine_mode()
-    model = with_prediction_head()
-    index, _ = make_index(model, out)
-    result = {"native": greedy(dynamic_engine(model))}
-    handle = megatron_lowbit.apply(model, index, collective="one-shot")
-    result["heads"] = [name for name in handle.native if "mtp" in name]
-    result["plain"] = greedy(dynamic_engine(model))
-    with counted(model) as seen:
-        engine = dynamic_engine(model, num_speculative_tokens=1)
-        result["guessing"] = greedy(engine)
-    result["forwards"] = seen.count("forward")
-    result["accepted"] = int(engine._spec_tokens_accepted_per_pos.sum())
-    result["proposed"] = int(engine._spec_tokens_proposed_per_pos.sum())
-    result["alone"] = alone(dynamic_engine(model, num_speculative_tokens=1))
-    result["feedback"] = handle.feedback()
-    handle.remove()
-    return result
-
-
-def sequence_parallel(index) -> dict:
-    """The model with sequence parallelism: the same weights, so the same index serves."""
-    if "sequence parallelism" not in features():
-        return {}
-    leave_engine_mode()
-    model = build(torch.float32, sequence_parallel=True)
-    result = {"native": greedy(dynamic_engine(model))}
-    for gather in (None, 6):
-        handle = megatron_lowbit.apply(model, index, collective="one-shot", all_gather_bits=gather)
-        result[gather] = greedy(dynamic_engine(model))
-        result[gather, "alone"] = alone(dynamic_engine(model))
-        result[gather, "stats"], result["feedback"] = handle.stats(), handle.feedback()
-        handle.remove()
-    return result
-
-
-def refused_graphs(model, index, message) -> dict[str, str]:
-    """What is said of settings of Megatron's graphs; the model says that it is to have some."""
-    layer, found = model.decoder.layers[0], {}
-    name = "cuda_graph_impl" if hasattr(layer.config, "cuda_graph_impl") else "enable_cuda_graph"
-    before, steps = getattr(layer.config, name), layer.config.cuda_graph_warmup_steps
-    setattr(layer.config, name, "local" if name == "cuda_graph_impl" else True)
-    found["graphed"] = message(lambda: megatron_lowbit.apply(model, index).remove())
-    layer.train()
-    found["gathers"] = message(lambda: megatron_lowbit.apply(model, index, all_gather_bits=6))
-    layer.eval()
-    layer.config.cuda_graph_warmup_steps = 0
-    found["warm-up"] = message(lambda: megatron_lowbit.apply(model, index))
-    if name == "cuda_graph_impl":
-        layer.config.cuda_graph_impl = "full_iteration"
-        found["warm-up"] += message(lambda: megatron_lowbit.apply(model, index))
-    layer.config.cuda_graph_warmup_steps = steps
-    setattr(layer.config, name, before)
-    return found
-
-
-def whole_steps(handle) -> str:
-    """What is said of a graph of whole training steps, of which a process has one."""
-    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
-
-    FullCudaGraphWrapper.cuda_graph["training"] = object()
-    try:
-        return message(handle.remove)
-    finally:
-        FullCudaGraphWrapper.cuda_graph["training"] = None
-
-
-def graphs(model, index) -> dict[str, str]:
-    """What is said of CUDA graphs, of which a machine without CUDA can have none.
-
-    A manager of Megatron's own class says that it has captured one.
-    """
-    from types import SimpleNamespace
-
-    from megatron.core.transformer import cuda_graphs
-
-    layer = model.decoder.layers[0]
-    manager = cuda_graphs.CudaGraphManager.__new__(cuda_graphs.CudaGraphManager)
-    torch.nn.Module.__init__(manager)
-    manager.cudagraph_runners = [SimpleNamespace(fwd_graph=None)]
-    handle = megatron_lowbit.apply(model, index)
-    layer.cudagraph_manager = manager
-    found = {"not captured": message(handle.remove)}
-    manager.cudagraph_runners[0].fwd_graph = object()
-    found["captured before"] = message(lambda: megatron_lowbit.apply(model, index))
-    manager.cudagraph_runners[0].fwd_graph = None
-    handle = megatron_lowbit.apply(model, index)
-    manager.cudagraph_runners[0].fwd_graph = object()
-    found["captured after"] = message(handle.remove)
-    found["still there"] = str(handle)
-    del layer.cudagraph_manager
-    found["whole steps"] = whole_steps(handle)
-    handle.remove()
-    found |= refused_graphs(model, index, message)
-    runner = inspect.getsource(cuda_graphs._CudaGraphRunner)
-    found["attributes"] = "self.fwd_graph = " in runner and "self.cudagraph_runners" in (
-        inspect.getsource(cuda_graphs.CudaGraphManager)
-    )
-    return found
-
-
-def begin(brief: str) -> argparse.Namespace:
-    """The command line, in which `brief` says what --brief leaves; then the groups of ranks."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--brief", action="store_true", help=brief)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(dist.get_world_size())
-    return args
-
-
-def main() -> None:
-    enable_cpu_engines()
-    args = begin("the engines only")
-    out = args.out
-    import megatron.core
-
-    model = build(torch.float32)
-    index, _ = make_index(model, out)
-    results = {
-        "version": megatron.core.__version__,
-        "features": features(),
-        "native": plain(model),
-        "low": low_bits(model, index, engines),
-        "after": greedy(dynamic_engine(model)),
-        "sequence_parallel": sequence_parallel(index),
-    }
-    if not args.brief:
-        leave_engine_mode()
-        rounded = build(torch.bfloat16)
-        rounded_index, _ = make_index(rounded, out / "bf16")
-        results |= {
-            "bf16": low_bits(rounded, rounded_index, in_bf16),
-            "tuned": tuned(model, index, out),
-            "speculative": speculative(out / "mtp"),
-            "graphs": graphs(model, index),
-        }
-    torch.save(results, out / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
