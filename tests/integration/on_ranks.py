@@ -8,6 +8,9 @@ which is pytest itself: Megatron is imported once, and fixtures of a wider scope
 A rank whose test fails ends at once, so that the others cannot wait for it for ever. The tests
 behind it run in a new group. `directory_of_all` gives a directory that all ranks share; `tmp_path`
 is each rank's own.
+
+`on_ranks(2, packages="te_stand_in")` names a folder beside this file that is on PYTHONPATH, behind
+all else, when Megatron is imported.
 """
 
 import json
@@ -68,16 +71,19 @@ def _in_ranks(item: pytest.Item) -> None:
         pytest.fail(outcome["text"], pytrace=False)
 
 
-def _key(item: pytest.Item) -> tuple[Path, int, str] | None:
-    """What tests of one group have in common: their file, the number of ranks, the release."""
+def _key(item: pytest.Item) -> tuple[Path, int, str | None, str] | None:
+    """What tests of one group have in common: their file, ranks, packages, and the release."""
     mark = item.get_closest_marker("on_ranks")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return mark and (item.path, *mark.args, parameters.get("release", NEWEST))
+    release = parameters.get("release", NEWEST)
+    return mark and (item.path, *mark.args, mark.kwargs.get("packages"), release)
 
 
-def _run(nodes: list[str], ranks: int, release: str) -> None:
+def _run(nodes: list[str], ranks: int, packages: str | None, release: str) -> None:
     """Run tests in ranks of a release; keeps the outcomes up to the first that is a failure."""
     inside = {k: v for k, v in environment(release).items() if not k.startswith("PYTEST_")}
+    if packages:
+        inside["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).with_name(packages)}"
     command = ["-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", f"--rootdir={ROOT}"]
     with tempfile.TemporaryDirectory() as directory:
         inside |= {INSIDE: directory, "PYTEST_DEBUG_TEMPROOT": directory}
@@ -115,13 +121,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In ranks: write down how a test ended; leave if it failed."""
     if INSIDE not in os.environ or (report.passed and report.when != "teardown"):
         return
+    rank = os.environ["RANK"]  # a test may have ended the process group
     said = {"id": report.nodeid, "outcome": report.outcome, "time": report.start, "text": ""}
     if report.failed:
-        said |= {"time": report.stop, "text": f"rank {dist.get_rank()}: {report.longreprtext}"}
+        said |= {"time": report.stop, "text": f"rank {rank}: {report.longreprtext}"}
         said["text"] += "".join(f"\n-- {title}\n{text}" for title, text in report.sections)
     elif report.skipped:
         said["text"] = report.longrepr[2]
-    with Path(os.environ[INSIDE], f"rank{os.environ['RANK']}.jsonl").open("a") as file:
+    with Path(os.environ[INSIDE], f"rank{rank}.jsonl").open("a") as file:
         file.write(json.dumps(said) + "\n")
     if report.failed:
         os._exit(1)
