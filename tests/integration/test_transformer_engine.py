@@ -1,240 +1,343 @@
-"""Transformer Engine's layers: Megatron's real classes over a stand-in, and TE's real sources."""
+"""Transformer Engine's layers and the inference-optimized ones: Megatron's, over a stand-in."""
 
-import ast
+import inspect
 import os
 import re
-import subprocess
-import sys
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from forks import forked
-from releases import environment
+import torch.distributed as dist
+from on_ranks import directory_of_all
+from releases import NEWEST, environment
+from small_gpt import (
+    HIDDEN,
+    LAYERS,
+    LENGTH,
+    MOE,
+    POINTS,
+    VOCAB,
+    assert_alike,
+    build,
+    low,
+    make_index,
+    message,
+    start_megatron,
+    whole_logits,
+)
+from te_models import counting, inference_spec, logits_and_calls, model_of, same_weights, te_spec
 
-from megatron_lowbit.integration.sums.transformer_engine import MUTED_TE, attributes_read
+import megatron_lowbit
+from megatron_lowbit.integration.sums import transformer_engine as route
+from megatron_lowbit.integration.sums.simulate import find_summing
+from megatron_lowbit.integration.sums.sync_points import (
+    Attachment,
+    SyncPoint,
+    find_sync_points,
+    fingerprint,
+    transformer_layers,
+)
+from megatron_lowbit.model.forward import forward
 
-HERE = Path(__file__).parent
-RANKS = 2
-# The oldest 2.x whose Python sources the registry has, in a package with 528 MB of CUDA kernels.
-TE_RELEASE = "2.1.0"
+
+def behind_the_stand_in(release: str, _) -> str:
+    """It is there before Megatron is imported."""
+    return os.pathsep.join([environment(release)["PYTHONPATH"], str(STAND_IN)])
+
+
+STAND_IN = Path(__file__).with_name("te_stand_in")
+pytestmark = pytest.mark.on_ranks(2, path=behind_the_stand_in)
+TE = ["te", "te sequence-parallel"]
+SPECS = {"te": te_spec, "inference": inference_spec}
 
 
 # The stand-in has what these releases import of Transformer Engine; older ones import other names.
-@pytest.fixture(scope="module", params=["0.16.1", "0.19.2"])
-def ranks(request, tmp_path_factory):
-    """What each of two ranks saw."""
-    out = tmp_path_factory.mktemp("te")
-    env = environment(request.param)
-    paths = [env["PYTHONPATH"], str(HERE.parent), str(HERE / "te_stand_in")]
-    env["PYTHONPATH"] = os.pathsep.join(paths)
-    done = forked(RANKS, HERE / "te_worker.py", out, env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    assert results[0]["version"].startswith(request.param)
-    return results
+@pytest.fixture(scope="module", params=["0.16.1", NEWEST])
+def release(request):
+    from megatron.core import parallel_state
+
+    start_megatron(request.param)
+    if hasattr(parallel_state, "_set_global_symmetric_memory_buffer"):  # until 0.16
+        parallel_state._set_global_symmetric_memory_buffer()
+    return request.param
 
 
-def cases(ranks):
-    """Each spec but the local one, of each rank: what it gave, and what the local one gave."""
-    for rank in ranks:
-        for sequence_parallel, names in ((False, ["te"]), (True, ["te", "inference"])):
-            found = rank[sequence_parallel]
-            for name in names:
-                yield sequence_parallel, found[name], found["local"]
+@pytest.fixture(scope="module", params=[*TE, "inference sequence-parallel"])
+def pair(release, request):
+    """A model, and the local one that has its weights, with an index of it."""
+    spec, *scatters = request.param.split()
+    local = build(torch.bfloat16, sequence_parallel=bool(scatters))
+    index, _ = make_index(local, directory_of_all(request.param))
+    return SimpleNamespace(local=local, model=same_weights(local, SPECS[spec]()), index=index)
 
 
-def test_low_bits_are_those_of_the_local_spec(ranks):
+def test_low_bits_are_those_of_the_local_spec(pair):
     """The same partials through the same codec: bit for bit, and on all ranks."""
-    for sequence_parallel, result, local in cases(ranks):
-        of_rank_0 = ranks[0][sequence_parallel]["te"]["low"]["logits"]
-        assert torch.equal(result["low"]["logits"], local["low"]["logits"])
-        assert torch.equal(result["low"]["logits"], of_rank_0)
-        assert not torch.equal(result["low"]["logits"], result["native"]["logits"])
-        assert torch.equal(result["native"]["logits"], local["native"]["logits"])
-        assert result["sent"] == local["sent"]
-        assert all(calls == 1 and sent > 0 for calls, sent in result["sent"])
-        assert f"{2 * ranks[0]['layers']} sync points use rotated-hybrid" in result["text"]
-        assert f"errors carried between {2 * ranks[0]['layers']} sync points" in result["text"]
+    found = []
+    for model in (pair.local, pair.model):
+        native = whole_logits(model)
+        with low(model, pair.index) as handle:
+            text, logits = str(handle), whole_logits(model)
+            sent = [(p.traffic.calls, p.traffic.sent_bytes) for p in handle.status()]
+        found.append((native, logits, sent))
+    (local_native, local_logits, local_sent), (native, logits, sent) = found
+    assert torch.equal(native, local_native)
+    assert torch.equal(logits, local_logits)
+    assert not torch.equal(logits, native)
+    assert_alike(logits)
+    assert sent == local_sent
+    assert all(calls == 1 and count > 0 for calls, count in sent)
+    assert f"{len(POINTS)} sync points use rotated-hybrid" in text
+    assert f"errors carried between {len(POINTS)} sync points" in text
 
 
-def test_te_sends_nothing_for_as_long_as_it_is_muted(ranks):
-    points = 2 * ranks[0]["layers"]
-    for sequence_parallel, result, _ in cases(ranks):
-        own = "reduce_scatter_along_first_dim" if sequence_parallel else "allreduce"
-        assert result["native"]["calls"] == [own] * points
-        assert result["low"]["calls"] == []
-        assert result["removed"]["calls"] == [own] * points
+def test_te_sends_nothing_for_as_long_as_it_is_muted(pair):
+    scatters = pair.local.config.sequence_parallel
+    own = ["reduce_scatter_along_first_dim" if scatters else "allreduce"] * len(POINTS)
+    native, calls = logits_and_calls(pair.model)
+    assert calls == own
+    with low(pair.model, pair.index):
+        assert logits_and_calls(pair.model)[1] == []
+    removed, calls = logits_and_calls(pair.model)
+    assert calls == own
+    assert torch.equal(removed, native)
 
 
-def test_remove_leaves_nothing(ranks):
-    for _, result, _ in cases(ranks):
-        assert result["unchanged"], "an attribute or a hook of a module"
-        assert result["keys"], "the state_dict's"
-        assert torch.equal(result["removed"]["logits"], result["native"]["logits"])
+def attributes(model) -> list[dict]:
+    """Everything that the model's row-parallel linears hold, hooks included."""
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+    linears = [module for module in model.modules() if isinstance(module, TERowParallelLinear)]
+    assert len(linears) == len(POINTS)
+    return [{**vars(m), **m._parameters, "_forward_hooks": {**m._forward_hooks}} for m in linears]
 
 
-def test_an_index_serves_every_spec(ranks):
+def test_remove_leaves_nothing(pair):
+    whole_logits(pair.model)
+    before, keys = attributes(pair.model), list(pair.model.state_dict())
+    with low(pair.model, pair.index):
+        assert attributes(pair.model) != before
+        whole_logits(pair.model)
+        assert list(pair.model.state_dict()) == keys
+    assert attributes(pair.model) == before
+
+
+def test_an_index_serves_every_spec(pair):
     """TE keeps norms in the linears behind them; the weights' digests are the same."""
-    for _, result, local in cases(ranks):
-        assert result["fingerprints"] == local["fingerprints"]
-        assert len(set(local["fingerprints"])) == ranks[0]["layers"]
-    assert all(rank[sp]["calibrated"] for rank in ranks for sp in (False, True))
+    mine, local = (
+        [fingerprint(layer) for layer in transformer_layers(model).values()]
+        for model in (pair.model, pair.local)
+    )
+    assert mine == local
+    assert len(set(local)) == LAYERS
 
 
-def test_gradients_are_those_of_the_local_spec(ranks):
+@pytest.mark.parametrize("pair", TE, indirect=True)
+def test_calibration_finds_what_it_finds_in_the_local_spec(pair, request):
+    index, _ = make_index(pair.model, directory_of_all(request.node.name))
+    assert index.manifest["chain"] == pair.index.manifest["chain"]
+    assert set(index.manifest["chain"].values()) == {""}
+    for point in POINTS:
+        mine, local = (each.record(*point).second_moment for each in (index, pair.index))
+        assert torch.equal(mine, local)
+
+
+@pytest.mark.parametrize("pair", TE, indirect=True)
+def test_gradients_are_those_of_the_local_spec(pair):
     """In the backward pass only the column-parallel linears reduce, two in a layer."""
-    for rank in ranks:
-        for sequence_parallel in (False, True):
-            te, local = (rank[sequence_parallel]["gradients"][name] for name in ("te", "local"))
-            assert all(torch.equal(a, b) for a, b in zip(te[:-1], local[:-1], strict=True))
-            assert all(gradient.abs().sum() > 0 for gradient in te[:-1])
-            assert te[-1] == 2 * rank["layers"]
+    gradients, calls = gradients_and_calls(pair.model, pair.index)
+    expected, _ = gradients_and_calls(pair.local, pair.index)
+    for mine, local in zip(gradients, expected, strict=True):
+        assert torch.equal(mine, local)
+        assert mine.abs().sum() > 0
+    assert len(calls) == 2 * LAYERS
+
+
+def gradients_and_calls(model, index) -> tuple[list[torch.Tensor], list[str]]:
+    """Of the weights before and in a row-parallel linear, through the low-bit path."""
+    from megatron.core import parallel_state
+
+    # What Megatron keeps there from inference mode takes no gradients.
+    parallel_state.get_global_memory_buffer().buffer.clear()
+    tokens = (torch.arange(LENGTH) * 7 % VOCAB)[None]
+    model.zero_grad()
+    with low(model, index), counting() as calls:
+        forward(model, tokens).float().square().mean().backward()
+    mlp = model.decoder.layers[0].mlp
+    return [linear.weight.grad.clone() for linear in (mlp.linear_fc1, mlp.linear_fc2)], calls
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("skip_bias_add", [False, True])
-def test_a_bias_is_added_once_after_the_sum(ranks, sequence_parallel, skip_bias_add):
+def test_a_bias_is_added_once_after_the_sum(release, sequence_parallel, skip_bias_add):
     """Output, bias and all gradients of a linear, muted and summed by Megatron's functions."""
-    for rank in ranks:
-        result = rank["biases"][sequence_parallel, skip_bias_add]
-        for way in ("low", "again"):
-            pairs = zip(result[way]["tensors"], result["native"]["tensors"], strict=True)
-            assert all(torch.equal(mine, native) for mine, native in pairs), way
-        assert len(result["low"]["tensors"]) == 4 + skip_bias_add
-        assert result["low"]["scattered"] == sequence_parallel
-        assert len(result["native"]["calls"]) == len(result["again"]["calls"]) == 1
-        assert result["low"]["calls"] == []
+    linear = linear_with_bias(sequence_parallel, skip_bias_add)
+    native, calls = run_linear(linear)
+    assert len(calls) == 1
+    attachment = Attachment([SyncPoint(1, "mlp.linear_fc2", linear)], [megatrons_sum])
+    muted, calls = run_linear(linear)
+    assert calls == []
+    attachment.remove()
+    again, calls = run_linear(linear)
+    assert len(calls) == 1
+    assert len(muted) == 4 + skip_bias_add
+    assert (len(muted[0]) < LENGTH) == sequence_parallel
+    for result in (muted, again):
+        assert all(torch.equal(*both) for both in zip(result, native, strict=True))
 
 
-def test_sequence_parallelism_that_is_switched_off_between_calls(ranks):
+def linear_with_bias(sequence_parallel: bool, skip_bias_add: bool):
+    from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+    config = build(torch.bfloat16, bias=True).config
+    config.sequence_parallel = sequence_parallel
+    linear = TERowParallelLinear(
+        HIDDEN,
+        HIDDEN,
+        config=config,
+        init_method=config.init_method,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=skip_bias_add,
+        is_expert=False,
+    )
+    torch.nn.init.normal_(linear.bias)
+    return linear
+
+
+def run_linear(linear) -> tuple[list[torch.Tensor], list[str]]:
+    """Output, gradients, a bias that is given back; and TE's calls."""
+    torch.manual_seed(7 + dist.get_rank())
+    x = torch.randn(LENGTH, 1, HIDDEN // dist.get_world_size(), dtype=torch.bfloat16)
+    x.requires_grad_()
+    linear.zero_grad()
+    with counting() as calls:
+        out, bias = linear(x)
+        total = out if bias is None else out + bias
+        total.float().square().sum().backward()
+    tensors = [out.detach(), x.grad, linear.weight.grad.clone(), linear.bias.grad.clone()]
+    return tensors + ([] if bias is None else [bias.detach().clone()]), calls
+
+
+def megatrons_sum(partial: torch.Tensor, scatter: bool) -> torch.Tensor:
+    from megatron.core import tensor_parallel
+
+    if scatter:
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(partial)
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(partial)
+
+
+@pytest.mark.parametrize("pair", TE[:1], indirect=True)
+def test_sequence_parallelism_that_is_switched_off_between_calls(pair):
     """As engines do for decoding: then it all-reduces, as a model that never had it."""
-    for rank in ranks:
-        result = rank["switched_off"]
-        assert torch.equal(result["model"]["logits"], result["plain"]["logits"])
-        assert result["model"]["calls"] == []
+    from megatron.core.transformer.utils import set_model_to_sequence_parallel
 
-
-@pytest.mark.parametrize(
-    ("case", "text"),
-    [
-        ("userbuffers", "layer 1 mlp.linear_fc2 sums while .*leave out --tp-comm-overlap"),
-        ("fp8", "layer 1 self_attention.linear_proj is padded .* --sequence-parallel"),
-        ("no_group", "layer 1 mlp.linear_fc2 has no tensor-parallel group"),
-        (
-            "missing",
-            "layer 1 mlp.linear_fc2 has no gemm_bias_unfused_add.*--transformer-impl local",
-        ),
-        ("own_forward", "layer 1 mlp.linear_fc2 has a forward pass of its own, .* TunedLinear"),
-        ("unread", r"transformer_engine.*\.Linear\.forward reads no parallel_mode"),
-        ("gather", "--lowbit-all-gather has nothing to gather"),
-        ("simulate", "--simulate-tp needs the local spec .* is a TERowParallelLinear"),
-        ("op_fuser", "layer 1 mlp.linear_fc2 .* TEFusedMLP .*--use-transformer-engine-op-fuser"),
-        ("fuse_tp", "layer 1 self_attention.linear_proj .*--inference-fuse-tp-communication"),
-        ("inference_bias", "layer 2 self_attention.linear_proj adds its bias itself"),
-        ("converted", "layer 2 self_attention.linear_proj has its weights as object already"),
-        ("fine", "^no error$"),
-        ("inference_fine", "^no error$"),
-    ],
-)
-def test_what_cannot_be_done_is_refused_on_every_rank(ranks, case, text):
-    for rank in ranks:
-        assert re.search(text, rank["refusals"][case]), rank["refusals"][case]
-
-
-def test_what_stays_native(ranks):
-    """A linear that Megatron muted, and the grouped linears of routed experts."""
-    muted = ranks[0]["refusals"]["native"]
-    assert list(muted) == ["layer 1 mlp.linear_fc2"]
-    assert "already muted by Megatron" in muted["layer 1 mlp.linear_fc2"]
-    experts = ranks[0]["experts"]
-    assert [point.split()[-1] for point in experts["points"]] == 2 * [
-        "self_attention.linear_proj",
-        "mlp.shared_experts.linear_fc2",
-    ]
-    assert list(experts["native"]) == [f"layer {n} mlp.token_dispatcher" for n in (1, 2)]
+    with low(pair.model, pair.index):
+        expected = whole_logits(pair.model)
+    model = same_weights(build(torch.bfloat16, sequence_parallel=True), te_spec())
+    with low(model, pair.index) as handle:
+        set_model_to_sequence_parallel(model, False)
+        logits, calls = logits_and_calls(model)
+        assert [choice["collective"] for choice in handle.stats()["total"]] == ["one-shot"]
+    assert torch.equal(logits, expected)
+    assert calls == []
 
 
 @pytest.fixture(scope="module")
-def te_linear() -> str:
-    """The source of TE's `Linear`: a checkout's, the installed package's, or in CI the registry's.
-
-    The plain package cannot be installed without CUDA, and what is needed of it is one file.
-    """
-    path = Path("transformer_engine/pytorch/module/linear.py")
-    if "TRANSFORMER_ENGINE" in os.environ:
-        return (Path(os.environ["TRANSFORMER_ENGINE"]) / path).read_text()
-    found = find_spec("transformer_engine")
-    if found is not None:
-        return (Path(found.submodule_search_locations[0]).parent / path).read_text()
-    kept = Path(sys.prefix) / f"transformer-engine-{TE_RELEASE}" / path
-    if not kept.is_file():
-        if not os.environ.get("CI"):
-            pytest.skip("no Transformer Engine: set TRANSFORMER_ENGINE to a checkout of it")
-        _download(kept, str(path))
-    return kept.read_text()
+def models(release):
+    """By spec a model, a row-parallel linear of it and its name; tests change them for a while."""
+    te, inference = (
+        same_weights(build(torch.bfloat16, sequence_parallel=True), spec())
+        for spec in SPECS.values()
+    )
+    attention = inference.decoder.layers[1].self_attention
+    return {
+        "te": (te, te.decoder.layers[0].mlp.linear_fc2, "layer 1 mlp.linear_fc2"),
+        "inference": (inference, attention.linear_proj, "layer 2 self_attention.linear_proj"),
+    }
 
 
-def _download(target: Path, member: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir"]
-    command += [f"transformer-engine-cu12=={TE_RELEASE}", "--dest", target.parent]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    wheels = list(target.parent.glob("*.whl"))
-    if done.returncode or not wheels:
-        pytest.skip(f"transformer-engine-cu12 {TE_RELEASE} is not to be had: {done.stderr[-300:]}")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        source = archive.read(member)
-    wheels[0].unlink()
-    target.write_bytes(source)
+def refusal(model) -> str:
+    return message(lambda: find_sync_points(model))
 
 
-def test_the_real_linear_reads_what_is_set_in_its_forward_pass(te_linear):
-    module = ast.parse(te_linear)
-    (kind,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == "Linear")
-    reads = attributes_read(ast.unparse(kind))
-    assert set(MUTED_TE) | {"tp_size", "tp_group", "sequence_parallel"} <= reads
+@pytest.mark.parametrize(
+    ("spec", "owner", "name", "value", "text"),
+    [
+        ("te", "linear", "ub_overlap_rs_fprop", True, "sums while .*leave out --tp-comm-overlap"),
+        ("te", "config", "fp8", "hybrid", "is padded .* --sequence-parallel"),
+        ("te", "linear", "tp_group", None, "has no tensor-parallel group"),
+        (
+            *("inference", "config", "inference_fuse_tp_communication", True),
+            ".*--inference-fuse-tp-communication",
+        ),
+        ("inference", "linear", "apply_bias", True, "adds its bias itself"),
+        # In front of the parameter.
+        ("inference", "linear", "weight", object(), "has its weights as object already"),
+    ],
+)
+def test_sums_that_cannot_be_muted(models, monkeypatch, spec, owner, name, value, text):
+    """The first sync point that has them is named."""
+    model, linear, place = models[spec]
+    if owner == "config":  # of all linears
+        linear, place = linear.config, "layer 1 self_attention.linear_proj"
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(linear), name, value)
+        assert re.search(f"{place} {text}", refusal(model)), refusal(model)
+    assert refusal(model) == "no error"
 
 
-def test_the_real_linear_communicates_only_as_row_or_column_parallel(te_linear):
-    """Every collective on a tensor-parallel group is behind a condition on `parallel_mode`, or on
-    userbuffers, which are refused: nothing that `sequence_parallel` alone would start.
-    """
-    calls = []
-
-    def visit(node, conditions):
-        for child in ast.iter_child_nodes(node):
-            here = conditions
-            if isinstance(node, ast.If) and child in node.body:
-                here = [*conditions, ast.unparse(node.test)]
-            if isinstance(child, ast.Call) and ast.unparse(child.func) in (
-                "allreduce",
-                "symmetric_all_reduce",
-                "reduce_scatter_along_first_dim",
-                "gather_along_first_dim",
-            ):
-                calls.append((ast.unparse(child.func), " and ".join(here)))
-            visit(child, here)
-
-    visit(ast.parse(te_linear), [])
-    assert {"allreduce", "reduce_scatter_along_first_dim"} <= {name for name, _ in calls}
-    for name, condition in calls:
-        gathers_input = re.search("with_input_all_gather|backward_input_needs_gather", condition)
-        assert "parallel_mode" in condition or "ub_" in condition or gathers_input, (
-            name,
-            condition,
-        )
+def test_another_transformer_engine(models, monkeypatch):
+    """One that has moved what is muted, or has a forward pass that does not read it."""
+    model, linear, _ = models["te"]
+    with monkeypatch.context() as patch:
+        patch.delattr(linear, "gemm_bias_unfused_add")
+        text = "layer 1 mlp.linear_fc2 has no gemm_bias_unfused_add.*--transformer-impl local"
+        assert re.search(text, refusal(model)), refusal(model)
+    with monkeypatch.context() as patch:
+        own = {"forward": lambda self, x: (x, None)}
+        patch.setattr(linear, "__class__", type("TunedLinear", (type(linear),), own))
+        text = "layer 1 mlp.linear_fc2 has a forward pass of its own, .* TunedLinear"
+        assert re.search(text, refusal(model)), refusal(model)
+    renamed = inspect.getsource(type(linear).__mro__[2]).replace("self.parallel_mode", "self.mode")
+    with monkeypatch.context() as patch:
+        patch.setattr("inspect.getsource", lambda _: renamed)
+        route.reads_in_forward.cache_clear()
+        text = r"transformer_engine.*\.Linear\.forward reads no parallel_mode"
+        assert re.search(text, refusal(model)), refusal(model)
+    route.reads_in_forward.cache_clear()
+    assert refusal(model) == "no error"
 
 
-def test_attributes_read_tells_reads_from_writes_and_methods_apart():
-    source = """
-class Linear:
-    def __init__(self):
-        self.tp_size = 1
-    def forward(self, x):
-        self.parallel_mode = None
-        return x + self.bias
-"""
-    assert attributes_read(source) == {"bias"}
+def test_wishes_that_need_the_local_spec(models):
+    model, _, _ = models["te"]
+    index, _ = make_index(model, directory_of_all("wishes"))
+    said = message(lambda: megatron_lowbit.apply(model, index, all_gather_bits=6))
+    assert "--lowbit-all-gather has nothing to gather" in said
+    said = message(lambda: find_summing(model, 3))
+    assert re.search("--simulate-tp needs the local spec .* is a TERowParallelLinear", said), said
+    assert refusal(model) == "no error"
+
+
+def test_an_mlp_that_never_calls_its_linear(release):
+    said = refusal(same_weights(build(torch.bfloat16), te_spec(use_te_op_fuser=True)))
+    text = "layer 1 mlp.linear_fc2 .* TEFusedMLP .*--use-transformer-engine-op-fuser"
+    assert re.search(text, said), said
+
+
+def test_a_linear_that_megatron_has_muted_stays_native(models, monkeypatch):
+    model, linear, _ = models["te"]
+    monkeypatch.setattr(linear, "parallel_mode", None)
+    _, native = find_sync_points(model)
+    assert list(native) == ["layer 1 mlp.linear_fc2"]
+    assert "already muted by Megatron" in native["layer 1 mlp.linear_fc2"]
+
+
+def test_grouped_linears_of_routed_experts_stay_native(release):
+    config = build(torch.bfloat16, **MOE, moe_grouped_gemm=True).config
+    model = model_of(config, te_spec(num_experts=4, moe_grouped_gemm=True))
+    points, native = find_sync_points(model)
+    names = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
+    assert [str(point).split()[-1] for point in points] == 2 * names
+    assert list(native) == [f"layer {n} mlp.token_dispatcher" for n in (1, 2)]
