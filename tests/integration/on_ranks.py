@@ -7,14 +7,15 @@ which is pytest itself: Megatron is imported once, and fixtures of a wider scope
 
 A rank whose test fails ends at once, so that the others cannot wait for it for ever. The tests
 behind it run in a new group. `directory_of_all` gives a directory that all ranks share; `tmp_path`
-is each rank's own.
+is each rank's own. With `on_ranks(3, tree=function)` Megatron is imported from the folder that
+`function(release, directory)` has made in the group's directory.
 """
 
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -68,19 +69,22 @@ def _in_ranks(item: pytest.Item) -> None:
         pytest.fail(outcome["text"], pytrace=False)
 
 
-def _key(item: pytest.Item) -> tuple[Path, int, str] | None:
-    """What tests of one group have in common: their file, the number of ranks, the release."""
+def _key(item: pytest.Item) -> tuple[Path, int, str, Callable | None] | None:
+    """What tests of one group have in common: file, number of ranks, release, its tree."""
     mark = item.get_closest_marker("on_ranks")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return mark and (item.path, *mark.args, parameters.get("release", NEWEST))
+    release = parameters.get("release", NEWEST)
+    return mark and (item.path, *mark.args, release, mark.kwargs.get("tree"))
 
 
-def _run(nodes: list[str], ranks: int, release: str) -> None:
+def _run(nodes: list[str], ranks: int, release: str, tree: Callable | None) -> None:
     """Run tests in ranks of a release; keeps the outcomes up to the first that is a failure."""
     inside = {k: v for k, v in environment(release).items() if not k.startswith("PYTEST_")}
     command = ["-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", f"--rootdir={ROOT}"]
     with tempfile.TemporaryDirectory() as directory:
         inside |= {INSIDE: directory, "PYTEST_DEBUG_TEMPROOT": directory}
+        if tree is not None:
+            inside["PYTHONPATH"] = os.pathsep.join(map(str, (tree(release, Path(directory)), ROOT)))
         command += ["-p", "no:cacheprovider", *(f"{ROOT}/{node}" for node in nodes)]
         ended = ask(command, ranks=ranks, env=inside, timeout=_LONGEST)
         found = [_read(Path(directory, f"rank{rank}.jsonl")) for rank in range(ranks)]
