@@ -125,7 +125,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         said |= {"time": report.stop, "text": f"rank {rank}: {report.longreprtext}"}
         said["text"] += "".join(f"\n-- {title}\n{text}" for title, text in report.sections)
     elif report.skipped:
-        said["text"] = report.longrepr[2]
+        said["text"] = report.longrepr[2].removeprefix("Skipped: ")
     with Path(os.environ[INSIDE], f"rank{rank}.jsonl").open("a") as file:
         file.write(json.dumps(said) + "\n")
     if report.failed:
