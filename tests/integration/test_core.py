@@ -21,6 +21,7 @@ from small_gpt import (
     low,
     make_index,
     message,
+    native_calls,
     start_megatron,
     whole_logits,
 )
@@ -171,18 +172,6 @@ def switched_off(model, index, native) -> None:
         assert [choice["collective"] for choice in handle.stats()["total"]] == ["one-shot"]
     assert_alike(logits)
     assert 8 < sqnr(native, logits) < 40
-
-
-def native_calls(model) -> int:
-    """How often one forward pass calls the all-reduce that RowParallelLinear imports by value."""
-    from megatron.core.tensor_parallel import layers
-
-    name = "reduce_from_tensor_model_parallel_region"
-    with pytest.MonkeyPatch.context() as patch:
-        original, calls = getattr(layers, name), []
-        patch.setattr(layers, name, lambda *args, **kw: calls.append(1) or original(*args, **kw))
-        whole_logits(model)
-    return len(calls)
 
 
 def test_only_sync_points_are_replaced_and_given_back(model, index, native):
