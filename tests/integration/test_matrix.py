@@ -1,202 +1,278 @@
 """Each capability on each supported release of megatron-core: the rows of the support matrix.
 
-`matrix_worker.py` runs them, in one group of processes for each release; what is asserted here of a
-row is what its cell in the table of integration/README.md means by "yes".
+Tensor parallel 2 x data parallel 2, then tensor parallel 2 x pipeline parallel 2. What is asserted
+of a row is what its cell in the table of integration/README.md means by "yes".
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from matrix_worker import CODECS, RANKS
-from releases import MAIN, RELEASES, describe_main, environment, is_release
+import torch.distributed as dist
+from on_ranks import directory_of_all
+from pipeline_chunks import LAYERS, build_chunks, run_schedule, shaped, with_chunks
+from releases import RELEASES
+from small_gpt import (
+    MOE,
+    assert_alike,
+    build,
+    fp32_accumulation,
+    low,
+    make_index,
+    message,
+    native_calls,
+    start_megatron,
+    whole_logits,
+)
 
+import megatron_lowbit
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.calibration.saved_state import Progress
 
-WORKER = Path(__file__).with_name("matrix_worker.py")
+pytestmark = pytest.mark.on_ranks(4)
+CODECS = ("bf16", "rotated-hybrid")
 DENSE = ["self_attention.linear_proj", "mlp.linear_fc2"]
 SHARED = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
 
 
 @pytest.fixture(scope="module", params=RELEASES)
-def release(request) -> str:
+def release(request):
+    start_megatron(request.param, 2)
     return request.param
 
 
 @pytest.fixture(scope="module")
-def ranks(release, tmp_path_factory):
-    """What each of 4 ranks saw, or the error that ended a row."""
-    out = tmp_path_factory.mktemp("matrix")
-    env = {**environment(release), "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", WORKER, out],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = [torch.load(out / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    assert is_release(results[0]["version"], release)
-    return results
+def dense(release):
+    """A dense model, its index, and how its calibration went."""
+    model = build(torch.bfloat16)
+    return model, *make_index(model, directory_of_all("dense"))
 
 
-@pytest.fixture(autouse=True)
-def name_main(release, record_property):
-    """What "main" was, for JUnit's report: by test, since a worker of xdist has no testsuite."""
-    if release == MAIN:
-        record_property(MAIN, describe_main())
+@pytest.fixture(scope="module")
+def parallel(release):
+    """A model with sequence parallelism, and its index."""
+    model = build(torch.bfloat16, sequence_parallel=True)
+    return model, make_index(model, directory_of_all("parallel"))[0]
 
 
-def row(ranks: list[dict], name: str) -> list[dict]:
-    """What each rank saw in a row of the worker."""
-    for rank in ranks:
-        assert "error" not in rank[name], rank[name]["error"]
-    return [rank[name] for rank in ranks]
+def points_of(layers, names: list[str]) -> list[tuple[int, str]]:
+    return sorted((layer, name) for layer in layers for name in names)
 
 
-def check_codecs(results: list[dict], names: list[str], *, layers: int = 2) -> None:
-    """The sums of every rank: equal, as exact as they should be, and gone after `remove`."""
-    first = results[0]
-    for result in results:
-        assert sorted(result["points"]) == sorted(
-            (layer, name) for layer in range(1, layers + 1) for name in names
-        )
-        assert result["restored"]
-        for codec in CODECS:
-            assert torch.equal(result[codec], first[codec]), codec
-    # Only the order of an fp32 sum of two could differ, which has none; 30 dB: see test_core.py.
-    assert sqnr(first["exact"], first["bf16"]) > 60
-    assert 8 < sqnr(first["native"], first["rotated-hybrid"]) < 40
+def points(handle) -> list[tuple[int, str]]:
+    return sorted((status.layer, status.name) for status in handle.status())
+
+
+def collectives(handle) -> set[str]:
+    return {choice["collective"] for choice in handle.stats()["total"]}
+
+
+def check_codecs(model, index, names: list[str], collective: str, **wishes) -> dict:
+    """Sums are equal on all ranks, as exact as they should be, and gone after `remove`."""
+    native, exact, found = whole_logits(model), fp32_accumulation(model), {}
+    layers = range(1, model.config.num_layers + 1)
+    for codec in CODECS:
+        with low(model, index, codec=codec, **wishes) as handle:
+            found[codec] = whole_logits(model)
+            assert points(handle) == points_of(layers, names)
+            assert collectives(handle) == {collective}
+        assert_alike(found[codec])
+    # Only the order of an fp32 sum of two could differ, which has none.
+    assert sqnr(exact, found["bf16"]) > 60
+    assert 8 < sqnr(native, found["rotated-hybrid"]) < 40
+    assert torch.equal(whole_logits(model), native)
+    return {"native": native, **found}
 
 
 @pytest.mark.support("local spec, TP 2")
-def test_local_spec(ranks):
-    """A dense model, all-reduces; of Megatron's own all-reduces the embedding's is left."""
-    results = row(ranks, "local spec")
-    check_codecs(results, DENSE)
-    for result in results:
-        assert result["native_calls"] == 5
-        assert result["calls"] == 1
-        assert result["collectives"] == {"one-shot"}
+def test_local_spec(dense):
+    """All-reduces; of Megatron's own the embedding's is left."""
+    model, index, _ = dense
+    check_codecs(model, index, DENSE, "one-shot")
+    assert native_calls(model) == 5
+    for codec in CODECS:
+        with low(model, index, codec=codec):
+            assert native_calls(model) == 1
 
 
 @pytest.mark.support("calibration")
-def test_calibration(ranks):
+def test_calibration(dense):
     """The index of all rows is made on the release itself."""
-    for result in row(ranks, "local spec"):
-        assert result["progress"] == Progress(done=5)
+    assert dense[2] == Progress(done=5)
 
 
 @pytest.mark.support("sequence parallel")
-def test_sequence_parallel(ranks):
-    results = row(ranks, "sequence parallel")
-    check_codecs(results, DENSE)
-    assert all(result["collectives"] == {"reduce-scatter"} for result in results)
+def test_sequence_parallel(parallel):
+    check_codecs(*parallel, DENSE, "reduce-scatter")
 
 
 @pytest.mark.support("sequence parallel with all-gathers in low bits")
-def test_all_gathers(ranks):
+@pytest.mark.parametrize("codec", CODECS)
+def test_all_gathers(parallel, codec):
     """They cost a little quality, in `rotated-hybrid` and beside BF16 sums alike."""
-    results = row(ranks, "all-gather in low bits")
-    for result in results:
-        assert result["restored"]
-        assert result["collectives"] == {"reduce-scatter", "all-gather"}
-        for codec in CODECS:
-            assert torch.equal(result[codec], results[0][codec]), codec
-            assert 8 < sqnr(result["native"], result[codec]) < 40
+    model, index = parallel
+    native = whole_logits(model)
+    with low(model, index, codec=codec, all_gather_bits=6) as handle:
+        logits = whole_logits(model)
+        assert collectives(handle) == {"reduce-scatter", "all-gather"}
+    assert_alike(logits)
+    assert 8 < sqnr(native, logits) < 40
+    assert torch.equal(whole_logits(model), native)
 
 
 @pytest.mark.support("MoE with a shared expert")
-def test_experts(ranks):
+def test_experts(release):
     """A shared expert is a sync point; routed experts stay native and are listed."""
-    results = row(ranks, "MoE")
-    check_codecs(results, SHARED)
-    for result in results:
-        assert "2 stay native (2: routed experts, summed by the token dispatcher" in result["text"]
+    model = build(torch.bfloat16, **MOE)
+    index, _ = make_index(model, directory_of_all("experts"))
+    check_codecs(model, index, SHARED, "one-shot")
+    with low(model, index) as handle:
+        text = "2 stay native (2: routed experts, summed by the token dispatcher"
+        assert text in str(handle)
 
 
-@pytest.mark.support("pipeline parallel 2 x TP 2")
-def test_pipeline(ranks):
-    check_stages(row(ranks, "pipeline"), {0: (1, 2), 1: (3, 4)})
+LINEAR = "megatron.core.tensor_parallel.layers.RowParallelLinear.forward"
+LAYER = "megatron.core.transformer.transformer_layer.BaseTransformerLayer"
+FUNCTION = "megatron.core.tensor_parallel.mappings.reduce_from_tensor_model_parallel_region"
 
 
-@pytest.mark.support("interleaved pipeline 2 x TP 2")
-def test_interleaved_pipeline(ranks):
-    check_stages(row(ranks, "interleaved pipeline"), {0: (1, 3), 1: (2, 4)})
+@pytest.mark.parametrize(
+    ("symbol", "value", "by_apply", "by_calibrate"),
+    [
+        (
+            LINEAR,
+            lambda self, x: None,
+            f"^this megatron-core .*{LINEAR} does not use the attribute explicit_expert_comm, "
+            r"sequence_parallel, skip_bias_add \(needed to have its partial instead of its sum\)",
+            "",
+        ),
+        (LAYER, None, f"{LAYER} is missing", f"{LAYER} is missing"),
+        (
+            FUNCTION,
+            lambda x: x,
+            "^no error$",  # only calibration needs it
+            r"takes no parameter group \(needed to sum natively",
+        ),
+    ],
+    ids=["forward", "class", "function"],
+)
+def test_doctored_release(dense, monkeypatch, symbol, value, by_apply, by_calibrate):
+    """Refused before anything is changed, with the symbol and what it is needed for."""
+    model, index, _ = dense
+    native = whole_logits(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(symbol, value) if value else patch.delattr(symbol)
+        applying = message(lambda: megatron_lowbit.apply(model, index).remove())
+        calibrating = message(lambda: make_index(model, directory_of_all("doctored")))
+    assert re.search(by_apply, applying, re.DOTALL), applying
+    assert re.search(by_calibrate, calibrating), calibrating
+    assert torch.equal(whole_logits(model), native)
 
 
-def check_stages(results: list[dict], layers: dict[int, tuple[int, int]]) -> None:
-    """Two stages give the bits of one, by one index of global layer numbers.
+@pytest.fixture(
+    scope="class",  # the groups are a pipeline's for as long
+    params=[
+        pytest.param(None, marks=pytest.mark.support("pipeline parallel 2 x TP 2")),
+        pytest.param(2, marks=pytest.mark.support("interleaved pipeline 2 x TP 2")),
+    ],
+    ids=["pipeline", "interleaved"],
+)
+def stage(release, request):
+    """A stage of two layers, in a chunk of both or in two; what the whole model gives, by case.
 
-    Args:
-        results: Of ranks 0 and 1, which are the first stage, and 2 and 3, which are the last.
-        layers: Numbers by stage.
+    The index is that of the whole model. Errors that are carried end with a chunk: without them the
+    split is not seen in the bits.
     """
-    check_codecs([result["whole"] for result in results], DENSE, layers=4)
-    for rank, result in enumerate(results):
-        here = layers[rank // 2]
-        assert sorted(result["points"]) == sorted((n, name) for n in here for name in DENSE)
-        text = f"4 sync points of layers {here[0]}, {here[1]} use rotated-hybrid"
-        assert text in result["text"]
-        for case in ("native", "after", "folded", "carried", *CODECS):
-            assert len(result[case]) == (2 if rank // 2 else 0), "two micro-batches, last stage"
-        if rank // 2:
-            for case in ("native", "folded", "carried", *CODECS):
-                assert torch.equal(result[case][0], result["whole"][case]), case
-                assert torch.equal(result[case][1], results[2][case][1]), case
-            assert torch.equal(result["after"][0], result["native"][0])
-            assert not torch.equal(result["native"][0], result["native"][1])
-        check_carried(result, is_interleaved=here[1] > here[0] + 1)
-        check_half_native(result, here, is_last=rank > 1)
+    virtual = request.param
+    whole = build(torch.bfloat16, num_layers=LAYERS)
+    index, _ = make_index(whole, directory_of_all(f"pipeline {virtual}"))
+    expected = check_codecs(whole, index, DENSE, "one-shot", feedback=False)
+    with low(whole, index, fold=True):
+        expected["folded"] = whole_logits(whole)
+    with with_chunks(whole, index, virtual or 1):
+        expected["carried"] = whole_logits(whole)
+    degrees = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": virtual}
+    start_megatron(release, 2, **degrees)
+    is_last = dist.get_rank() > 1
+    layers = [(1, 3), (2, 4)] if virtual else [(1, 2), (3, 4)]
+    yield SimpleNamespace(
+        index=index,
+        expected=expected,
+        chunks=build_chunks(virtual or 1, whole),
+        is_last=is_last,
+        layers=layers[is_last],
+        last_layers=layers[1],
+        is_interleaved=virtual is not None,
+    )
+    start_megatron(release, 2)
 
 
-def check_carried(result: dict, *, is_interleaved: bool) -> None:
-    """A chunk is a chain of its own, and its last sync point gives to nobody: it has more bits."""
-    assert result["bits"] == ([4, 6, 4, 6] if is_interleaved else [4, 4, 4, 6])
-    assert result["feedback"]["sync_points"] == 4
-    assert result["feedback"]["dropped"] == 0
-    assert "errors carried between 4 sync points" in result["carrying text"]
+def check_logits(stage, logits: list[torch.Tensor], case: str) -> None:
+    """Of two micro-batches, on the last stage: the bits of the whole model, alike on its ranks."""
+    assert len(logits) == (2 if stage.is_last else 0)
+    everywhere = [None] * 4
+    dist.all_gather_object(everywhere, logits)
+    if stage.is_last:
+        assert torch.equal(logits[0], stage.expected[case])
+        assert torch.equal(logits[1], everywhere[2][1])
+        assert not torch.equal(logits[0], logits[1])
 
 
-def check_half_native(result: dict, here: tuple[int, int], *, is_last: bool) -> None:
-    """Low bits on the first stage only, and what goes wrong on one stage is said on both."""
-    half, where = result["half"], f"of layers {here[0]}, {here[1]} use"
-    assert half["removed"] == "low-bit communication: removed"
-    if is_last:
-        assert f"no sync point {where}s it; 4 stay native (4: left native by rules" in half["text"]
-        assert half["stats"] == 0
-        assert 8 < sqnr(result["native"][0], half["logits"][0]) < 40
-        assert not torch.equal(half["logits"][0], result["rotated-hybrid"][0])
-    else:
-        assert f"4 sync points {where} rotated-hybrid" in half["text"]
-        assert half["stats"] == 4
-    refused = result["refused"]
-    assert re.search(r"ranks differ in their codec.*\(4 bits\).*\(3 bits\)", refused["bits"])
-    assert "(found by rank 2)" in refused["bits"]
-    assert "Identity has no Megatron-core transformer layer" in refused["none"]
-    assert refused["empty stage"] == "no error"
+class TestPipeline:
+    @pytest.fixture(autouse=True)
+    def _left_as_it_was(self, stage):
+        """So is a stage, natively, by each test."""
+        yield
+        check_logits(stage, run_schedule(stage.chunks), "native")
 
+    @pytest.mark.parametrize("codec", CODECS)
+    def test_two_stages_give_the_bits_of_one(self, stage, codec):
+        """By an index of global layer numbers."""
+        with low(stage.chunks, stage.index, codec=codec, feedback=False) as handle:
+            check_logits(stage, run_schedule(stage.chunks), codec)
+            assert points(handle) == points_of(stage.layers, DENSE)
+            first, second = stage.layers
+            assert f"4 sync points of layers {first}, {second} use {codec}" in str(handle)
 
-def test_doctored_release(ranks):
-    """Before anything is changed, with the symbol and what it is needed for."""
-    for result in row(ranks, "doctored"):
-        message = result["apply", "forward"]
-        assert message.startswith("this megatron-core ")
-        assert (
-            "megatron.core.tensor_parallel.layers.RowParallelLinear.forward does not use the "
-            "attribute explicit_expert_comm, sequence_parallel, skip_bias_add (needed to have its "
-            "partial instead of its sum)" in message
-        )
-        missing = "megatron.core.transformer.transformer_layer.BaseTransformerLayer is missing"
-        for step in ("apply", "calibrate"):
-            assert missing in result[step, "class"]
-        assert result["apply", "function"] == "no error", "only calibration needs it"
-        assert "takes no parameter group (needed to sum natively" in result["calibrate", "function"]
-        assert result["untouched"]
+    def test_two_stages_give_the_bits_of_one_with_folded_weights(self, stage):
+        with low(stage.chunks, stage.index, fold=True):
+            check_logits(stage, run_schedule(stage.chunks), "folded")
+
+    def test_a_chunk_is_a_chain_of_its_own(self, stage):
+        """Its last sync point gives to nobody: it has more bits."""
+        with low(stage.chunks, shaped(stage.index)) as handle:
+            check_logits(stage, run_schedule(stage.chunks), "carried")
+            bits = [status.codec.bits for status in handle.status()]
+            assert bits == ([4, 6, 4, 6] if stage.is_interleaved else [4, 4, 4, 6])
+            assert handle.feedback()["sync_points"] == 4
+            assert handle.feedback()["dropped"] == 0
+            assert "errors carried between 4 sync points" in str(handle)
+
+    def test_a_rule_leaves_a_stage_native(self, stage, tmp_path):
+        """Low bits on the first stage only."""
+        rules = [f'{{"match": "{n}.*", "codec": "native"}}' for n in stage.last_layers]
+        (tmp_path / "rules.json").write_text(f"[{', '.join(rules)}]")
+        wishes = {"recipe": tmp_path / "rules.json", "fold": True}
+        with low(stage.chunks, stage.index, **wishes) as handle:
+            logits, text = run_schedule(stage.chunks), str(handle)
+            where = "of layers {}, {} use".format(*stage.layers)
+            if stage.is_last:
+                assert f"no sync point {where}s it; 4 stay native (4: left native by rules" in text
+                assert 8 < sqnr(stage.expected["native"], logits[0]) < 40
+                assert not torch.equal(logits[0], stage.expected["rotated-hybrid"])
+            else:
+                assert f"4 sync points {where} rotated-hybrid" in text
+            assert len(handle.stats()["sync_points"]) == (0 if stage.is_last else 4)
+        assert str(handle) == "low-bit communication: removed"
+
+    def test_what_goes_wrong_on_one_stage_is_said_on_both(self, stage):
+        def refusal(model, **wishes) -> str:
+            return message(lambda: megatron_lowbit.apply(model, stage.index, **wishes).remove())
+
+        differ = refusal(stage.chunks, bits=3 if dist.get_rank() == 3 else 4)
+        assert re.search(r"ranks differ in their codec.*\(4 bits\).*\(3 bits\)", differ)
+        assert "(found by rank 2)" in differ
+        none = torch.nn.Identity()
+        assert "Identity has no Megatron-core transformer layer" in refusal(none)
+        assert refusal(none if stage.is_last else stage.chunks) == "no error", "an empty stage"
