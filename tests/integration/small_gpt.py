@@ -176,18 +176,6 @@ def fp32_accumulation(model) -> torch.Tensor:
     return result
 
 
-def native_calls(model) -> int:
-    """How often one forward pass calls the all-reduce that RowParallelLinear imports by value."""
-    from megatron.core.tensor_parallel import layers
-
-    name = "reduce_from_tensor_model_parallel_region"
-    with pytest.MonkeyPatch.context() as patch:
-        original, calls = getattr(layers, name), []
-        patch.setattr(layers, name, lambda *args, **kw: calls.append(1) or original(*args, **kw))
-        whole_logits(model)
-    return len(calls)
-
-
 @contextlib.contextmanager
 def low(model, index, **wishes) -> Iterator:
     """The handle of a model in low bits, one-shot where nothing is said."""
