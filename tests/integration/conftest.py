@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 from on_ranks import _group_of_ranks, divert, pytest_runtest_logreport  # noqa: F401
 from releases import RELEASES, ROOT, environment, torchrun
@@ -78,6 +79,12 @@ def _calibrate(checkpoint: Path, directory: Path) -> Path:
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What runs behind these files has their memory."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        forks.close()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

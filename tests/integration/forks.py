@@ -16,7 +16,7 @@ from pathlib import Path
 
 from releases import environment
 
-# The server that is kept, by the PYTHONPATH of its release: tests go release by release.
+# By the PYTHONPATH of their release: several files of tests go over all releases. 0.4 GB each.
 _servers: dict[str, subprocess.Popen] = {}
 
 
@@ -49,7 +49,6 @@ def ask(
 def _server(env: dict[str, str]) -> subprocess.Popen:
     path = env["PYTHONPATH"]
     if path not in _servers:
-        close()
         _servers[path] = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("fork_server.py")],
             env=env,
@@ -63,7 +62,7 @@ def _server(env: dict[str, str]) -> subprocess.Popen:
 
 @atexit.register
 def close() -> None:
-    """End the server that is kept, and its ranks."""
+    """End the servers, and their ranks."""
     while _servers:
         _, server = _servers.popitem()
         os.killpg(server.pid, signal.SIGKILL)
