@@ -40,10 +40,10 @@ CASES = {**TRAINED, "allgather": ("allgather", False, {}), "alltoall": ("alltoal
 
 
 def build(dispatcher: str, *, sequence_parallel: bool = False):
-    """With weights that no token is near a tie with: another expert for one costs 15 dB."""
+    """With a seed of which no token goes to another expert in low bits: each costs 10 to 15 dB."""
     router = None if sequence_parallel else "fp32"  # Megatron then sums in fp32
     choice = {"moe_token_dispatcher_type": dispatcher, "moe_router_dtype": router}
-    return gpt(seed=3, **{**MOE, **choice}, sequence_parallel=sequence_parallel)
+    return gpt(seed=7, **{**MOE, **choice}, sequence_parallel=sequence_parallel)
 
 
 @pytest.fixture(scope="module", params=CASES)
