@@ -25,11 +25,9 @@ MODELS = {
 _TOKENIZERS = {"gemma": tiny_tokenizers.gemma, "qwen2": tiny_tokenizers.qwen}
 
 
-def hugging_face_models(directory: Path) -> dict[str, transformers.PreTrainedModel]:
-    """Saves one of each under its name in `directory` and returns them."""
-    models = {}
+def hugging_face_models(directory: Path) -> None:
+    """Saves one of each under its name in `directory`."""
     for name, (config, special) in MODELS.items():
-        models[name] = save_random(config(**{**SHAPE, **special}), directory / name)
+        save_random(config(**{**SHAPE, **special}), directory / name)
         if name in _TOKENIZERS:
             tiny_tokenizers.save(_TOKENIZERS[name], directory / name)
-    return models
