@@ -217,7 +217,8 @@ def test_calibration_sees_what_a_layer_adds_besides_its_sums(scaled, tmp_path):
 
 
 def test_a_reason_by_structure_comes_first(scaled):
-    scaled.config.enable_mhc_connections = True
+    for layer in scaled.decoder.layers:  # by structure alone: main's block would really mix
+        config_field("enable_mhc_connections", True)(layer)
     assert set(chain_of(index_of(scaled))) == {"hyper-connections mix the stream"}
 
 
