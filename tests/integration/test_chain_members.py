@@ -18,13 +18,14 @@ from chain_models import (
 )
 from chain_oracle import assert_follows_chain
 from releases import RELEASES
-from small_gpt import HIDDEN, MOE, low, message, start_megatron
+from small_gpt import HIDDEN, MOE, low, message, seed_all, start_megatron, transformer_config
 from torch import nn
 
 import megatron_lowbit
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.integration import assignment
 from megatron_lowbit.integration.sums.chain_check import CHANGED, MOVED
+from megatron_lowbit.integration.sums.chains import why_apart
 
 pytestmark = [pytest.mark.on_ranks(2), pytest.mark.support("error feedback")]
 OVERLAPPED = MOE | {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True}
@@ -131,6 +132,27 @@ def test_strangers_neither_give_nor_take(model, index, change, attention, mlp):
         assert all(f": {reason})" in text for reason in outside), text
         assert_follows_chain(model, handle)
         assert handle.feedback()["dropped"] == 0
+
+
+def test_cross_attention_has_a_bda_of_its_own(release):
+    """A decoder's layer of T5 has three sync points, each added to the stream as it is."""
+    from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    seed_all(1)
+    try:
+        spec = get_t5_decoder_with_local_block_spec(1).layer_specs[0]
+    except NameError:
+        pytest.skip("the local T5 of this release needs Transformer Engine")
+    layer = build_module(spec, config=transformer_config(torch.bfloat16), layer_number=1)
+    names = ["self_attention.linear_proj", "cross_attention.linear_proj", "mlp.linear_fc2"]
+
+    def found() -> list[str]:
+        return [why_apart(layer, name, layer.get_submodule(name)) for name in names]
+
+    assert found() == ["", "", ""]
+    layer.cross_attn_bda = own(lambda training, fused: None)
+    assert found() == ["", "its cross_attn_bda is not Megatron's own", ""]
 
 
 def test_linears_that_norm_are_refused(model, index):
