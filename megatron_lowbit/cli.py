@@ -60,14 +60,16 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _leave_ranks() -> None:
-    """End here, after the exit handlers, if there is a group of ranks.
+    """End here, after the exit handlers, if there is a group of Gloo's.
 
-    Gloo's threads may still hold a tensor of the last collective. To let go of it in an interpreter
+    Its threads may still hold a tensor of the last collective. To let go of it in an interpreter
     that is being torn down ends a process by SIGABRT, after all its work (torch 2.13, seen once in
     CI). To destroy the group helps only while nobody else, such as Megatron, refers to it.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
