@@ -165,6 +165,20 @@ def test_tokens_do_not_depend_on_the_batch(model, index, lossy, engine):
         assert alone(engine(model)) == lossy[:ALONE]
 
 
+@pytest.mark.parametrize("engine", [static_engine, dynamic_engine])
+def test_an_mlp_in_chunks_of_the_prompt_stands_outside_the_chain(all_of_it, engine):
+    """Its second chunk has the shape of the first, and other tokens."""
+    model = build(torch.float32, mlp_chunks_for_prefill=2)
+    with low(model, index_of(model, f"chunks in {engine.__name__}")) as handle:
+        tokens = alike(greedy(engine(model)))
+        assert alone(engine(model)) == tokens[:ALONE]
+        reasons = [status.feedback for status in handle.status()]
+        assert reasons == ["carried", "off: the MLP runs in chunks of the prompt"] * LAYERS
+        calls = [point["choices"][0]["calls"] for point in handle.stats()["sync_points"]]
+        assert calls[1] > calls[0], "an MLP sums each chunk"
+        assert handle.feedback()["dropped"] == 0
+
+
 def test_bf16(all_of_it):
     """The dynamic engine only: the static one rounds its attention in other places."""
     model = build(torch.bfloat16)
