@@ -334,10 +334,16 @@ def test_a_linear_that_megatron_has_muted_stays_native(models, monkeypatch):
     assert "already muted by Megatron" in native["layer 1 mlp.linear_fc2"]
 
 
-def test_grouped_linears_of_routed_experts_stay_native(release):
+@pytest.mark.parametrize("latent", [None, 48])
+def test_grouped_linears_of_routed_experts_stay_native(release, latent):
+    """Those in a latent space, too, whose sums are not of the stream."""
     config = build(torch.bfloat16, **MOE, moe_grouped_gemm=True).config
+    if latent and not hasattr(config, "moe_latent_size"):
+        pytest.skip("this release has no latent experts")
+    config.moe_latent_size = latent
     model = model_of(config, te_spec(num_experts=4, moe_grouped_gemm=True))
     points, native = find_sync_points(model)
     names = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
     assert [str(point).split()[-1] for point in points] == 2 * names
     assert list(native) == [f"layer {n} mlp.token_dispatcher" for n in (1, 2)]
+    assert hasattr(model.decoder.layers[0].mlp, "fc2_latent_proj") == (latent is not None)
