@@ -209,14 +209,6 @@ def counted(model) -> Iterator[list]:
         yield seen
 
 
-def alike(value):
-    """What is the same on all ranks."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    assert values == [value] * len(values)
-    return value
-
-
 def assert_carried(handle) -> None:
     """Each sync point's error came to the next one."""
     carried = handle.feedback()

@@ -215,8 +215,19 @@ def message(step) -> str:
     return "no error"
 
 
-def assert_alike(value: torch.Tensor) -> None:
-    """The same bits on all ranks."""
+def of_all_ranks(value) -> list:
+    """The values by rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
-    assert all(torch.equal(value, other) for other in values)
+    return values
+
+
+def assert_alike(value: torch.Tensor) -> None:
+    """The same bits on all ranks."""
+    assert all(torch.equal(value, other) for other in of_all_ranks(value))
+
+
+def alike(value):
+    """What is the same on all ranks, and no tensor."""
+    assert all(value == other for other in of_all_ranks(value))
+    return value

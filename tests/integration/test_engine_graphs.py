@@ -13,7 +13,6 @@ import pytest
 import torch
 from engines import (
     NEW_TOKENS,
-    alike,
     dynamic_engine,
     greedy,
     index_of,
@@ -29,7 +28,7 @@ from graphed_engines import (
     watched,
 )
 from releases import MAIN, NEWEST
-from small_gpt import LAYERS, build, low, message, start_megatron
+from small_gpt import LAYERS, alike, build, low, message, start_megatron
 
 import megatron_lowbit
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines

@@ -18,7 +18,6 @@ from engines import (
     NEW_TOKENS,
     PROMPTS,
     SUMS,
-    alike,
     alone,
     assert_carried,
     counted,
@@ -34,7 +33,7 @@ from engines import (
 from graphed_engines import captured_sums, engine_of, graphed, graphs_on_a_cpu, watched
 from on_ranks import directory_of_all
 from releases import RELEASES
-from small_gpt import LAYERS, build, low, start_megatron
+from small_gpt import LAYERS, alike, build, low, start_megatron
 
 import megatron_lowbit
 from megatron_lowbit.comm.policy.policy import Settings

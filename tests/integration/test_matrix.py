@@ -22,6 +22,7 @@ from small_gpt import (
     make_index,
     message,
     native_calls,
+    of_all_ranks,
     start_megatron,
     whole_logits,
 )
@@ -211,8 +212,7 @@ def stage(release, request):
 def check_logits(stage, logits: list[torch.Tensor], case: str) -> None:
     """Of two micro-batches, on the last stage: the bits of the whole model, alike on its ranks."""
     assert len(logits) == (2 if stage.is_last else 0)
-    everywhere = [None] * 4
-    dist.all_gather_object(everywhere, logits)
+    everywhere = of_all_ranks(logits)
     if stage.is_last:
         assert torch.equal(logits[0], stage.expected[case])
         assert torch.equal(logits[1], everywhere[2][1])

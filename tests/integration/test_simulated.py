@@ -13,6 +13,7 @@ from small_gpt import (
     LENGTH,
     POINTS,
     VOCAB,
+    alike,
     assert_alike,
     build,
     low,
@@ -120,9 +121,7 @@ def test_a_plan_without_gradients_is_nearly_as_good_and_alike_on_all_ranks(plann
     planner, model = planner
     monkeypatch.setattr(option_costs, "why_no_gradients", lambda *_, **__: "a test")
     slow = options_of(model, planner)
-    everywhere = [None] * 3
-    dist.all_gather_object(everywhere, slow)
-    assert everywhere == [slow] * 3
+    alike(slow)
     other = carrying(planner)
 
     def planned(options) -> float:
@@ -138,9 +137,7 @@ def test_a_target_is_met_with_the_fewest_bits(planner):
     target = 2 * planner.measure(four)
     recipe, nats = planner.for_target(target)
     assert 0.6 * target < nats <= target
-    everywhere = [None] * 3
-    dist.all_gather_object(everywhere, (recipe, nats))
-    assert everywhere == [(recipe, nats)] * 3, "agreed to the last bit"
+    alike((recipe, nats))  # agreed to the last bit
 
 
 def test_calibrated_index(calibrated):
