@@ -95,6 +95,8 @@ def _run(nodes: list[str], ranks: int, release: str, path: Callable | None) -> N
         _outcomes[node] = _outcome(by_rank, ended)
         if _outcomes[node]["outcome"] == "failed":
             return
+    if any(ended["status"]):  # behind the last test
+        _outcomes[nodes[-1]] = _outcome([None] * ranks, ended)
 
 
 def _read(path: Path) -> dict[str, dict]:

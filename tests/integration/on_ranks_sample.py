@@ -1,5 +1,6 @@
 """Tests of ranks that end in every way; test_on_ranks.py has them run, by name."""
 
+import atexit
 import os
 
 import pytest
@@ -49,3 +50,8 @@ def test_a_rank_that_ends():
 def test_a_fixture_is_made_once_in_a_group(started):
     assert started == os.getpid()
     assert summed(1.0) == 2
+
+
+@pytest.mark.on_ranks(1)
+def test_a_rank_that_fails_at_its_end():
+    atexit.register(os._exit, 3)
