@@ -16,26 +16,18 @@ from megatron_lowbit.errors import LowbitError
 
 @dataclass(frozen=True)
 class Edit:
-    """One purpose.
+    """One purpose: the file and the function that it changes, and how."""
 
-    Attributes:
-        name: The patch file's, without its ending.
-        path: Of the file it changes, in a tree.
-        scope: The function that it changes, such as ``RowParallelLinear.forward``.
-        replacements: Pairs: a line of the function, and what takes its place, that line included.
-        context: Unchanged lines around each change in the patch file. Fewer than three where the
-            third differs between releases.
-        purpose: What it is for.
-        removal: When it is no longer needed.
-    """
-
-    name: str
+    name: str  # the patch file's, without its ending
     path: str
-    scope: str
-    replacements: tuple[tuple[str, str], ...]
+    scope: str  # such as RowParallelLinear.forward
+    # Lines of the function, and what takes the place of each, that line included.
+    replacements: dict[str, str]
+    # Unchanged lines around each change in the patch file. Fewer than three where the third differs
+    # between releases.
     context: int
     purpose: str
-    removal: str
+    removal: str  # when it is no longer needed
 
     def apply(self, text: str) -> str:
         """A file's text with the edit in it.
@@ -43,7 +35,7 @@ class Edit:
         Raises:
             LowbitError: The function or an anchor is not there, or not once.
         """
-        for anchor, replacement in self.replacements:
+        for anchor, replacement in self.replacements.items():
             before, lines, after = self._parts(text)
             places = [number for number, line in enumerate(lines) if line.strip() == anchor]
             if len(places) != 1:
@@ -91,17 +83,14 @@ EDITS = (
         path="megatron/core/tensor_parallel/layers.py",
         scope="RowParallelLinear.forward",
         # vars: for a name that is not there, getattr of an nn.Module takes 20 times as long.
-        replacements=(
-            (
-                "if self.explicit_expert_comm:",
-                """
+        replacements={
+            "if self.explicit_expert_comm:": """
                 lowbit_reduce = vars(self).get('lowbit_reduce')  # set by megatron_lowbit
                 if lowbit_reduce is not None:
                     output_ = lowbit_reduce(output_parallel, self.sequence_parallel)
                 elif self.explicit_expert_comm:
                 """,
-            ),
-        ),
+        },
         context=3,
         purpose="A row-parallel linear hands its partial to megatron_lowbit where one asks for it, "
         "in the place of Megatron's own reduction; also where it adds its bias itself.",
@@ -113,10 +102,8 @@ EDITS = (
         name="arguments",
         path="megatron/training/arguments.py",
         scope="add_megatron_arguments",
-        replacements=(
-            (
-                "parser = _add_distributed_args(parser)",
-                """
+        replacements={
+            "parser = _add_distributed_args(parser)": """
                 parser = _add_distributed_args(parser)
                 # Only who gives one of its arguments needs megatron_lowbit.
                 import importlib.util, sys
@@ -124,8 +111,7 @@ EDITS = (
                     from megatron_lowbit.integration import hooks  # missing: pip install it here
                     parser = hooks.add_arguments(parser)
                 """,
-            ),
-        ),
+        },
         context=3,
         purpose="--lowbit-tp-comm and its companions among Megatron's own arguments.",
         removal="When scripts are started by python -m megatron_lowbit.launch, or when Megatron "
@@ -135,27 +121,21 @@ EDITS = (
         name="load_hook",
         path="megatron/training/checkpointing.py",
         scope="load_checkpoint",
-        replacements=(
-            (
-                "return 0, 0",
-                """
+        replacements={
+            "return 0, 0": """
                 if hasattr(args, 'lowbit_tp_comm'):  # by megatron_lowbit: it says why not
                     from megatron_lowbit.integration import hooks
                     hooks.checkpoint_loaded(ddp_model)
                 return 0, 0
                 """,
-            ),
-            (
-                "# Some utilities want to load a checkpoint without distributed being initialized",
-                """
+            "# Some utilities want to load a checkpoint without distributed being initialized": """
                 if hasattr(args, 'lowbit_tp_comm'):  # by megatron_lowbit
                     from megatron_lowbit.integration import hooks
                     hooks.checkpoint_loaded(ddp_model)
 
                 # Some utilities want to load a checkpoint without distributed being initialized
                 """,
-            ),
-        ),
+        },
         context=2,
         purpose="With --lowbit-tp-comm low bits are switched on as soon as the weights are there. "
         "Needs arguments.patch: without its arguments nothing is called.",

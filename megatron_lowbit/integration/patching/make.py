@@ -7,18 +7,17 @@ from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import write_atomic
+from megatron_lowbit.integration.patching.control import Tree
 from megatron_lowbit.integration.patching.edits import EDITS, Edit
 from megatron_lowbit.integration.patching.patch_files import (
     NAME,
     Manifest,
     Patch,
     Release,
-    Sums,
     read_patches,
     sha256,
     sums_of,
 )
-from megatron_lowbit.integration.patching.tree import Tree
 
 _HEADER = """\
 {purpose}
@@ -51,10 +50,10 @@ def make(root: Path, patches: Path, *, release: str | None, upstream: str | None
     tree, manifest = Tree(root), Manifest(releases={}, patches=[])
     if (patches / NAME).exists():
         manifest = read_patches(patches)
+    old = {patch.file for patch in manifest.patches}
     name, commit = release or tree.version, tree.commit()
     origin = upstream or (f"commit {commit}" if commit else f"megatron-core=={tree.version}")
     manifest.releases[name] = Release(version=tree.version, upstream=origin)
-    old = {patch.file for patch in manifest.patches}
     texts = [(edit, tree.read(edit.path)) for edit in EDITS]
     served = [_serve(edit, text, name, manifest) for edit, text in texts if text is not None]
     _write(patches, manifest)
@@ -69,30 +68,7 @@ def _serve(edit: Edit, text: str, release: str, manifest: Manifest) -> str:
         raise LowbitError(f"{edit.path} is patched already: make needs a release as it came")
     edited = edit.apply(text)
     sums = sums_of(text, edited)
-    _forget(edit, release, sums, manifest)
-    own = manifest.of(edit.path)
-    fitting = [patch for patch in own if patch.put_in(text) == edited]
-    if not fitting:
-        fitting = [
-            Patch(
-                file=f"{edit.name}-{release}.patch" if own else f"{edit.name}.patch",
-                touches=edit.path,
-                function=edit.scope,
-                purpose=edit.purpose,
-                removal=edit.removal,
-                made_from=release,
-                files={},
-                diff=_unified(edit, text, edited),
-            )
-        ]
-        manifest.patches += fitting
-    fitting[0].files[release] = sums
-    return fitting[0].file
-
-
-def _forget(edit: Edit, release: str, sums: Sums, manifest: Manifest) -> None:
-    """Drop what is listed of a release that is made anew, and a patch file that served it alone."""
-    for patch in manifest.of(edit.path):
+    for patch in manifest.of(edit.path):  # drop what is listed of a release that is made anew
         listed = patch.files.pop(release, sums)
         if listed["before"] == sums["before"] and listed != sums:
             raise LowbitError(
@@ -101,14 +77,32 @@ def _forget(edit: Edit, release: str, sums: Sums, manifest: Manifest) -> None:
             )
         if not patch.files:
             manifest.patches.remove(patch)
+    own = manifest.of(edit.path)
+    fitting = [patch for patch in own if patch.put_in(text) == edited]
+    if not fitting:
+        fitting = [_new_patch(edit, text, edited, release, is_first=not own)]
+        manifest.patches += fitting
+    fitting[0].files[release] = sums
+    return fitting[0].file
 
 
-def _unified(edit: Edit, old: str, new: str) -> str:
-    """The unified diff of a file, as git writes it."""
+def _new_patch(edit: Edit, text: str, edited: str, release: str, *, is_first: bool) -> Patch:
+    """A patch file that serves no release yet, with the unified diff as git writes it."""
     path = edit.path
-    before, after = (io.StringIO(text).readlines() for text in (old, new))  # as git counts lines
+    before, after = (
+        io.StringIO(text).readlines() for text in (text, edited)
+    )  # as git counts lines
     lines = difflib.unified_diff(before, after, f"a/{path}", f"b/{path}", n=edit.context)
-    return f"diff --git a/{path} b/{path}\n" + "".join(lines)
+    return Patch(
+        file=f"{edit.name}.patch" if is_first else f"{edit.name}-{release}.patch",
+        touches=path,
+        function=edit.scope,
+        purpose=edit.purpose,
+        removal=edit.removal,
+        made_from=release,
+        files={},
+        diff=f"diff --git a/{path} b/{path}\n" + "".join(lines),
+    )
 
 
 def _write(patches: Path, manifest: Manifest) -> None:

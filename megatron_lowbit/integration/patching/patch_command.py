@@ -27,15 +27,6 @@ from megatron_lowbit.files import ROOT, is_checkout
 from megatron_lowbit.integration.patching.control import State
 from megatron_lowbit.integration.patching.make import make
 
-_HELP = {
-    "--patches": "folder of the patch files (default: those of this package)",
-    "--unlisted": "also a release or fork that the manifest does not list, where every patch fits "
-    "in the right function",
-    "--dirty": "also files with uncommitted changes of yours",
-    "--release": "its name in the manifest (default: its version)",
-    "--upstream": "where it comes from (default: git's commit, else the package of its version)",
-}
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
@@ -46,13 +37,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("status", "check", "apply", "revert", "make"):
         add = commands.add_parser(name).add_argument
         add("tree", type=Path, metavar="TREE", help="holds megatron/")
-        add("--patches", type=Path, metavar="DIR", help=_HELP["--patches"])
+        own = "folder of the patch files (default: those of this package)"
+        add("--patches", type=Path, metavar="DIR", help=own)
         if name == "make":
-            add("--release", metavar="NAME", help=_HELP["--release"])
-            add("--upstream", metavar="TEXT", help=_HELP["--upstream"])
+            origin = "where it comes from (default: git's commit, else the package of its version)"
+            add("--release", metavar="NAME", help="its name in the manifest (default: its version)")
+            add("--upstream", metavar="TEXT", help=origin)
         elif name != "status":
-            add("--unlisted", action="store_true", help=_HELP["--unlisted"])
-            add("--dirty", action="store_true", help=_HELP["--dirty"])
+            unlisted = "also a release or fork that the manifest does not list, where every patch "
+            add("--unlisted", action="store_true", help=unlisted + "fits in the right function")
+            add("--dirty", action="store_true", help="also files with uncommitted changes of yours")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.integration.patching.tree import plain
 from megatron_lowbit.json_files import read_json
 from megatron_lowbit.schema import Exact, Sha256, validated
 
@@ -30,44 +29,38 @@ class Release(Exact):
 
 
 class Patch(Exact):
-    """One patch file.
-
-    Attributes:
-        file: Its name.
-        touches: The file that it changes, in a tree.
-        function: The function in it.
-        purpose: What it is for.
-        removal: When it is no longer needed.
-        made_from: The release whose line numbers it has.
-        sha256: Of the patch file.
-        applies_to: The range of `files`, in words.
-        files: For each release the checksums of `touches`, from the oldest to the newest.
-        diff: The patch file's text without its header; not in the manifest.
-    """
+    """One patch file."""
 
     model_config = ConfigDict(frozen=False)
 
     file: str
-    touches: str
+    touches: str  # the file that it changes, in a tree
     function: str
     purpose: str
-    removal: str
-    made_from: str
-    sha256: Sha256 = ""
-    applies_to: str = ""
-    files: dict[str, Sums]
+    removal: str  # when it is no longer needed
+    made_from: str  # the release whose line numbers it has
+    sha256: Sha256 = ""  # of the patch file
+    applies_to: str = ""  # the range of `files`, in words
+    files: dict[str, Sums]  # of `touches` in each release, from the oldest to the newest
+    # The patch file's text without its header; not in the manifest.
     diff: str = Field(default="", exclude=True)
 
-    def put_in(self, text: str) -> str | None:
-        """A file's text with the patch in it; None where it does not fit."""
-        return _swap(text, [(_lines(hunk, " -"), _lines(hunk, " +")) for hunk in self._hunks()])
+    def put_in(self, text: str, *, reverse: bool = False) -> str | None:
+        """A file's text with the patch in it, or with `reverse` taken out of it.
 
-    def take_out(self, text: str) -> str | None:
-        """A file's text without the patch; None where it is not in it, or was changed since."""
-        return _swap(text, [(_lines(hunk, " +"), _lines(hunk, " -")) for hunk in self._hunks()])
-
-    def _hunks(self) -> list[str]:
-        return re.split(r"^@@ .*\n", self.diff, flags=re.MULTILINE)[1:]
+        None unless the old lines of each hunk stand there just once. Line numbers are not looked
+        at, and there is no fuzz as in git and patch, which take the nearest place that looks right.
+        So one file serves many releases.
+        """
+        text = "\n" + text
+        for hunk in re.split(r"^@@ .*\n", self.diff, flags=re.MULTILINE)[1:]:
+            old, new = _lines(hunk, " -"), _lines(hunk, " +")
+            if reverse:
+                old, new = new, old
+            if not 0 <= text.find(old) == text.rfind(old):
+                return None
+            text = text.replace(old, new)
+        return text[1:]
 
 
 class Manifest(Exact):
@@ -96,19 +89,15 @@ def read_patches(directory: Path) -> Manifest:
         raise LowbitError(f"{directory} holds no {NAME}: name the folder of the patches")
     manifest = validated(Manifest, read_json(path, remedy=_RESTORE), str(path), remedy=_RESTORE)
     for patch in manifest.patches:
-        patch.diff = _read_diff(directory / patch.file, patch.sha256)
-    return manifest
-
-
-def _read_diff(path: Path, expected: str) -> str:
-    try:
+        path = directory / patch.file
+        if not path.exists():
+            raise LowbitError(f"{path} is missing: {_RESTORE}")
         # git may have checked it out with Windows line ends, or an editor broken its UTF-8.
         text = plain(path.read_bytes(), errors="replace")
-    except FileNotFoundError:
-        raise LowbitError(f"{path} is missing: {_RESTORE}") from None
-    if sha256(text) != expected:
-        raise LowbitError(f"{path} was changed by hand: {_RESTORE}")
-    return text[text.find("\ndiff --git ") + 1 :]
+        if sha256(text) != patch.sha256:
+            raise LowbitError(f"{path} was changed by hand: {_RESTORE}")
+        patch.diff = text[text.find("\ndiff --git ") + 1 :]
+    return manifest
 
 
 def sums_of(before: str, after: str) -> Sums:
@@ -121,20 +110,20 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def plain(raw: bytes, errors: str = "strict") -> str:
+    """A file's text; with plain newlines, where all its lines end as on Windows.
+
+    git checks a file out so with core.autocrlf=true. Other carriage returns stay.
+    """
+    return (raw.replace(b"\r\n", b"\n") if has_windows_ends(raw) else raw).decode(errors=errors)
+
+
+def has_windows_ends(raw: bytes) -> bool:
+    """Whether every line ends in a carriage return and a newline, and no carriage return else."""
+    count = raw.count(b"\r\n")
+    return count > 0 and count == raw.count(b"\n") == raw.count(b"\r")
+
+
 def _lines(hunk: str, marks: str) -> str:
     """The lines of a hunk with one of two marks, behind the end of the line before them."""
     return "\n" + "".join(re.findall(rf"^[{marks}](.*\n)", hunk, re.MULTILINE))
-
-
-def _swap(text: str, hunks: list[tuple[str, str]]) -> str | None:
-    """Put other lines in the place of each hunk's; None where those do not stand there just once.
-
-    Line numbers are not looked at, and there is no fuzz as in git and patch, which take the nearest
-    place that looks right. So one file serves many releases.
-    """
-    text = "\n" + text
-    for old, new in hunks:
-        if not 0 <= text.find(old) == text.rfind(old):
-            return None
-        text = text.replace(old, new)
-    return text[1:]
