@@ -18,7 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lowbit.calibration.index import CalibrationIndex
-from megatron_lowbit.comm.agreement import on_every_rank, require_equal, require_some
+from megatron_lowbit.comm.agreement import (
+    gather_values,
+    on_every_rank,
+    require_equal,
+    require_some,
+)
 from megatron_lowbit.comm.call_check import CHECK_SWITCH, is_checking
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.measurement import LARGEST
@@ -27,7 +32,6 @@ from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.assignment import AssignedPoints, assign
 from megatron_lowbit.integration.handle import Extras, Handle
-from megatron_lowbit.integration.stage import require_same_points, stage_of
 from megatron_lowbit.integration.sums.cuda_graphs import check_cuda_graphs
 from megatron_lowbit.integration.sums.experts import find_expert_sums
 from megatron_lowbit.integration.sums.folded_weights import Folding, check_foldable
@@ -37,6 +41,7 @@ from megatron_lowbit.integration.sums.sync_points import (
     SyncPoint,
     modules_of,
     sync_points_here,
+    transformer_layers,
     why_none,
 )
 from megatron_lowbit.kernels.select import rotation_on
@@ -96,7 +101,7 @@ def apply(
     model = model if isinstance(model, nn.Module) else list(model)
     points, native = on_every_rank(lambda: sync_points_here(model))
     require_some(points, why_none(model, native))
-    require_same_points(model, points)
+    _require_same_points(model, points)
     on_every_rank(lambda: check_cuda_graphs(model, gathers=all_gather_bits is not None))
     rules = Path(recipe) if recipe is not None else None
     if fold and feedback:
@@ -125,7 +130,22 @@ def apply(
     policy = on_every_rank(lambda: _agreed_policy(model, points, assigned, settings, wanted))
     folding = Folding(assigned.points, assigned.tables) if fold else None
     extras = Extras(gatherers, experts, folding)
-    return Handle(model, assigned, policy, native | assigned.native, extras, stage_of(model))
+    return Handle(model, assigned, policy, native | assigned.native, extras, _stage_of(model))
+
+
+def _require_same_points(model: nn.Module | Iterable[nn.Module], points: list[SyncPoint]) -> None:
+    """Raise on every rank if ranks with the same layers have found other sync points in them.
+
+    One that has none would not take part in what the others of its group agree on.
+    """
+    found = gather_values((sorted(transformer_layers(model)), [str(point) for point in points]))
+    for rank, (layers, names) in enumerate(found):
+        other = next(other for other, (same, _) in enumerate(found) if same == layers)
+        if names != found[other][1]:
+            raise LowbitError(
+                f"ranks differ in the sync points that could use low bits: rank {other} has "
+                f"{len(found[other][1])}, rank {rank} has {len(names)} of the same layers"
+            )
 
 
 def _agreed_policy(
@@ -176,6 +196,17 @@ def _longest_message(model: nn.Module | Iterable[nn.Module], hidden: int) -> int
     lengths = (getattr(module, "max_sequence_length", None) for _, module in modules_of(model))
     tokens = next((length for length in lengths if isinstance(length, int)), None)
     return LARGEST if tokens is None else tokens * hidden * BF16_BYTES
+
+
+def _stage_of(model: nn.Module | Iterable[nn.Module]) -> tuple[tuple[int, ...], str]:
+    """The numbers of this rank's layers, and how to say which, behind what is counted.
+
+    No words if no rank has other layers. Call it on every rank.
+    """
+    layers = tuple(sorted(transformer_layers(model)))
+    if all(other == layers for other in gather_values(layers)):
+        return layers, ""
+    return layers, f" of layers {', '.join(map(str, layers))}" if layers else " of this stage"
 
 
 def _check_fold(model, assigned: AssignedPoints, settings: Settings) -> None:

@@ -85,19 +85,9 @@ def assign(
     rules: Path | None,
     feedback: bool | None = None,
 ) -> AssignedPoints:
-    """Choose a codec and make its tables for every sync point.
+    """Choose a codec and make its tables for each of a model's sync points on this rank.
 
-    Args:
-        model: The model that the index must be for.
-        points: Its sync points on this rank, if any.
-        index_dir: An index or its directory.
-        codec: The same codec everywhere instead of the index's recipe or codec.
-        bits: The same bits everywhere instead of the index's.
-        rules: A recipe file (`calibration.recipe`), on top of all that.
-        feedback: Whether errors are carried; by what the codecs do by default if None.
-
-    Raises:
-        LowbitError: See `apply`.
+    What is wished, and what is refused, is as for `apply`; `rules` is its recipe.
     """
     index = index_dir if isinstance(index_dir, CalibrationIndex) else read_index(Path(index_dir))
     recipe, origin = _recipe(index, codec, bits)

@@ -58,22 +58,13 @@ class Symbol:
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
 _MAPPINGS = "megatron.core.tensor_parallel.mappings"
-_TRANSFORMER = "megatron.core.transformer"
+_LAYER = "megatron.core.transformer.transformer_layer"
 
 SYNC_POINTS = (
+    Symbol(_LAYER, "BaseTransformerLayer", "find the layers of a model"),
+    Symbol(_LAYER, "TransformerLayer.__init__", "number the layers", attributes=("layer_number",)),
     Symbol(
-        f"{_TRANSFORMER}.transformer_layer",
-        "BaseTransformerLayer",
-        "find the layers of a model",
-    ),
-    Symbol(
-        f"{_TRANSFORMER}.transformer_layer",
-        "TransformerLayer.__init__",
-        "number the layers",
-        attributes=("layer_number",),
-    ),
-    Symbol(
-        f"{_TRANSFORMER}.transformer_config",
+        "megatron.core.transformer.transformer_config",
         "TransformerConfig",
         "tell whether a calibration index fits a model",
         fields=("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
@@ -120,7 +111,7 @@ CHAINS = (
         "tell whether a sum is added to the stream as it is",
     ),
     Symbol(
-        f"{_TRANSFORMER}.transformer_layer",
+        _LAYER,
         "TransformerLayer.__init__",
         "tell what adds a sum to the stream",
         attributes=("self_attn_bda", "mlp_bda"),

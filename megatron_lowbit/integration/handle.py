@@ -1,6 +1,8 @@
 """The low-bit path of one model, once it is on: what runs, what it sent, and the way back."""
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,15 +13,14 @@ from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec
 from megatron_lowbit.comm.policy.policy import Policy
 from megatron_lowbit.comm.traffic import Counters
 from megatron_lowbit.integration.assignment import AssignedPoints
-from megatron_lowbit.integration.stage import Stage
 from megatron_lowbit.integration.stats import Counted, stats
 from megatron_lowbit.integration.sums.chains import bytes_a_token, links
 from megatron_lowbit.integration.sums.cuda_graphs import check_no_graphs
-from megatron_lowbit.integration.sums.experts import ExpertAttachment, ExpertSum
+from megatron_lowbit.integration.sums.experts import ExpertSum
 from megatron_lowbit.integration.sums.folded_weights import Folding
-from megatron_lowbit.integration.sums.gathers import GatherAttachment, Gatherer
+from megatron_lowbit.integration.sums.gathers import Gatherer
 from megatron_lowbit.integration.sums.reducer import CodecReducer
-from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
+from megatron_lowbit.integration.sums.sync_points import SyncPoint, attach
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,6 @@ class Extras:
     experts: Sequence[ExpertSum] = ()
     folding: Folding | None = None
 
-    def attach(self) -> list:
-        """Switch it on; gives what has a `remove`."""
-        attached: list = [GatherAttachment(self.gatherers), ExpertAttachment(self.experts)]
-        if self.folding is not None:
-            self.folding.attach()
-            attached.append(self.folding)
-        return attached
-
     def __str__(self) -> str:
         text = ", rotations folded into the weights" if self.folding is not None else ""
         if self.gatherers:
@@ -97,27 +90,34 @@ class Handle:
         policy: Policy | None,
         native: dict[str, str],
         extras: Extras,
-        stage: Stage,
+        stage: tuple[tuple[int, ...], str],
     ):
         self._model, taken = model, set(map(str, extras.experts))
         self.native = {name: why for name, why in native.items() if name not in taken}
         self.policy, self.kinds = policy, assigned.kinds()
-        self.layers, self._where = stage.layers, stage.where()
+        self.layers, self._where = stage
         self._points, self._origin = assigned.points, assigned.origin
         self._extras, folding = extras, extras.folding
         tables = assigned.tables if folding is None else folding.tables
         carrying = links(assigned.points, assigned.codecs)
         self._has_feedback = assigned.has_feedback
         self._links = carrying if assigned.has_feedback else [None] * len(carrying)
+        chooses = cast(Policy, policy)  # None only where there are no points
+        each = zip(assigned.points, assigned.codecs, tables, self._links, strict=True)
         self._reducers = [
-            CodecReducer(
-                codec, table, point.group, cast(Policy, policy), link
-            )  # none without points
-            for codec, table, point, link in zip(
-                assigned.codecs, tables, assigned.points, self._links, strict=True
-            )
+            CodecReducer(codec, table, point.group, chooses, link)
+            for point, codec, table, link in each
         ]
-        self._attachments = [Attachment(self._points, self._reducers), *extras.attach()]
+        # Of callbacks, not of generators: a handle that nobody keeps would undo its work by those.
+        with ExitStack() as attached:
+            attached.enter_context(attach(self._points, self._reducers))
+            for gatherer in extras.gatherers:
+                attached.callback(gatherer.attach())
+            for expert in extras.experts:
+                attached.callback(expert.attach())
+            if folding is not None:
+                attached.enter_context(folding)
+            self._attached = attached.pop_all()
         self.is_removed = False
 
     def status(self) -> list[SyncPointStatus]:
@@ -164,9 +164,9 @@ class Handle:
             Counted(point.layer, point.name, reducer.codec, reducer.traffic)
             for point, reducer in zip(self._points, self._reducers, strict=True)
         ]
-        gathers = [Counted(g.layer, g.name, g.codec, g.traffic) for g in self._extras.gatherers]
-        experts = [Counted(e.layer, e.name, e.codec, e.traffic) for e in self._extras.experts]
-        return stats(points, gathers, experts)
+        extras = self._extras
+        by_kind = {"all_gathers": extras.gatherers, "experts": extras.experts}
+        return stats({"sync_points": points, **by_kind})
 
     def retune(self) -> None:
         """Time the collectives again, as `apply` did, and decide by that; call it on every rank.
@@ -190,8 +190,7 @@ class Handle:
         """
         if self._reducers:
             check_no_graphs(self._model, "remove()")
-        for attachment in self._attachments:
-            attachment.remove()
+        self._attached.close()
         self._points, self._reducers, self._extras = [], [], Extras()
         self._links = []
         self.is_removed = True
@@ -261,7 +260,5 @@ def _span(counts: list[int]) -> str:
 
 
 def _listed(native: dict[str, str]) -> str:
-    reasons: dict[str, int] = {}
-    for reason in native.values():
-        reasons[reason] = reasons.get(reason, 0) + 1
-    return "".join(f" ({count}: {reason})" for reason, count in reasons.items())
+    counts = Counter(native.values())
+    return "".join(f" ({count}: {reason})" for reason, count in counts.items())

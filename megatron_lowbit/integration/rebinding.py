@@ -48,11 +48,7 @@ def bind_in_method(owner: Any, method: str, module: ModuleType, **values: Any) -
             return original(*args, **kwargs)
 
     setattr(owner, method, bound)  # an attribute of the instance, before the class's method
-
-    def undo() -> None:
-        delattr(owner, method)
-
-    return undo
+    return lambda: delattr(owner, method)
 
 
 def rebind(original: Callable, replacement: Callable) -> None:

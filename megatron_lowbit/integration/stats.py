@@ -17,17 +17,16 @@ and its "why" says so.
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from megatron_lowbit.codecs import Codec
 from megatron_lowbit.comm.traffic import Counters, Decision, Traffic
 from megatron_lowbit.files import write_atomic
 
 
-@dataclass(frozen=True)
-class Counted:
+class Counted(NamedTuple):
     """A module that communicates in low bits, and its traffic."""
 
     layer: int
@@ -36,21 +35,16 @@ class Counted:
     traffic: Traffic
 
 
-def stats(
-    sync_points: Iterable[Counted], all_gathers: Iterable[Counted], experts: Iterable[Counted]
-) -> dict:
-    """The counters of all modules, and of all together."""
-    sync_points, all_gathers, experts = list(sync_points), list(all_gathers), list(experts)
+def stats(by_kind: Mapping[str, Iterable]) -> dict:
+    """The counters of all modules by kind, each with what `Counted` has, and of all together."""
     together: dict[Decision, Counters] = {}
-    for one in (*sync_points, *all_gathers, *experts):
-        for decision, counters in one.traffic.by_decision.items():
-            together.setdefault(decision, Counters()).add(counters)
-    return {
-        "sync_points": [_entry(one) for one in sync_points],
-        "all_gathers": [_entry(one) for one in all_gathers],
-        "experts": [_entry(one) for one in experts],
-        "total": _decisions(together),
-    }
+    content: dict[str, Any] = {}
+    for kind, modules in by_kind.items():
+        content[kind] = [_entry(one) for one in modules]
+        for one in modules:
+            for decision, counters in one.traffic.by_decision.items():
+                together.setdefault(decision, Counters()).add(counters)
+    return {**content, "total": _decisions(together)}
 
 
 def write_stats(content: dict, path: Path) -> None:

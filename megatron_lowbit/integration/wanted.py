@@ -18,6 +18,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,19 +40,16 @@ _PREFIX = "--lowbit-"
 _guards: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
+@dataclass
 class _Asked:
-    """What was asked for so far, and whether it is on.
+    """What was asked for so far, and whether it is on."""
 
-    Attributes:
-        given: Names of low-bit arguments that some parser has parsed.
-        reason: What to say if low bits are not on; empty if nobody wants them, or they were on.
-        was_on: Whether they have been.
-        is_watching: Whether linears that are built now get a guard.
-    """
-
-    def __init__(self):
-        self.given: set[str] = set()
-        self.reason, self.was_on, self.is_watching = "", False, False
+    # Names of low-bit arguments that some parser has parsed.
+    given: set[str] = field(default_factory=set)
+    # What to say if low bits are not on; empty if nobody wants them, or they were on.
+    reason: str = ""
+    was_on: bool = False
+    is_watching: bool = False  # whether linears that are built now get a guard
 
 
 _asked = _Asked()
@@ -111,10 +109,7 @@ def unparsed(words: list[str]) -> list[str]:
 def check_words(parser: argparse.ArgumentParser, words: list[str], rest: list[str]) -> None:
     """End by the parser's error for a low-bit argument that it does not know, or was given twice.
 
-    Args:
-        parser: Megatron's, which may ignore what it does not know.
-        words: What it has parsed.
-        rest: What of that it did not know.
+    Of the `words` that it has parsed it does not know the `rest`, and Megatron's may ignore that.
     """
     unknown = [word for word in rest if word.startswith(_PREFIX)]
     if unknown:

@@ -39,12 +39,7 @@ def by_stage(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def arguments(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a model takes for `tokens`: these, their positions and the causal mask.
-
-    Args:
-        model: As for `forward`.
-        tokens: int64 ``[batch, seq_length]``, on any device.
-    """
+    """What `forward` gives a model for `tokens`: these, their positions and the causal mask."""
     device = device_of(model)
     positions = torch.arange(tokens.shape[1], device=device)
     # True = masked. Megatron's own default is made on CUDA, whatever the model is on.

@@ -6,6 +6,7 @@ process (`integration.sums.simulate`). `Summing` is the interface of both. Calib
 evaluation are written over it, and so know nothing of Megatron.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,37 +37,21 @@ class CountingReducer(Reducer, Protocol):
     traffic: Traffic
 
 
-class Placed(Protocol):
+@dataclass(frozen=True)
+class Placed:
     """Where a sync point is, on whatever stage.
 
     Attributes:
         layer: Megatron's layer number: from 1, over all pipeline stages.
-        name: Its path under the layer.
+        name: Its path under the layer, such as ``mlp.linear_fc2``.
         chunk: Number of the model chunk that it is in.
         apart: Why it is outside the chain that carries errors (`comm.feedback`); empty if it is in.
     """
 
-    @property
-    def layer(self) -> int: ...
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def chunk(self) -> int: ...
-
-    @property
-    def apart(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """A `Placed` that other stages can be told."""
-
     layer: int
     name: str
-    chunk: int
-    apart: str
+    chunk: int = 0
+    apart: str = ""
 
     def __str__(self) -> str:
         return f"layer {self.layer} {self.name}"
@@ -84,23 +69,23 @@ def chains(points: Sequence[Placed]) -> list[list[int]]:
     return [chain for chain in by_chunk.values() if len(chain) > 1]
 
 
-class Point(Placed, Protocol):
-    """A sync point of this stage, by what loops need of it.
-
-    Attributes:
-        hidden: Features of its sum.
-        device: Where its partials are.
-        group: The tensor-parallel group that it sums over.
-    """
+class Point(Placed, ABC):
+    """A sync point of this stage, by what loops need of it."""
 
     @property
-    def hidden(self) -> int: ...
+    @abstractmethod
+    def hidden(self) -> int:
+        """Features of its sum."""
 
     @property
-    def device(self) -> torch.device: ...
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its partials are."""
 
     @property
-    def group(self) -> dist.ProcessGroup: ...
+    @abstractmethod
+    def group(self) -> dist.ProcessGroup:
+        """The tensor-parallel group that it sums over."""
 
 
 class Folded(Protocol):
@@ -157,10 +142,10 @@ class Summing(Protocol):
             feedback: Whether errors are carried from each sync point to the next one in its chain.
         """
 
-    def using(self, reducers: Sequence[Reducer]) -> AbstractContextManager[None]:
+    def using(self, reducers: Sequence[Reducer]) -> AbstractContextManager:
         """A context in which each sync point sums by its reducer, and not natively."""
 
-    def watching(self, watch: Watch) -> AbstractContextManager[None]:
+    def watching(self, watch: Watch) -> AbstractContextManager:
         """A context in which each sync point sums natively and calls `watch`."""
 
     def folded(self, tables: Sequence[Tables]) -> Folded:

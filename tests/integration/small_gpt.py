@@ -160,7 +160,7 @@ def native_calls(model) -> int:
 
 def fp32_accumulation(model) -> torch.Tensor:
     """Logits with Megatron's partials summed in fp32 instead of the model's dtype."""
-    from megatron_lowbit.integration.sums.sync_points import Attachment, find_sync_points
+    from megatron_lowbit.integration.sums.sync_points import attach, find_sync_points
 
     def reduce(partial, scatter):
         total = partial.float()
@@ -170,10 +170,8 @@ def fp32_accumulation(model) -> torch.Tensor:
 
     points, _ = find_sync_points(model)
     group = points[0].group
-    attachment = Attachment(points, [reduce] * len(points))
-    result = whole_logits(model)
-    attachment.remove()
-    return result
+    with attach(points, [reduce] * len(points)):
+        return whole_logits(model)
 
 
 @contextlib.contextmanager

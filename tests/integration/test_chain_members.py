@@ -148,7 +148,7 @@ def test_cross_attention_has_a_bda_of_its_own(release):
     names = ["self_attention.linear_proj", "cross_attention.linear_proj", "mlp.linear_fc2"]
 
     def found() -> list[str]:
-        return [why_apart(layer, name, layer.get_submodule(name)) for name in names]
+        return [why_apart(layer, name) for name in names]
 
     assert found() == ["", "", ""]
     layer.cross_attn_bda = own(lambda training, fused: None)

@@ -32,8 +32,8 @@ import megatron_lowbit
 from megatron_lowbit.integration.sums import transformer_engine as route
 from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.integration.sums.sync_points import (
-    Attachment,
     SyncPoint,
+    attach,
     find_sync_points,
     fingerprint,
     transformer_layers,
@@ -175,10 +175,9 @@ def test_a_bias_is_added_once_after_the_sum(release, sequence_parallel, skip_bia
     linear = linear_with_bias(sequence_parallel, skip_bias_add)
     native, calls = run_linear(linear)
     assert len(calls) == 1
-    attachment = Attachment([SyncPoint(1, "mlp.linear_fc2", linear)], [megatrons_sum])
-    muted, calls = run_linear(linear)
+    with attach([SyncPoint(1, "mlp.linear_fc2", module=linear)], [megatrons_sum]):
+        muted, calls = run_linear(linear)
     assert calls == []
-    attachment.remove()
     again, calls = run_linear(linear)
     assert len(calls) == 1
     assert len(muted) == 4 + skip_bias_add

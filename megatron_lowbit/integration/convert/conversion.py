@@ -13,7 +13,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,8 +88,7 @@ def convert(
     return args
 
 
-@contextlib.contextmanager
-def replacing_checkpoint(target: Path) -> Iterator[Path]:
+def replacing_checkpoint(target: Path) -> contextlib.AbstractContextManager[Path]:
     """Gives a temporary directory that becomes `target` when the block ends well.
 
     Raises:
@@ -99,8 +97,7 @@ def replacing_checkpoint(target: Path) -> Iterator[Path]:
     foreign = {path.name for path in target.iterdir()} - _OURS if target.is_dir() else set()
     if foreign:
         raise LowbitError(f"--save {target}: has {min(foreign)}, which no conversion wrote")
-    with atomic_directory(target) as staging:
-        yield staging
+    return atomic_directory(target)
 
 
 def _write(arch, args, get: Weights, *, directory: Path, progress: bool) -> None:
@@ -179,8 +176,9 @@ def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
         perform_initialization=False,
         **({"is_hybrid_model": True} if pattern else {}),
     )
-    make = partial(_hybrid_model, config, pattern) if pattern else partial(_gpt_model, config)
-    return make(
+    return _model_of(
+        config,
+        pattern,
         vocab_size=args.padded_vocab_size,
         max_sequence_length=arch.max_positions,
         position_embedding_type="rope",
@@ -189,22 +187,20 @@ def _build(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
     ).to(args.params_dtype)
 
 
-def _gpt_model(config, **outside) -> torch.nn.Module:
+def _model_of(config, pattern: str | None, **outside) -> torch.nn.Module:
+    """A GPTModel, or with a pattern of layers a HybridModel."""
+    if pattern:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        with local_final_norm():
+            stack = local_stack_spec(config, pattern)
+            return HybridModel(config, stack, hybrid_layer_pattern=pattern, **outside)
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    spec = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
-    )
+    kind = {"normalization": config.normalization, "qk_layernorm": config.qk_layernorm}
+    spec = get_gpt_layer_local_spec(**kind)
     return GPTModel(config=config, transformer_layer_spec=spec, **outside)
-
-
-def _hybrid_model(config, pattern: str, **outside) -> torch.nn.Module:
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-
-    with local_final_norm():
-        stack = local_stack_spec(config, pattern)
-        return HybridModel(config, stack, hybrid_layer_pattern=pattern, **outside)
 
 
 @torch.no_grad()

@@ -26,26 +26,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", required=True, metavar="PATH", help="Hugging Face model directory or .gguf file"
-    )
-    parser.add_argument(
-        "--save", required=True, metavar="DIR", help="directory of the checkpoint to write"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="Hugging Face model directory or .gguf file")
+    add("--save", required=True, metavar="DIR", help="directory of the checkpoint to write")
+    add(
         "--tensor-model-parallel-size",
         type=cli.positive,
         default=1,
         metavar="N",
         help="size to record and to pad the vocabulary for (default: 1)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=("bf16", "fp16", "fp32"),
         default="bf16",
         help="of the stored weights (default: bf16)",
     )
-    parser.add_argument(
+    add(
         "--hybrid",
         action="store_true",
         help="a checkpoint of Megatron's HybridModel instead of GPTModel (megatron-core 0.19 and "

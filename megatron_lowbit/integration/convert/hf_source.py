@@ -28,7 +28,6 @@ from megatron_lowbit.integration.runtime.model_files import (
 )
 from megatron_lowbit.integration.runtime.quiet import quiet
 
-_UNREADABLE = "not a model that transformers can read"
 # What transformers reads of a tokenizer, if it is there.
 _TOKENIZER_JSON = (
     "tokenizer.json",
@@ -106,7 +105,7 @@ def _gguf_field(path: Path):
 def _config(path: Path) -> Any:
     """transformers' configuration of the model at `path`."""
     file = path / "config.json" if path.is_dir() else path
-    with quiet(), one_line_errors(file, _UNREADABLE):
+    with quiet(), one_line_errors(file, "not a model that transformers can read"):
         from transformers import AutoConfig
 
         with location(path) as (where, options):
@@ -140,11 +139,7 @@ def location(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def load_tokenizer(path: Path, vocab: int) -> Any:
-    """The transformers tokenizer of the model at `path`.
-
-    Args:
-        path: A Hugging Face directory or a GGUF file.
-        vocab: Tokens of the model's vocabulary.
+    """The transformers tokenizer of the model at `path`, whose vocabulary has `vocab` tokens.
 
     Raises:
         LowbitError: It has none, one that cannot be read here, or one with more tokens.
@@ -168,11 +163,7 @@ def load_tokenizer(path: Path, vocab: int) -> Any:
 
 
 def saved_tokenizer(directory: Path, flag: str) -> Any:
-    """The transformers tokenizer that conversion saved in `directory`, whatever its model.
-
-    Args:
-        directory: Such as ``CKPT/tokenizer``.
-        flag: What named it, for messages.
+    """The tokenizer that conversion saved in `directory`, ``CKPT/tokenizer``; `flag` named it.
 
     Raises:
         LowbitError: It has no tokenizer.json, asks for code of its own, or cannot be read.

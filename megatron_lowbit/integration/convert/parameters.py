@@ -73,12 +73,7 @@ def places(names: Iterable[str], expected: Mapping[str, Shape], path: Path) -> d
 
 
 def check_parameters(found: Mapping[str, Shape], arch: Architecture, path: Path) -> None:
-    """Checks names and shapes of a model's parameters against its configuration.
-
-    Args:
-        found: The stored shapes, by the parameters' names.
-        arch: What the configuration says.
-        path: Of the model, for messages.
+    """Checks the stored shapes, by the parameters' names, against a model's configuration.
 
     Raises:
         LowbitError: One is missing, has no place, or has another shape.

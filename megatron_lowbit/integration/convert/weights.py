@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,27 @@ from megatron_lowbit.integration.convert.parameters import (
 )
 from megatron_lowbit.integration.runtime.model_files import check_file, one_line_errors, read_json
 
+Shapes = Mapping[str, Shape]
+Read = Callable[[str], torch.Tensor]
+
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names
-# GGUF's names of the parameters; "{}" is the layer.
+# GGUF's names of the parameters, and Hugging Face's; without the layer.
 _GGUF_OUTER = {
-    EMBEDDING: "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    OUTPUT: "output.weight",
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": OUTPUT,
 }
 _GGUF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 
@@ -53,19 +56,10 @@ class Weights:
     """A model's parameters by Hugging Face name, checked against its configuration."""
 
     def __init__(
-        self, path: Path, arch: Architecture, shapes: Mapping[str, Shape], dtype: torch.dtype
+        self, path: Path, arch: Architecture, shapes: Shapes, read: Read, dtype: torch.dtype
     ) -> None:
-        """
-        Args:
-            path: Of the model.
-            arch: What its configuration says.
-            shapes: Of what is stored, by the names that it is stored under.
-            dtype: What must be able to hold the weights.
-
-        Raises:
-            LowbitError: The weights are not those of `arch`.
-        """
-        self.path, self._dtype = path, dtype
+        """See `open_weights`; `shapes` and `read` go by the names that weights are stored under."""
+        self.path, self._read, self._dtype = path, read, dtype
         self._stored = places(shapes, shapes_of(arch), path)
         check_parameters({n: shapes[s] for n, s in self._stored.items()}, arch, path)
         self._check_unused(arch)
@@ -105,38 +99,28 @@ class Weights:
                 f"{EMBEDDING} differ in {differ} values: it must say false"
             )
 
-    def _read(self, stored: str) -> torch.Tensor:
-        raise NotImplementedError
 
+def _open_directory(path: Path, stack: contextlib.ExitStack) -> tuple[Shapes, Read]:
+    """What the safetensors files of a directory hold; `stack` closes them."""
+    from safetensors import safe_open
 
-class SafetensorsWeights(Weights):
-    """The safetensors files of a directory, read tensor by tensor."""
-
-    def __init__(
-        self, path: Path, arch: Architecture, dtype: torch.dtype, stack: contextlib.ExitStack
-    ) -> None:
-        from safetensors import safe_open
-
-        self._file_of: dict[str, Any] = {}
-        shapes: dict[str, Shape] = {}
-        for file in weight_files(path):
-            with one_line_errors(file, "not a whole safetensors file: download it again"):
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                names = opened.keys()
-                slices = {name: opened.get_slice(name) for name in names}
-            for name, stored in slices.items():
-                if name in self._file_of:
-                    raise LowbitError(f"{file}: {name} is in another file, too")
-                if stored.get_dtype() not in _FLOATS:
-                    raise LowbitError(
-                        f"{file}: {name} is stored as {stored.get_dtype()}: only floating-point "
-                        f"weights ({', '.join(sorted(_FLOATS))}) are supported"
-                    )
-                self._file_of[name], shapes[name] = opened, tuple(stored.get_shape())
-        super().__init__(path, arch, shapes, dtype)
-
-    def _read(self, stored: str) -> torch.Tensor:
-        return self._file_of[stored].get_tensor(stored)
+    file_of: dict[str, Any] = {}
+    shapes: dict[str, Shape] = {}
+    for file in weight_files(path):
+        with one_line_errors(file, "not a whole safetensors file: download it again"):
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+            names = opened.keys()
+            slices = {name: opened.get_slice(name) for name in names}
+        for name, stored in slices.items():
+            if name in file_of:
+                raise LowbitError(f"{file}: {name} is in another file, too")
+            if stored.get_dtype() not in _FLOATS:
+                raise LowbitError(
+                    f"{file}: {name} is stored as {stored.get_dtype()}: only floating-point "
+                    f"weights ({', '.join(sorted(_FLOATS))}) are supported"
+                )
+            file_of[name], shapes[name] = opened, tuple(stored.get_shape())
+    return shapes, lambda name: file_of[name].get_tensor(name)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -202,44 +186,35 @@ def _gguf_reader(path: Path, state: tuple[int, int, int]) -> Any:
         return reader
 
 
-class GgufWeights(Weights):
-    """A Llama's GGUF file, dequantized to fp32 tensor by tensor."""
+def _open_gguf(path: Path, arch: Architecture) -> tuple[Shapes, Read]:
+    """What a Llama's GGUF file holds, to be dequantized to fp32 tensor by tensor."""
+    from gguf import dequantize
 
-    def __init__(self, path: Path, arch: Architecture, dtype: torch.dtype) -> None:
-        self._arch = arch
-        tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
-        if "rope_freqs.weight" in tensors:
-            raise LowbitError(
-                f"{path}: Llama-3 rope scaling is not read from GGUF files: convert from the "
-                "Hugging Face directory"
-            )
-        self._tensors = {_hugging_face_name(name): tensor for name, tensor in tensors.items()}
-        shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape))
-            for name, tensor in self._tensors.items()
-        }
-        super().__init__(path, arch, shapes, dtype)
+    tensors = {_hugging_face_name(tensor.name): tensor for tensor in read_gguf(path).tensors}
+    if "rope_freqs.weight" in tensors:
+        raise LowbitError(
+            f"{path}: Llama-3 rope scaling is not read from GGUF files: convert from the "
+            "Hugging Face directory"
+        )
+    heads = {"q_proj.weight": arch.heads, "k_proj.weight": arch.kv_heads}
 
-    def _read(self, stored: str) -> torch.Tensor:
-        from gguf import dequantize
-
-        tensor = self._tensors[stored]
+    def read(name: str) -> torch.Tensor:
+        tensor = tensors[name]
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        heads = {"q_proj.weight": self._arch.heads, "k_proj.weight": self._arch.kv_heads}
         for ending, count in heads.items():
-            if stored.endswith(ending):
+            if name.endswith(ending):
                 return _half_split_rotary(weight, count)
         return weight
+
+    return {name: tuple(map(int, tensor.shape))[::-1] for name, tensor in tensors.items()}, read
 
 
 def _hugging_face_name(gguf_name: str) -> str:
     """The Hugging Face name of a GGUF tensor, or the same name where there is none."""
-    outer = {theirs: ours for ours, theirs in _GGUF_OUTER.items()}
-    inner = {theirs: ours for ours, theirs in _GGUF_LAYER.items()}
     parts = gguf_name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in inner:
-        return f"model.layers.{parts[1]}.{inner[parts[2]]}.{parts[3]}"
-    return outer.get(gguf_name, gguf_name)
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER:
+        return f"model.layers.{parts[1]}.{_GGUF_LAYER[parts[2]]}.{parts[3]}"
+    return _GGUF_OUTER.get(gguf_name, gguf_name)
 
 
 def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -263,7 +238,5 @@ def open_weights(
         LowbitError: Files are missing or damaged, or the weights are not those of `arch`.
     """
     with contextlib.ExitStack() as stack:
-        if path.is_file():
-            yield GgufWeights(path, arch, dtype)
-        else:
-            yield SafetensorsWeights(path, arch, dtype, stack)
+        opened = _open_gguf(path, arch) if path.is_file() else _open_directory(path, stack)
+        yield Weights(path, arch, *opened, dtype)

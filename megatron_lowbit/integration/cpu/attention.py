@@ -103,7 +103,7 @@ def flash_attn_varlen_func(
                 _paged(k, blocks, length),
                 _paged(v, blocks, length),
                 scale=softmax_scale,
-                window=_window(causal, window_size),
+                window=(window_size[0], 0 if causal else window_size[1]),
             )
     return (out, sums, None) if return_attn_probs else out
 
@@ -114,12 +114,9 @@ def flash_attn_with_kvcache(
     v_cache: Tensor,
     *,
     cache_seqlens: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    block_table: Tensor,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a step of decoding: every request has the same number of new tokens.
 
@@ -129,12 +126,9 @@ def flash_attn_with_kvcache(
         v_cache: Values, as `k_cache`.
         cache_seqlens: int ``[requests]``: numbers of keys, those of the new tokens included; 0
             for padding.
-        softmax_scale: As for `flash_attn_varlen_func`.
-        causal: As for `flash_attn_varlen_func`.
-        window_size: As for `flash_attn_varlen_func`.
-        block_table: As for `flash_attn_varlen_func`.
         num_splits: Not needed.
         return_softmax_lse: Also return the logarithms of the softmax's sums.
+        **others: As for `flash_attn_varlen_func`.
 
     Returns:
         ``[requests, new tokens, heads, dim]``; with `return_softmax_lse` also fp32
@@ -150,11 +144,8 @@ def flash_attn_with_kvcache(
         torch.nn.functional.pad(cache_seqlens.cumsum(0), (1, 0)),
         tokens,
         0,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        block_table=block_table,
         return_attn_probs=True,
+        **others,
     )
     out = out.unflatten(0, (requests, tokens))
     if not return_softmax_lse:
@@ -166,10 +157,6 @@ def _paged(cache: Tensor, blocks: Tensor, length: int) -> Tensor:
     """The first `length` rows of the blocks that a request's row of the block table names."""
     needed = -(-length // cache.shape[1])
     return cache[blocks[:needed].long()].flatten(0, 1)[:length]
-
-
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    return window_size[0], 0 if causal else window_size[1]
 
 
 def _attend(

@@ -15,6 +15,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -43,14 +44,10 @@ class CpuStream:
     def __exit__(self, *exc_info: Any) -> None:
         return None
 
-    def synchronize(self) -> None:
+    def synchronize(self, *awaited: Any, **kwargs: Any) -> None:
         """Nothing is outstanding."""
 
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing is outstanding."""
-
-    def wait_event(self, event: Any) -> None:
-        """Nothing is outstanding."""
+    wait_stream = wait_event = synchronize
 
     def query(self) -> bool:
         """All work is done."""
@@ -77,42 +74,14 @@ class CpuEvent:
         """Milliseconds between this event and `end`."""
         return (end._seconds - self._seconds) * 1e3
 
-    def synchronize(self) -> None:
+    def synchronize(self, *awaited: Any, **kwargs: Any) -> None:
         """Nothing is outstanding."""
 
-    def wait(self, stream: Any = None) -> None:
-        """Nothing is outstanding."""
+    wait = synchronize
 
     def query(self) -> bool:
         """All work is done."""
         return True
-
-
-class _NoNvtx:
-    """Stand-in for the C bindings behind `torch.cuda.nvtx`.
-
-    The bindings are replaced, not the functions: Megatron imports `range_push` by value.
-    """
-
-    @staticmethod
-    def rangePushA(msg: str) -> int:  # noqa: N802 - the name torch calls
-        return 0
-
-    @staticmethod
-    def rangePop() -> int:  # noqa: N802
-        return 0
-
-    @staticmethod
-    def rangeStartA(msg: str) -> int:  # noqa: N802
-        return 0
-
-    @staticmethod
-    def rangeEnd(range_id: int) -> None:  # noqa: N802
-        return None
-
-    @staticmethod
-    def markA(msg: str) -> None:  # noqa: N802
-        return None
 
 
 def _is_cuda(device: Any) -> bool:
@@ -160,14 +129,6 @@ def _returns(value: Any) -> Callable[..., Any]:
     return stand_in
 
 
-def _get_rng_state(device: Any = None) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
-    torch.set_rng_state(new_state)
-
-
 def _host_memory(device: Any = None) -> tuple[int, int]:
     """Free and total memory of the host, in bytes."""
     page = os.sysconf("SC_PAGE_SIZE")
@@ -200,10 +161,10 @@ def _stand_ins() -> dict[str, Any]:
         "default_stream": _returns(CpuStream()),
         "get_device_capability": _returns((0, 0)),
         "get_device_properties": _properties,
-        "get_rng_state": _get_rng_state,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
         "mem_get_info": _host_memory,
-        "memory_stats": _returns(_Zeros()),
-        "set_rng_state": _set_rng_state,
+        "memory_stats": _returns(defaultdict(int)),  # every counter is 0
+        "set_rng_state": lambda new_state, device=None: torch.set_rng_state(new_state),
         "stream": _returns(contextlib.nullcontext()),
     }
 
@@ -235,13 +196,6 @@ def _enter_in_threads() -> None:
     threading.Thread.start = start_in_mode  # type: ignore[assignment]  # its self is `thread`
 
 
-class _Zeros(dict):
-    """Memory statistics of a machine that has no device: every counter is 0."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
-
-
 def enable_cpu() -> bool:
     """Makes Megatron run on a machine without CUDA; does nothing where CUDA is present.
 
@@ -263,7 +217,9 @@ def enable_cpu() -> bool:
     # megatron.core calls the random functions through their own module.
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    torch.cuda.nvtx._nvtx = _NoNvtx()
+    # The C bindings and not the functions: Megatron imports `range_push` by value.
+    bindings = "markA rangeEnd rangePop rangePushA rangeStartA".split()
+    torch.cuda.nvtx._nvtx = SimpleNamespace(**{name: _returns(0) for name in bindings})
     mode = CudaAsCpu()
     mode.__enter__()  # for the life of the process
     _enter_in_threads()

@@ -22,7 +22,8 @@ from megatron_lowbit.errors import LowbitError
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
     parser = cli.parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data",
         required=True,
         nargs="+",
@@ -30,17 +31,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help='.txt, or .jsonl with {"text": ...} a line',
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)"
-    )
-    parser.add_argument(
+    add("--output", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)")
+    add(
         "--codec",
         metavar="CODEC",
         help="codec that the calibration index is for: bf16, static-hybrid, scaled-hybrid, "
         "rotated-hybrid, shaped-hybrid, a peer's or an installed package's; an unknown name is "
         "answered with all (default: shaped-hybrid)",
     )
-    parser.add_argument(
+    add(
         "--bf16-features",
         metavar="K",
         help="features that travel in BF16: a count (12), or a fraction of the hidden size (0.01) "
@@ -62,23 +61,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="the same with the fewest bits that stay within so many nats a token (e.g. 0.02) of "
         "measured KL divergence from native communication",
     )
-    parser.add_argument(
+    add(
         "--skip",
         type=cli.positive,
         metavar="N",
         help="let N sync points of the recipe send nothing: the next one sends what they leave "
         "(fewer all-reduces, where latency is the cost)",
     )
-    parser.add_argument(
-        "--sequences", type=cli.positive, default=256, metavar="N", help="default: 256"
-    )
-    parser.add_argument(
-        "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="of the choice of sequences")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted calibration was"
-    )
+    add("--sequences", type=cli.positive, default=256, metavar="N", help="default: 256")
+    add("--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512")
+    add("--seed", type=int, default=1234, help="of the choice of sequences")
+    add("--resume", action="store_true", help="go on where an interrupted calibration was")
     cli.add_simulate_tp(parser)
     options, megatron_argv = parser.parse_known_args(argv)
     planned = options.budget is not None or options.target_loss is not None

@@ -1,7 +1,6 @@
 """Evaluation of a checkpoint under several codecs: what tools/evaluate.py does, step by step."""
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -48,15 +47,17 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     check_parallel(args)
     session.initialize(args)
     index, inputs = on_every_rank(lambda: _read(args, options))
-    require_equal("calibration index or text", _digests(index, inputs))
+    texts = [(name, corpus.sha256) for name, corpus in inputs.texts.items()]
+    require_equal("calibration index or text", (manifest_digest(index.manifest), texts))
     chosen = chosen or _named(default_variants(index))
     model = session.load_whole_model(args)
     # Only errors that are carried need the chain that calibration found.
     chained = index if any(named.has_feedback for named in chosen.values()) else None
     summing, _ = summing_of_stages(model, options.simulate_tp, chained)
-    on_every_rank(lambda: _check(index, model, chosen.values(), summing.ranks))
+    codecs = on_every_rank(lambda: [c for named in chosen.values() for c in named.codecs(index)])
+    on_every_rank(lambda: check_index(index, model, codecs, summing.ranks))
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
-    measures = make_measures(options, inputs, variants)
+    measures = {"sync_points": _sync_errors(options, inputs, variants), **inputs.measures}
     journal = _journal(options, index, model, variants, measures, sharing(args))
     done = _start(journal, measures, options.resume)
     evaluation = _evaluate(args, inputs, model, variants, measures, journal, done)
@@ -67,22 +68,18 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     session.shutdown()
 
 
-def make_measures(
-    options: argparse.Namespace, inputs: Inputs, variants: Variants
-) -> dict[str, list[Measure]]:
-    """What to measure, by the key of the JSON output that the results go under, in order."""
-    sync_points: list[Measure] = []
-    points = [(point.layer, point.name) for point in variants.summing.everywhere]
-    for corpus in list(inputs.texts.values())[:1]:
-        sync_error = SyncError(
+def _sync_errors(options: argparse.Namespace, inputs: Inputs, variants: Variants) -> list[Measure]:
+    """The error at sync points, on the first text if there is one."""
+    return [
+        SyncError(
             text_sequences(corpus, options)[:SYNC_SEQUENCES, :-1],
-            points,
+            [(point.layer, point.name) for point in variants.summing.everywhere],
             observing=variants.observing,
             sha256=corpus.sha256,
             first=variants.summing.first,
         )
-        sync_points.append(sync_error)
-    return {"sync_points": sync_points, **inputs.measures}
+        for corpus in list(inputs.texts.values())[:1]
+    ]
 
 
 def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[CalibrationIndex, Inputs]:
@@ -105,17 +102,6 @@ def _read(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Calibr
 
 def _named(variants: list[str]) -> dict[str, Named]:
     return {name: parse_variant(name) for name in variants}
-
-
-def _digests(index: CalibrationIndex, inputs: Inputs) -> tuple:
-    """Of all that was read: ranks must have read the same."""
-    texts = [(name, corpus.sha256) for name, corpus in inputs.texts.items()]
-    return manifest_digest(index.manifest), texts
-
-
-def _check(index: CalibrationIndex, model: nn.Module, chosen: Iterable[Named], ranks: int) -> None:
-    codecs = [codec for named in chosen for codec in named.codecs(index)]
-    check_index(index, model, codecs, ranks)
 
 
 def _journal(

@@ -29,7 +29,8 @@ from megatron_lowbit import cli
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and Megatron's."""
     parser = cli.parser(__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data",
         nargs="+",
         type=Path,
@@ -37,10 +38,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help=".txt or .jsonl, a table for each; for all but tasks",
     )
-    parser.add_argument(
-        "--index", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)"
-    )
-    parser.add_argument(
+    add("--index", type=Path, metavar="DIR", help="the calibration index (default: CKPT/lowbit)")
+    add(
         "--codecs",
         metavar="LIST",
         help="comma-separated variants, such as recipe@feedback,recipe@feedback@two-shot or, with "
@@ -48,45 +47,40 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "the paper's codec and its baselines, rotated- and shaped-hybrid, and what is served by "
         "the calibration index, with error feedback, without it, and two-shot)",
     )
-    parser.add_argument(
+    add(
         "--tokens",
         type=cli.positive,
         default=16384,
         metavar="N",
         help="from the start of each text, rounded up to whole sequences (default: 16384)",
     )
-    parser.add_argument(
-        "--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512"
-    )
+    add("--seq-length", type=cli.positive, default=512, metavar="TOKENS", help="default: 512")
     _add_measures(parser)
-    parser.add_argument("--name", help="the model's name in the results (default: from CKPT)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted evaluation was"
-    )
+    add("--name", help="the model's name in the results (default: from CKPT)")
+    add("--output", type=Path, metavar="FILE", help="write the results as JSON")
+    add("--resume", action="store_true", help="go on where an interrupted evaluation was")
     cli.add_simulate_tp(parser)
     return parser.parse_known_args(argv)
 
 
 def _add_measures(parser: argparse.ArgumentParser) -> None:
     """What is measured besides the texts token by token."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--tasks",
         metavar="LIST",
         help="zero-shot tasks, comma-separated: arc-easy, arc-challenge, winogrande, hellaswag, "
         "boolq; or all",
     )
-    parser.add_argument(
-        "--limit", type=cli.positive, metavar="N", help="items of each task (default: all)"
-    )
-    parser.add_argument(
+    add("--limit", type=cli.positive, metavar="N", help="items of each task (default: all)")
+    add(
         "--long-context",
         type=cli.positive,
         metavar="TOKENS",
         help="loss and KL by position in sequences of so many tokens of the first text, and how "
         "many facts planted in them are found",
     )
-    parser.add_argument(
+    add(
         "--generate",
         type=cli.positive,
         metavar="TOKENS",

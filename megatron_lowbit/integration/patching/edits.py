@@ -23,11 +23,11 @@ class Edit:
     scope: str  # such as RowParallelLinear.forward
     # Lines of the function, and what takes the place of each, that line included.
     replacements: dict[str, str]
-    # Unchanged lines around each change in the patch file. Fewer than three where the third differs
-    # between releases.
-    context: int
     purpose: str
     removal: str  # when it is no longer needed
+    # Unchanged lines around each change in the patch file. Fewer than three where the third differs
+    # between releases.
+    context: int = 3
 
     def apply(self, text: str) -> str:
         """A file's text with the edit in it.
@@ -91,7 +91,6 @@ EDITS = (
                 elif self.explicit_expert_comm:
                 """,
         },
-        context=3,
         purpose="A row-parallel linear hands its partial to megatron_lowbit where one asks for it, "
         "in the place of Megatron's own reduction; also where it adds its bias itself.",
         removal="When Megatron lets a reduction be given to RowParallelLinear, or when the fork no "
@@ -112,7 +111,6 @@ EDITS = (
                     parser = hooks.add_arguments(parser)
                 """,
         },
-        context=3,
         purpose="--lowbit-tp-comm and its companions among Megatron's own arguments.",
         removal="When scripts are started by python -m megatron_lowbit.launch, or when Megatron "
         "lets a package add arguments to all of its scripts.",

@@ -18,6 +18,9 @@ from megatron_lowbit.integration.rebinding import rebound
 
 # Symbols of a pattern: layers, and separators of pipeline stages and prediction heads.
 _LOCAL = set("*-EMG|/")
+# What a layer of a GPTModel has of each kind.
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_FEED_FORWARD = ("pre_mlp_layernorm", "mlp", "mlp_bda")
 
 
 def local_stack_spec(config, pattern: str):
@@ -35,7 +38,7 @@ def local_stack_spec(config, pattern: str):
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.ssm.mlp_layer import MLPLayer
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import MoETransformerLayer
+    from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
     missing = sorted(set(pattern) - _LOCAL)
     if missing:
@@ -47,8 +50,8 @@ def local_stack_spec(config, pattern: str):
     plain = get_gpt_layer_local_submodules(**kind)
     norm = plain.input_layernorm
     layers = HybridStackSubmodules(
-        attention_layer=_attention_layer(plain),
-        mlp_layer=_feed_forward_layer(MLPLayer, plain),
+        attention_layer=_layer(TransformerLayer, plain, _ATTENTION),
+        mlp_layer=_layer(MLPLayer, plain, _FEED_FORWARD),
         mamba_layer=_mamba_layer(norm),
         gdn_layer=_gdn_layer(norm),
         mtp_block_spec=_prediction_heads(norm),
@@ -57,7 +60,7 @@ def local_stack_spec(config, pattern: str):
         routed = get_gpt_layer_local_submodules(config.num_moe_experts, **kind)
         # Not even Transformer Engine fuses a norm into experts: it keeps its name.
         routed.sharded_state_dict_keys_map = {}
-        layers = replace(layers, moe_layer=_feed_forward_layer(MoETransformerLayer, routed))
+        layers = replace(layers, moe_layer=_layer(MoETransformerLayer, routed, _FEED_FORWARD))
     return ModuleSpec(module=HybridStack, submodules=layers)
 
 
@@ -75,37 +78,17 @@ def local_final_norm() -> Iterator[None]:
         yield
 
 
-def _attention_layer(whole):
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
-
-    parts = TransformerLayerSubmodules(
-        input_layernorm=whole.input_layernorm,
-        self_attention=whole.self_attention,
-        self_attn_bda=whole.self_attn_bda,
-        sharded_state_dict_keys_map=_only(whole.sharded_state_dict_keys_map, "input_layernorm."),
-    )
-    return ModuleSpec(module=TransformerLayer, submodules=parts)
-
-
-def _feed_forward_layer(module: type, whole):
+def _layer(module: type, whole, names: tuple[str, ...]):
+    """A layer with some of the submodules of `whole`, and their names in checkpoints."""
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+    in_checkpoints = whole.sharded_state_dict_keys_map.items()
     parts = TransformerLayerSubmodules(
-        pre_mlp_layernorm=whole.pre_mlp_layernorm,
-        mlp=whole.mlp,
-        mlp_bda=whole.mlp_bda,
-        sharded_state_dict_keys_map=_only(whole.sharded_state_dict_keys_map, "pre_mlp_layernorm."),
+        **{name: getattr(whole, name) for name in names},
+        sharded_state_dict_keys_map={k: v for k, v in in_checkpoints if k[:-1] in names},
     )
     return ModuleSpec(module=module, submodules=parts)
-
-
-def _only(names: dict[str, str], norm: str) -> dict[str, str]:
-    return {key: value for key, value in names.items() if key == norm}
 
 
 def _mamba_layer(norm: type):

@@ -44,11 +44,6 @@ class Launch:
     """A script's run, and what it did of what low bits need, so that nothing is silently off."""
 
     def __init__(self, script: str, argv: list[str]):
-        """
-        Args:
-            script: Its name, for messages.
-            argv: Its arguments.
-        """
         self._script, self._argv = script, argv
         self._built_parser = self._parsed = False
         self._tokenizer: dict[str, str] = {}

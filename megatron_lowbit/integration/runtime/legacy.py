@@ -8,13 +8,13 @@ same on every rank, and names are translated and must all be there.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.runtime.quiet import quiet
@@ -63,15 +63,9 @@ def check_files(files: list[Path]) -> None:
 
 
 def check_sizes(files: list[Path], args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Checks that the checkpoint can be loaded at the parallel sizes of `args`.
+    """Raises LowbitError for a checkpoint of other parallel sizes than `args`, or a missing file.
 
-    Args:
-        files: From `rank_files`.
-        args: What is asked for.
-        saved: The checkpoint's own arguments.
-
-    Raises:
-        LowbitError: It was saved at other sizes, or a rank's file is missing.
+    `files` are those of `rank_files`, and `saved` the checkpoint's own arguments.
     """
     sizes = {kind: getattr(saved, f"{kind}_model_parallel_size", 1) for kind in _PARALLEL}
     for kind, size in sizes.items():
@@ -89,9 +83,8 @@ def check_sizes(files: list[Path], args: argparse.Namespace, saved: argparse.Nam
         )
 
 
-@contextlib.contextmanager
-def whole(model: nn.Module, load: str) -> Iterator[None]:
-    """While this lasts, `model` takes a legacy state whole, or not at all.
+def whole(model: nn.Module, load: str) -> RemovableHandle:
+    """A context in which `model` takes a legacy state whole, or not at all.
 
     Names by which Transformer Engine's fused layers call what local layers have on their own are
     translated, as Megatron does for torch_dist checkpoints.
@@ -117,11 +110,7 @@ def whole(model: nn.Module, load: str) -> Iterator[None]:
                 "that its arguments give: it was saved from other layers or another model"
             )
 
-    handle = model.register_load_state_dict_pre_hook(translate)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return model.register_load_state_dict_pre_hook(translate)
 
 
 def _is_extra(name: str) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu.device import enable_cpu
+from megatron_lowbit.integration.rebinding import rebound
 from megatron_lowbit.integration.runtime import legacy
 from megatron_lowbit.integration.runtime.checkpoint import (
     ACTIVATIONS,
@@ -143,11 +144,8 @@ def _parse(argv: list[str], extra_args_provider: Callable | None):
         parsers.append(parser)
         return parser
 
-    program, sys.argv = sys.argv, [sys.argv[0], *argv]
-    try:
+    with rebound(sys, argv=[sys.argv[0], *argv]):
         args = parse_args(provide)
-    finally:
-        sys.argv = program
     return args, given_names(parsers[0], argv)
 
 
@@ -223,12 +221,9 @@ def named_tokenizer(args: argparse.Namespace, given: set[str]) -> dict[str, str]
 
 
 def find_tokenizer(args: argparse.Namespace, named: dict[str, str]) -> None:
-    """Sets the tokenizer once a checkpoint's arguments were taken.
+    """Sets the tokenizer once a checkpoint's arguments were taken: that of `named_tokenizer`.
 
-    Args:
-        args: Megatron's.
-        named: From `named_tokenizer`. Without one the tokenizer is the checkpoint's: beside it, if
-            it was moved since it was converted.
+    Without one it is the checkpoint's: beside it, if it was moved since it was converted.
     """
     vars(args).update(named)
     beside = Path(args.load) / "tokenizer"

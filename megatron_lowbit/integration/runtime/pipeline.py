@@ -21,7 +21,7 @@ from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.integration.sums.sync_points import transformer_layers
 from megatron_lowbit.model.forward import arguments, logits
 from megatron_lowbit.model.stages import WHOLE, Stages
-from megatron_lowbit.model.summing import Place, Placed, Summing
+from megatron_lowbit.model.summing import Placed, Summing
 
 # Sequences in a row for each stage: then the stages idle in a fifth of the time.
 _IN_FLIGHT = 4
@@ -50,13 +50,7 @@ def whole_model(stage: nn.Module, vocabulary: int) -> nn.Module:
 
 
 class Pipelined(nn.Module):
-    """The stages of a model as one.
-
-    Args:
-        stage: As for `whole_model`.
-        stages: All of them.
-        vocabulary: As for `whole_model`.
-    """
+    """The stages of a model as one: see `whole_model`."""
 
     def __init__(self, stage: nn.Module, stages: Stages, vocabulary: int):
         super().__init__()
@@ -164,7 +158,7 @@ def summing_of_stages(
     summing, native = on_every_rank(find)
     if stages.count == 1:
         return summing, native
-    here = [Place(point.layer, point.name, point.chunk, point.apart) for point in summing.points]
+    here = [Placed(point.layer, point.name, point.chunk, point.apart) for point in summing.points]
     everywhere: list[Placed] = []
     for places, names in stages.gather((here, native)):
         everywhere += places

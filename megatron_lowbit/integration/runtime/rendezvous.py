@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_address
 
@@ -135,10 +135,8 @@ def _until_all(here: PrefixStore, ranks: int, where: str) -> None:
 
 
 def _until(is_so: Callable[[], bool], what: Callable[[], str]) -> None:
-    start, said = time.monotonic(), False
-    for pause in _pauses():
-        if is_so():
-            return
+    start, said, pause = time.monotonic(), False, 0.005
+    while not is_so():
         waited = time.monotonic() - start
         if waited > _PATIENCE.total_seconds():
             raise LowbitError(f"gave up after {_PATIENCE} of waiting for {what()}")
@@ -146,12 +144,6 @@ def _until(is_so: Callable[[], bool], what: Callable[[], str]) -> None:
             said = True
             print(f"> waiting for {what()}; Ctrl-C ends it", file=sys.stderr, flush=True)
         time.sleep(pause)
-
-
-def _pauses() -> Iterator[float]:
-    pause = 0.005
-    while True:
-        yield pause
         pause = min(2 * pause, 0.2)
 
 

@@ -17,7 +17,7 @@ import argparse
 import functools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import nn
 
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu.training import initialize_cpu_parallel
+from megatron_lowbit.integration.rebinding import rebound
 from megatron_lowbit.integration.runtime import legacy
 from megatron_lowbit.integration.runtime.checkpoint import reading_checkpoint
 from megatron_lowbit.integration.runtime.hybrid import local_final_norm, local_stack_spec
@@ -55,18 +56,13 @@ def initialize(args: argparse.Namespace) -> None:
     from megatron.training.global_vars import set_global_variables
 
     muster()
-    compile_dependencies = training._compile_dependencies
-    training._compile_dependencies = lambda: None
-    try:
-        with quiet():
-            set_global_variables(args, build_tokenizer=False)
-            store = None if torch.distributed.is_initialized() else _fresh_store(args)
-            # Without a device Megatron leaves these to us, and wants them before it seeds.
-            if not torch.cuda.is_available():
-                initialize_cpu_parallel(args, store)
-            training.initialize_megatron(allow_no_cuda=True, store=store)
-    finally:
-        training._compile_dependencies = compile_dependencies
+    with rebound(training, _compile_dependencies=lambda: None), quiet():
+        set_global_variables(args, build_tokenizer=False)
+        store = None if torch.distributed.is_initialized() else _fresh_store(args)
+        # Without a device Megatron leaves these to us, and wants them before it seeds.
+        if not torch.cuda.is_available():
+            initialize_cpu_parallel(args, store)
+        training.initialize_megatron(allow_no_cuda=True, store=store)
 
 
 def _fresh_store(args: argparse.Namespace) -> torch.distributed.Store:
@@ -88,9 +84,6 @@ def _fresh_store(args: argparse.Namespace) -> torch.distributed.Store:
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
     """Builds the model of `args` and loads the checkpoint `args.load` into it.
 
-    Args:
-        args: From `parse_megatron_args`, after `initialize`.
-
     Raises:
         LowbitError: The checkpoint's files are damaged or not all there.
 
@@ -101,6 +94,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
         takes the wrapper off. Random weights where `args.load` is None.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import unwrap_model
     from megatron.training.checkpointing import load_checkpoint
 
     with quiet(), local_final_norm():
@@ -109,7 +103,9 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
         if len(chunks) != 1:
             raise LowbitError(f"virtual pipeline of {len(chunks)} stages: inference needs one")
         if args.load is not None:
-            with reading_checkpoint(args.load), _taking_weights(args, chunks[0]):
+            is_legacy = bool(legacy.rank_files(args))
+            whole = legacy.whole(unwrap_model(chunks[0]), args.load) if is_legacy else nullcontext()
+            with reading_checkpoint(args.load), whole:
                 load_checkpoint(chunks, None, None)
     return chunks[0].eval()
 
@@ -118,15 +114,6 @@ def load_whole_model(args: argparse.Namespace) -> nn.Module:
     """As `load_model`; of a pipeline the stages as one model (`pipeline.whole_model`)."""
     vocabulary = args.padded_vocab_size // args.tensor_model_parallel_size
     return whole_model(load_model(args), vocabulary)
-
-
-def _taking_weights(args: argparse.Namespace, chunk: nn.Module) -> AbstractContextManager:
-    """What makes sure that `chunk` gets all its weights, where Megatron does not."""
-    from megatron.core.utils import unwrap_model
-
-    if not legacy.rank_files(args):
-        return nullcontext()
-    return legacy.whole(unwrap_model(chunk), args.load)
 
 
 def _builder(args: argparse.Namespace):
@@ -216,14 +203,10 @@ def language_model(
     group: dist.ProcessGroup,
     prefix: Sequence[int] = (),
 ) -> LanguageModel:
-    """What measures see of a loaded model.
+    """What measures see of a model of `load_whole_model`.
 
-    Args:
-        args: From `parse_megatron_args`.
-        model: From `load_whole_model`.
-        tokenizer: From `build_tokenizer`, without special tokens.
-        group: The tensor-parallel group.
-        prefix: Tokens that it would put before every text with them.
+    The tokenizer is one without special tokens, and `prefix` are those that it would put before
+    every text with them.
     """
     return LanguageModel(
         logits=lambda tokens: logits(model, tokens),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.rebinding import rebound
 from megatron_lowbit.integration.runtime.quiet import quiet
 from megatron_lowbit.integration.runtime.session import vocabulary_size
 
@@ -170,18 +171,18 @@ def _engine_active() -> Iterator[None]:
     from megatron.core.inference.engines import static_engine
     from megatron.core.inference.utils import InferenceMode
 
-    bar = static_engine.tqdm
-    static_engine.tqdm = functools.partial(bar, disable=True)
+    no_bar = functools.partial(static_engine.tqdm, disable=True)
     try:
-        yield
+        with rebound(static_engine, tqdm=no_bar):
+            yield
     finally:
-        static_engine.tqdm = bar
         InferenceMode.unset_active()
 
 
-@contextlib.contextmanager
-def _no_padding_tokens(args, model: torch.nn.Module, tokenizer: Any) -> Iterator[None]:
-    """Keeps the rows that pad the vocabulary from being chosen.
+def _no_padding_tokens(
+    args, model: torch.nn.Module, tokenizer: Any
+) -> contextlib.AbstractContextManager:
+    """A context that keeps the rows that pad the vocabulary from being chosen.
 
     Their logit is 0, which wins wherever all real logits are negative; Megatron samples over the
     padded vocabulary.
@@ -198,11 +199,6 @@ def _no_padding_tokens(args, model: torch.nn.Module, tokenizer: Any) -> Iterator
         logits[..., vocabulary:] = float("-inf")
         return logits
 
-    inner = unwrap_model(model)
-    last = parallel_state.is_pipeline_last_stage() and args.padded_vocab_size > vocabulary
-    hook = inner.register_forward_hook(mask) if last else None
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
+    if parallel_state.is_pipeline_last_stage() and args.padded_vocab_size > vocabulary:
+        return unwrap_model(model).register_forward_hook(mask)
+    return contextlib.nullcontext()

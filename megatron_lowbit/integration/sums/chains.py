@@ -10,6 +10,7 @@ Source: `TransformerLayer`, `MoETransformerLayer`, `MambaLayer` of megatron-core
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,9 +40,11 @@ _METHODS = ("__call__", "forward", "_forward_attention", "_forward_mlp", "_forwa
 _KNOWN = ("megatron.core", "transformer_engine", "torch.nn", "megatron_lowbit")
 
 
-def why_apart(layer: nn.Module, name: str, module: nn.Module) -> str:
+def why_apart(layer: nn.Module, name: str) -> str:
     """Why the sync point `name` of `layer` is outside the chain; empty if it is in it."""
-    return _by_layer(layer, name) or _by_path(layer, name) or _by_experts(layer, name, module)
+    owner = layer.get_submodule(name.rpartition(".")[0])
+    gate = "a gate scales its sum" if getattr(owner, "use_shared_expert_gate", False) else ""
+    return _by_layer(layer, name) or _by_path(layer, name) or gate
 
 
 def _by_layer(layer: nn.Module, name: str) -> str:
@@ -88,11 +91,6 @@ def _by_path(layer: nn.Module, name: str) -> str:
     return ""
 
 
-def _by_experts(layer: nn.Module, name: str, module: nn.Module) -> str:
-    owner = layer.get_submodule(name.rpartition(".")[0])
-    return "a gate scales its sum" if getattr(owner, "use_shared_expert_gate", False) else ""
-
-
 def _is_known(code: object) -> bool:
     """Whether a function or a class is Megatron's, Transformer Engine's, torch's or ours."""
     where = getattr(code, "__module__", None) or ""
@@ -133,21 +131,6 @@ class Link:
         return not self.needs and self.chain.by_native(self.place)
 
 
-@dataclass
-class SimulatedLink:
-    """The same for all ranks in one process.
-
-    Attributes:
-        ranks: A link for each rank.
-    """
-
-    ranks: list[Link]
-
-    def steps(self, partials: Tensor, hidden: int) -> list[Step]:
-        """What each rank takes and gives: `partials` are ``[ranks, ..., hidden]``."""
-        return [link.step(x, hidden) for link, x in zip(self.ranks, partials, strict=True)]
-
-
 def links(points: Sequence, codecs: Sequence[Codec]) -> list[Link | None]:
     """A link for each sync point that carries, with chains of its own; None for the others."""
     made: list[Link | None] = [None] * len(points)
@@ -159,14 +142,6 @@ def links(points: Sequence, codecs: Sequence[Codec]) -> list[Link | None]:
                 carries, place, place < len(chain) - 1, needs, points[number].module
             )
     return made
-
-
-def simulated_links(
-    points: Sequence, codecs: Sequence[Codec], ranks: int
-) -> list[SimulatedLink | None]:
-    """As `links`, for so many ranks in one process."""
-    each = zip(*(links(points, codecs) for _ in range(ranks)), strict=True)
-    return [None if of_point[0] is None else SimulatedLink(list(of_point)) for of_point in each]
 
 
 def bytes_a_token(points: Sequence, ranks: int, *, sums: bool) -> int:
@@ -187,7 +162,4 @@ def _say_once() -> None:
 
 
 def _most_in_a_layer(points: Sequence) -> int:
-    counts: dict[int, int] = {}
-    for point in points:
-        counts[point.layer] = counts.get(point.layer, 0) + 1
-    return max(counts.values())
+    return max(Counter(point.layer for point in points).values())

@@ -20,15 +20,15 @@ from megatron_lowbit.integration.sums.sync_points import modules_of, transformer
 def check_cuda_graphs(model: nn.Module | Iterable[nn.Module], *, gathers: bool) -> None:
     """Raise `LowbitError` if the CUDA graphs of `model` could not hold or would not see our work.
 
-    Args:
-        model: As for `apply`.
-        gathers: Whether inputs of column-parallel linears are to be gathered in low bits.
+    `gathers` says whether inputs of column-parallel linears are to be gathered in low bits.
     """
     check_no_graphs(model, "apply()")
     layer = next(iter(transformer_layers(model).values()), None)
     if layer is None:  # a stage may have none
         return
-    impl = _implementation(layer)
+    # It had another name before 0.15.
+    was_local = "local" if getattr(layer.config, "enable_cuda_graph", False) else None
+    impl = getattr(layer.config, "cuda_graph_impl", was_local)
     if impl not in ("local", "full_iteration"):  # Transformer Engine's always warms up
         return
     if getattr(layer.config, "cuda_graph_warmup_steps", None) == 0:
@@ -57,12 +57,6 @@ def check_no_graphs(model: nn.Module | Iterable[nn.Module], doing: str) -> None:
             f"{doing} would not reach the CUDA graph of whole training steps that Megatron has "
             "captured already: call it before the first step, or after reset_cuda_graph()"
         )
-
-
-def _implementation(layer: nn.Module) -> str | None:
-    """`cuda_graph_impl` of Megatron's configuration, which had another name before 0.15."""
-    was_local = "local" if getattr(layer.config, "enable_cuda_graph", False) else None
-    return getattr(layer.config, "cuda_graph_impl", was_local)
 
 
 def _has_graphs(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ watch: `rotated-hybrid` without a BF16 index does the sum. Whatever else a dispa
 router's counts and auxiliary losses, which go nowhere near it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class ExpertSum:
     def __str__(self) -> str:
         return f"layer {self.layer} {self.name}"
 
+    def attach(self) -> Callable[[], None]:
+        """Sum from now on; gives what restores Megatron's own reduce-scatter.
+
+        Raises:
+            LowbitError: A release of Megatron whose dispatchers sum elsewhere.
+        """
+        from megatron.core.transformer.moe import token_dispatcher
+
+        method = _METHODS[type(self.dispatcher).__name__]
+        names = {"reduce_scatter_to_sequence_parallel_region": self}
+        return bind_in_method(self.dispatcher, method, token_dispatcher, **names)
+
     def __call__(
         self,
         x: Tensor,
@@ -59,33 +71,6 @@ class ExpertSum:
             traffic=self.traffic,
             counts=input_split_sizes,
         )
-
-
-class ExpertAttachment:
-    """Expert sums bound to their dispatchers; `remove` gives those back as they were.
-
-    Raises:
-        LowbitError: A release of Megatron whose dispatchers sum elsewhere.
-    """
-
-    def __init__(self, sums: Sequence[ExpertSum]):
-        self._undo: list[Callable[[], None]] = []
-        for one in sums:
-            self._undo.append(_attach(one))
-
-    def remove(self) -> None:
-        """Restore Megatron's own reduce-scatter. A second call does nothing."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
-
-
-def _attach(one: ExpertSum) -> Callable[[], None]:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    method = _METHODS[type(one.dispatcher).__name__]
-    names = {"reduce_scatter_to_sequence_parallel_region": one}
-    return bind_in_method(one.dispatcher, method, token_dispatcher, **names)
 
 
 def find_expert_sums(model: nn.Module | Iterable[nn.Module], bits: int | None) -> list[ExpertSum]:

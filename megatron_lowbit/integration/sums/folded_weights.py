@@ -3,11 +3,12 @@
 A folded linear gives ``[rotated body | BF16 features]`` (`codecs.folding`), which encoding only
 scales and packs. Its parameter stays the same object and holds the folded weight, k rows taller,
 and the original is kept in host memory. `state_dict` and with it Megatron's checkpoints see the
-original, loading into a folded linear is refused, and `remove` puts the original back.
+original, loading into a folded linear is refused, and leaving the context puts the original back.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
@@ -26,70 +27,46 @@ class Folding:
     """
 
     def __init__(self, points: list[SyncPoint], tables: Sequence[Tables]):
-        """Fold; nothing of the model changes before `attach`.
-
-        Args:
-            points: Sync points that `check_foldable` has passed.
-            tables: Of each, for a codec with a rotation.
-        """
-        self._weights, self.tables = [], []
+        """Fold what `check_foldable` has passed; nothing changes before the context is entered."""
+        self._undo, self._weights, self.tables = ExitStack(), [], []
         for point, table in zip(points, tables, strict=True):
             folded, changed = fold(point.module.weight.data, table)
-            self._weights.append(_Weight(point, folded))
+            self._weights.append((point, folded))
             self.tables.append(changed)
 
-    def attach(self) -> None:
-        """Put the folded weights in."""
-        for weight in self._weights:
-            weight.attach()
-
-    def remove(self) -> None:
-        """Put the original weights back. A second call does nothing."""
-        for weight in self._weights:
-            weight.remove()
-
     def __enter__(self) -> "Folding":
-        self.attach()
+        for point, folded in self._weights:
+            self._undo.callback(_put_in(point, folded))
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self.remove()
+        self._undo.close()
 
 
-class _Weight:
-    """One sync point's folded weight, and its original while the folded one is in."""
+def _put_in(point: SyncPoint, folded: Tensor) -> Callable[[], None]:
+    """Put a folded weight in; gives what puts the original back."""
+    module, original = point.module, point.module.weight.data.cpu()
+    module.weight.data = folded
 
-    def __init__(self, point: SyncPoint, folded: Tensor):
-        self._point, self._folded = point, folded
-        self._original: Tensor | None = None
-        self._hooks: list = []
+    def save(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
+        state_dict[prefix + "weight"] = original.to(folded.device)
 
-    def attach(self) -> None:
-        module = self._point.module
-        self._original = module.weight.data.cpu()
-        module.weight.data = self._folded
-
-        def save(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
-            assert self._original is not None, "attached"
-            state_dict[prefix + "weight"] = self._original.to(self._folded.device)
-
-        self._hooks = [
-            module.register_state_dict_post_hook(save),
-            module.register_load_state_dict_pre_hook(self._refuse),
-        ]
-
-    def remove(self) -> None:
-        if self._original is None:
-            return
-        for hook in self._hooks:
-            hook.remove()
-        self._point.module.weight.data = self._original.to(self._folded.device)
-        self._original = None
-
-    def _refuse(self, *args) -> None:
+    def refuse(*args) -> None:
         raise LowbitError(
-            f"the weight of {self._point} is folded: remove() the low-bit handle before loading"
+            f"the weight of {point} is folded: remove() the low-bit handle before loading"
         )
+
+    hooks = [
+        module.register_state_dict_post_hook(save),
+        module.register_load_state_dict_pre_hook(refuse),
+    ]
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        module.weight.data = original.to(folded.device)
+
+    return undo
 
 
 def fold_all(points: list[SyncPoint], tables: Sequence[Tables]) -> Folding:
@@ -103,12 +80,7 @@ def fold_all(points: list[SyncPoint], tables: Sequence[Tables]) -> Folding:
 
 
 def check_foldable(modules: Iterable[nn.Module], points: list[SyncPoint]) -> None:
-    """Raise `LowbitError` unless the weight of every sync point can be folded.
-
-    Args:
-        modules: All that may use the weights.
-        points: The sync points.
-    """
+    """Raise `LowbitError` unless every sync point's weight can be folded; `modules` may use it."""
     uses = Counter(id(p) for module in modules for p in module._parameters.values())
     for point in points:
         weight = point.module.weight

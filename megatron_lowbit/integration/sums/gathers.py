@@ -9,7 +9,7 @@ A `ColumnParallelLinear` with `explicit_expert_comm` set takes its input as alre
 forward pre-hook gathers it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -30,6 +30,17 @@ class Gatherer:
         self.tables = self.codec.tables(weight.shape[1], device=weight.device)
         self.traffic = Traffic()
 
+    def attach(self) -> Callable[[], None]:
+        """Gather before the linear from now on; gives what restores Megatron's own all-gather."""
+        self.module.explicit_expert_comm = True
+        hook = self.module.register_forward_pre_hook(self)
+
+        def undo() -> None:
+            hook.remove()
+            self.module.explicit_expert_comm = False
+
+        return undo
+
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
         """The forward pre-hook: the input with all ranks' tokens."""
         from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -49,24 +60,6 @@ class Gatherer:
             tables=self.tables,
             traffic=self.traffic,
         )
-
-
-class GatherAttachment:
-    """Gatherers bound to their linears; `remove` gives the modules back as they were."""
-
-    def __init__(self, gatherers: Sequence[Gatherer]):
-        self.gatherers = gatherers
-        self._hooks = []
-        for gatherer in gatherers:
-            gatherer.module.explicit_expert_comm = True
-            self._hooks.append(gatherer.module.register_forward_pre_hook(gatherer))
-
-    def remove(self) -> None:
-        """Restore Megatron's own all-gather. A second call does nothing."""
-        for gatherer, hook in zip(self.gatherers, self._hooks, strict=True):
-            hook.remove()
-            gatherer.module.explicit_expert_comm = False
-        self.gatherers, self._hooks = [], []
 
 
 def find_gathers(model: nn.Module | Iterable[nn.Module], bits: int | None) -> list[Gatherer]:

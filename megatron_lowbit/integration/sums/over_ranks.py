@@ -4,8 +4,8 @@
 way.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from megatron_lowbit.integration.compat import OBSERVATION, require
 from megatron_lowbit.integration.sums.chains import links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.reducer import CodecReducer
-from megatron_lowbit.integration.sums.sync_points import Attachment, SyncPoint
+from megatron_lowbit.integration.sums.sync_points import SyncPoint, attach
 from megatron_lowbit.model.stages import WHOLE, Stages
 from megatron_lowbit.model.summing import CountingReducer, Placed, Point, Reducer, Watch
 
@@ -51,15 +51,10 @@ class OverRanks:
             for point, codec, table, link in each
         ]
 
-    @contextmanager
-    def using(self, reducers: Sequence[Reducer]) -> Iterator[None]:
-        attachment = Attachment(self.points, reducers)
-        try:
-            yield
-        finally:
-            attachment.remove()
+    def using(self, reducers: Sequence[Reducer]) -> AbstractContextManager:
+        return attach(self.points, reducers)
 
-    def watching(self, watch: Watch) -> AbstractContextManager[None]:
+    def watching(self, watch: Watch) -> AbstractContextManager:
         return self.using([_watched(n, point, watch) for n, point in enumerate(self.points)])
 
     def folded(self, tables: Sequence[Tables]) -> Folding:

@@ -30,7 +30,7 @@ from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.sums.chain_check import agree
-from megatron_lowbit.integration.sums.chains import SimulatedLink, simulated_links
+from megatron_lowbit.integration.sums.chains import Link, links
 from megatron_lowbit.integration.sums.folded_weights import Folding, fold_all
 from megatron_lowbit.integration.sums.over_ranks import OverRanks
 from megatron_lowbit.integration.sums.routes import is_plain
@@ -94,10 +94,11 @@ class Simulated:
         if collective == "two-shot":
             for codec, table in zip(codecs, tables, strict=True):
                 codec.sum_tables(table)  # raises where there is none, before anything runs
-        none = [None] * len(self.points)
-        links = simulated_links(self.points, codecs, self.ranks) if feedback else none
-        each = zip(codecs, tables, links, strict=True)
-        return [SimulatedReducer(codec, table, collective, link) for codec, table, link in each]
+        of_ranks = [links(self.points, codecs) for _ in range(self.ranks)] if feedback else []
+        return [
+            SimulatedReducer(codec, table, collective, [rank[n] for rank in of_ranks])
+            for n, (codec, table) in enumerate(zip(codecs, tables, strict=True))
+        ]
 
     @contextmanager
     def using(self, reducers: Sequence[Reducer]) -> Iterator[None]:
@@ -109,7 +110,7 @@ class Simulated:
             for forward in self._forwards:
                 forward.reducer = _native
 
-    def watching(self, watch: Watch) -> AbstractContextManager[None]:
+    def watching(self, watch: Watch) -> AbstractContextManager:
         return self.using([_watched(n, watch) for n in range(len(self.points))])
 
     def folded(self, tables: Sequence[Tables]) -> Folding:
@@ -143,20 +144,21 @@ class SimulatedReducer:
     """Sums one sync point's partials through a codec and counts what ranks would send."""
 
     def __init__(
-        self, codec: Codec, tables: Tables, collective: str, link: SimulatedLink | None = None
+        self, codec: Codec, tables: Tables, collective: str, of_ranks: Sequence[Link | None]
     ):
         self.codec, self.tables, self.collective = codec, tables, collective
-        self.link = link
+        self.links = [link for link in of_ranks if link is not None]  # each rank's, or none
         self.traffic = Traffic()
 
     def __call__(self, partials: Tensor, scatter: bool) -> Tensor:
+        each = zip(self.links, partials, strict=bool(self.links))
         return simulated_all_reduce(
             partials,
             self.tables,
             codec=self.codec,
             collective=self.collective,
             traffic=self.traffic,
-            steps=self.link.steps(partials, self.tables.hidden) if self.link else (),
+            steps=[link.step(x, self.tables.hidden) for link, x in each],
         )
 
 

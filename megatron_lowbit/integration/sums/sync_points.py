@@ -12,8 +12,9 @@ embeddings, token counts, losses, gradients.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from weakref import WeakSet
 
 import torch
@@ -30,13 +31,13 @@ from megatron_lowbit.integration.sums.shared_experts import (
     note_overlapped,
 )
 from megatron_lowbit.integration.sums.transformer_engine import bypassed_by
-from megatron_lowbit.model.summing import Reducer
+from megatron_lowbit.model.summing import Point, Reducer
 
 # Why some stay native.
 ROUTED_EXPERTS = "routed experts, summed by the token dispatcher: --lowbit-experts is for them"
 PREDICTION_HEAD = "a multi-token-prediction head, which drafts a token or a few at a time"
 
-# Modules that an Attachment has muted, to tell them from those that Megatron has.
+# Modules that `attach` has muted, to tell them from those that Megatron has.
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
@@ -51,40 +52,26 @@ def any_attached() -> bool:
 
 
 @dataclass(frozen=True)
-class SyncPoint:
+class SyncPoint(Point):
     """One row-parallel output that is summed over tensor-parallel ranks.
 
     Attributes:
-        layer: Megatron's layer number: from 1, over all pipeline stages.
-        name: Its path under the layer, such as ``mlp.linear_fc2``.
         module: The row-parallel linear.
-        chunk: Number of the model chunk that it is in.
-        apart: Why it does not carry errors to the next one (`chains`); empty if it does.
     """
 
-    layer: int
-    name: str
-    module: nn.Module
-    chunk: int = 0
-    apart: str = ""
-
-    def __str__(self) -> str:
-        return f"layer {self.layer} {self.name}"
+    module: nn.Module = field(kw_only=True)
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The tensor-parallel group that it sums over."""
         return _route(self.module).group(self.module)
 
     @property
     def hidden(self) -> int:
-        """Features of its sum."""
         # Transformer Engine's linears have the other name.
         return getattr(self.module, "output_size", None) or self.module.out_features
 
     @property
     def device(self) -> torch.device:
-        """Where its weight is, and so its partials."""
         return self.module.weight.device
 
 
@@ -165,7 +152,7 @@ def sync_points_here(
             if not _is_row_parallel(name, module):
                 continue
             seen.add(module)
-            point = SyncPoint(number, name, module, chunks[layer], why_apart(layer, name, module))
+            point = SyncPoint(number, name, chunks[layer], why_apart(layer, name), module=module)
             if _is_routed_expert(point):
                 continue  # its token dispatcher sums, and is listed
             if module in fused:
@@ -210,27 +197,14 @@ def fingerprint(layer: nn.Module) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-class Attachment:
-    """Reducers bound to sync points; `remove` gives the modules back as they were."""
-
-    def __init__(self, points: Sequence[SyncPoint], reducers: Sequence[Reducer]):
-        self._modules: list[nn.Module] = []
-        self._undo: list[Callable[[], None]] = []
-        try:
-            for point, reducer in zip(points, reducers, strict=True):
-                self._undo.append(_route(point.module).attach(point.module, reducer))
-                self._modules.append(point.module)
-                _attached.add(point.module)
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Restore Megatron's own reduction. A second call does nothing."""
-        for module, undo in zip(self._modules, self._undo, strict=True):
-            undo()
-            _attached.discard(module)
-        self._modules, self._undo = [], []
+def attach(points: Sequence[SyncPoint], reducers: Sequence[Reducer]) -> ExitStack:
+    """Let `reducers` sum `points`; closing what it gives restores Megatron's own reduction."""
+    with ExitStack() as undo:
+        for point, reducer in zip(points, reducers, strict=True):
+            undo.callback(_route(point.module).attach(point.module, reducer))
+            _attached.add(point.module)
+            undo.callback(_attached.discard, point.module)
+        return undo.pop_all()
 
 
 def _route(module: nn.Module) -> Route:
@@ -266,15 +240,11 @@ def _outside_of_layers(
     messages are far below the sizes that low bits pay for, and their errors could only make drafts
     be refused.
     """
-    found = {}
-    for path, module in modules_of(model):
-        if module in seen or not _is_row_parallel(path, module):
-            continue
-        if _in_prediction_head(path):
-            found[path] = PREDICTION_HEAD
-        else:
-            found[path] = "outside of the decoder's layers"
-    return found
+    return {
+        path: PREDICTION_HEAD if _in_prediction_head(path) else "outside of the decoder's layers"
+        for path, module in modules_of(model)
+        if module not in seen and _is_row_parallel(path, module)
+    }
 
 
 def _is_routed_expert(point: SyncPoint) -> bool:

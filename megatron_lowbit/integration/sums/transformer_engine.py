@@ -183,16 +183,14 @@ def reads_in_forward(kind: type) -> frozenset[str]:
         return frozenset()
 
 
-def attributes_read(source: str, method: str = "forward") -> frozenset[str]:
-    """The attributes of `self` that a method of the one class in `source` reads."""
+def attributes_read(source: str) -> frozenset[str]:
+    """The attributes of `self` that `forward` of the one class in `source` reads."""
     kind: Any = ast.parse(source).body[0]
-    methods = [
-        node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == method
-    ]
     return frozenset(
         node.attr
-        for body in methods
-        for node in ast.walk(body)
+        for method in kind.body
+        if isinstance(method, ast.FunctionDef) and method.name == "forward"
+        for node in ast.walk(method)
         if isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Load)
         and isinstance(node.value, ast.Name)
