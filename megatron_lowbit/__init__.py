@@ -16,7 +16,6 @@ CUDA, Triton nor Megatron:
 
 from importlib import import_module
 
-from megatron_lowbit import _moved
 from megatron_lowbit._version import __version__
 
 _EXPORTS = {
@@ -32,7 +31,6 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
-_moved.install()
 
 
 def __getattr__(name: str):
