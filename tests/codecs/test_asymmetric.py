@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
-
-
-def through(codec, values):
-    """`values` encoded and decoded."""
-    tables = codec.tables(values.shape[1])
-    return codec.decode_sum(codec.encode(values, tables)[None], tables)
 
 
 def test_asymmetric_example_by_hand():

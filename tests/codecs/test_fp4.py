@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.codecs import get_codec
 
 LEVELS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 NAMES = ["mxfp4", "nvfp4"]
-
-
-def through(codec, values):
-    """`values` encoded and decoded."""
-    tables = codec.tables(values.shape[1])
-    return codec.decode_sum(codec.encode(values, tables)[None], tables)
 
 
 def with_scale_one(name, values):

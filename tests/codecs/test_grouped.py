@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import CODECS, get_codec
@@ -17,12 +17,6 @@ from megatron_lowbit.errors import LowbitError
 
 NAMES = list(PEERS)
 GROUPS = {name: CODECS[name].group for name in NAMES}
-
-
-def through(codec, values):
-    """`values` encoded and decoded."""
-    tables = codec.tables(values.shape[1])
-    return codec.decode_sum(codec.encode(values, tables)[None], tables)
 
 
 @pytest.mark.parametrize(
