@@ -19,7 +19,7 @@ def python(
     search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     env = {**os.environ, "PYTHONPATH": search, **environment}
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=1800)
 
 
 def printed(code: str, *arguments: object, **environment: str) -> str:

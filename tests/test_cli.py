@@ -140,6 +140,7 @@ def test_the_loss_of_another_rank_is_told_from_faults_of_ours(error, lost):
         (cli.positive, "three", "'three' is not a whole number above zero"),
         (cli.positive, "0", "'0' is not a whole number above zero"),
         (cli.positive_number, "x", "'x' is not a finite number above zero"),
+        (cli.positive_number, "nan", "'nan' is not a finite number above zero"),
         (cli.positive_number, "inf", "'inf' is not a finite number above zero"),
     ],
 )

@@ -325,12 +325,7 @@ def test_the_command_fills_the_page(tmp_path, page, capsys):
         (["--table", "x", "--minutes", "3"], "--minutes and --rehearse go with OUT_DIR"),
         (["--table", "x", "--rehearse"], "--minutes and --rehearse go with OUT_DIR"),
         (["out", "--minutes", "0"], "argument --minutes: '0' is not a finite number above zero"),
-        (
-            ["out", "--minutes", "nan"],
-            "argument --minutes: 'nan' is not a finite number above zero",
-        ),
         (["out", "--minutes", "601"], "argument --minutes: 601 is more than 600"),
-        (["out", "--minutes", "x"], "argument --minutes: 'x' is not a finite number above zero"),
         (["out", "more"], "unrecognized arguments: more"),
         (["out", "--rehears"], "unrecognized arguments: --rehears"),
     ],

@@ -3,12 +3,10 @@
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import python
 from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.prediction import prediction_check, prediction_report, prediction_run
@@ -25,8 +23,6 @@ from megatron_lowbit.benchmark.prediction.probe import probe
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.errors import LowbitError
-
-TOOL = Path(__file__).parents[2] / "tools" / "predict.py"
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +151,6 @@ def test_bad_arguments_are_one_error(given, message):
         prediction_run.run(_options(**given))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_the_tool_prints_one_line_for_an_error():
-    done = python(TOOL, "--link", "carrier-pigeon")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("predict.py: error: unknown link")
-    assert done.stderr.count("\n") == 1
 
 
 def test_a_plot_without_matplotlib_is_one_error(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def test_comes_back_as_written(directory):
     assert index.tp_size == RANKS
     assert index.manifest["format_version"] == FORMAT_VERSION
     assert sorted(p.name for p in directory.parent.iterdir()) == ["lowbit"]
+    assert {path.suffix for path in directory.iterdir()} == {".json", ".safetensors"}
     for layer, records in written.layers.items():
         for name, record in records.items():
             for key, value in vars(record).items():
@@ -77,8 +79,15 @@ def _with_recipe(index: CalibrationIndex) -> CalibrationIndex:
         "options": [{"choice": c, "bits_per_value": c["bits"] + 0.2} for c in choices],
     }
     divergence = torch.tensor([0.4, 0.02, 0.001], dtype=torch.float64)
+    return _changed(index, recipe, lambda layer, _: {"divergence": divergence * layer})
+
+
+def _changed(
+    index: CalibrationIndex, recipe: dict, costs: Callable[[int, SyncPointRecord], dict]
+) -> CalibrationIndex:
+    """With another recipe, and of each sync point what `costs` gives for its layer and record."""
     layers = {
-        layer: {name: replace(r, divergence=divergence * layer) for name, r in records.items()}
+        layer: {name: replace(r, **costs(layer, r)) for name, r in records.items()}
         for layer, records in index.layers.items()
     }
     return CalibrationIndex({**index.manifest, "recipe": recipe}, layers)
@@ -106,14 +115,7 @@ def _of_sums(index: CalibrationIndex) -> CalibrationIndex:
     recipe["points"] = {la: dict.fromkeys(names, pair) for la, names in recipe["points"].items()}
     costs = torch.tensor([0.12, 0.01, 0.001], dtype=torch.float64)
     names = (*COSTS, MISSED, *SUM_COSTS)
-    layers = {
-        layer: {
-            name: replace(r, **{key: costs / (1 + n) for n, key in enumerate(names)})
-            for name, r in records.items()
-        }
-        for layer, records in index.layers.items()
-    }
-    return CalibrationIndex({**index.manifest, "recipe": recipe}, layers)
+    return _changed(index, recipe, lambda *_: {key: costs / (1 + n) for n, key in enumerate(names)})
 
 
 def test_bits_and_costs_of_sums_come_back(tmp_path):
@@ -131,13 +133,8 @@ def test_bits_and_costs_of_sums_come_back(tmp_path):
 def test_a_recipe_for_feedback_of_before_sums_is_used_as_it_is(tmp_path):
     index = _with_recipe(make_index())
     recipe = {**index.manifest["recipe"], "feedback": True}
-    layers = {
-        layer: {
-            name: replace(r, divergence_carried=r.divergence / 2) for name, r in records.items()
-        }
-        for layer, records in index.layers.items()
-    }
-    write_index(CalibrationIndex({**index.manifest, "recipe": recipe}, layers), tmp_path / "lowbit")
+    carried = _changed(index, recipe, lambda _, r: {"divergence_carried": r.divergence / 2})
+    write_index(carried, tmp_path / "lowbit")
     index = read_index(tmp_path / "lowbit")
     assert set(index.recipe.values()) == {Assignment("shaped-hybrid", 4, 2)}
     options = index.options()
@@ -178,10 +175,6 @@ def test_writing_again_replaces_it(directory):
     write_index(make_index(layers=1), directory)
     assert sorted(read_index(directory).layers) == [1]
     assert not (directory / "layer_00002.safetensors").exists()
-
-
-def test_only_json_and_safetensors(directory):
-    assert {path.suffix for path in directory.iterdir()} == {".json", ".safetensors"}
 
 
 def test_no_index_says_how_to_make_one(tmp_path):
@@ -315,14 +308,6 @@ def test_values_behind_the_checksums_are_not_believed(tmp_path, place, value, me
     assert text.isprintable() and text.endswith(remedy)
     if "\0" not in place and place not in older and value != 2:
         assert place.partition("/")[0] in text
-
-
-@pytest.mark.parametrize("text", ["1" * 400, "[" * 100_000, "NaN", '"\\ud800"'])
-def test_a_manifest_that_no_reader_should_choke_on(directory, text):
-    path = directory / "manifest.json"
-    path.write_text(path.read_text().replace('"tp_size": 3', f'"tp_size": {text}'))
-    with pytest.raises(IndexFileError, match=r"manifest.json is not valid JSON .*lowbit calibrate"):
-        read_index(directory)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "layer_00002.safetensors"])

@@ -235,14 +235,18 @@ def test_rotated_sum_is_in_rank_order():
     partials = [sample("heavy-tailed", (64, 96), seed) * 10.0**seed for seed in range(4)]
     tables = codec.tables(96)
     payloads = payloads_of(codec, partials, tables)
-    total = None
-    for payload in payloads:
-        packed, scale = wire.split_row(payload, 48)
-        values = codebook.dequantize(wire.unpack(packed, 4, 96), 4) * scale
-        total = values if total is None else total + values
-    expected = rotation.hadamard(total) * tables.decode_scale
+    expected = rotation.hadamard(_rotated_sum(payloads)) * tables.decode_scale
     assert torch.equal(codec.decode_sum(payloads, tables), expected)
     assert not torch.equal(codec.decode_sum(payloads.flip(0), tables), expected)
+
+
+def _rotated_sum(payloads):
+    """In rank order, of 96 values in 4 bits each, before it is turned back."""
+    total = 0
+    for payload in payloads:
+        packed, scale = wire.split_row(payload, 48)
+        total = total + codebook.dequantize(wire.unpack(packed, 4, 96), 4) * scale
+    return total
 
 
 def test_bits_per_value_of_the_defaults():
@@ -320,10 +324,7 @@ def test_the_sum_is_quantized_without_turning_back():
     partials = [sample("normal", (16, 96), seed) for seed in range(3)]
     tables = codec.tables(96)
     payloads = payloads_of(codec, partials, tables)
-    total = 0
-    for payload in payloads:
-        packed, scale = wire.split_row(payload, 48)
-        total = total + codebook.dequantize(wire.unpack(packed, 4, 96), 4) * scale
+    total = _rotated_sum(payloads)
     packed, scale = wire.split_row(codec.reduce_encode(payloads, tables), 72)
     assert torch.equal(wire.unpack(packed, 6, 96), codebook.quantize(total * (1 / scale), 6).int())
 
@@ -343,7 +344,8 @@ def test_bits_of_partial_and_sum_are_shown():
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_unsupported_bits_are_named(name):
-    with pytest.raises(LowbitError, match=f"{name} has no 7-bit version"):
+    choices = ", ".join(map(str, sorted(REGISTRY[name].supported_bits, reverse=True)))
+    with pytest.raises(LowbitError, match=f"{name} has no 7-bit version: choose from {choices}$"):
         get_codec(name, bits=7)
 
 

@@ -1,4 +1,4 @@
-"""SDP4Bit with and without its rotation: exact small examples, and what the rotation is."""
+"""SDP4Bit with and without its rotation: what the rotation is. Its bytes: test_grouped.py."""
 
 import pytest
 import torch
@@ -14,17 +14,6 @@ def hadamard_matrix(size):
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
-
-
-def test_plain_example_by_hand():
-    """7 steps at the largest magnitude: of -3.5 the fp32 scale is 0.5; 2.5 steps become 2."""
-    codec = get_codec("sdp4bit-plain")
-    values = torch.tensor([[3.5, 1.0, -1.25, 0.0, -3.5, -3.0]])
-    payload = codec.encode(values, codec.tables(6))
-    codes = [15, 10, 6, 8, 1, 2]
-    packed = [codes[i] | codes[i + 1] << 4 for i in (0, 2, 4)]
-    assert payload.tolist() == [[*packed, 0, 0x00, 0x00, 0x00, 0x3F]]  # a zero, then fp32 0.5
-    assert through(codec, values).tolist() == [[3.5, 1.0, -1.0, 0.0, -3.5, -3.0]]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

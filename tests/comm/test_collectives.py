@@ -9,7 +9,7 @@ import pytest
 from cases import DTYPES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
+from ranks import on_each_rank
 from worker import Case, can_run, check
 
 from megatron_lowbit.codecs import get_codec
@@ -66,8 +66,9 @@ def case_lists(draw, ranks: int) -> list[Case]:
 RANKS = [1, 2, 3, 4, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (5, 6, 7, 8))]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
+@pytest.fixture
+def cases(ranks) -> list[Case]:
+    """Three lists of them."""
     drawn = []
 
     @settings(
@@ -82,9 +83,10 @@ def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
         drawn.extend(cases)
 
     collect()
-    run_ranks(ranks, check_all, tmp_path, drawn)
+    return drawn
 
 
-def check_all(rank: int, cases: list[Case]) -> None:
+@on_each_rank(*RANKS)
+def test_equals_one_process_bit_for_bit_on_every_rank(rank, cases):
     for case in cases:
         check(rank, case)

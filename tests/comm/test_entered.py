@@ -6,6 +6,7 @@ Each with what must not happen: a rank that waits, a sum that is wrong and says 
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,6 +94,15 @@ def test_torch_compile_breaks_its_graph_and_goes_on(rank):
     assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
+def _together(function: Callable, each: list[tuple]) -> None:
+    """A thread for each tuple of arguments, all at once."""
+    threads = [threading.Thread(target=function, args=arguments) for arguments in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def _two_threads(rank: int) -> dict:
     """Two threads with sums of their own on one group: how each ended, and the calls after it."""
     ended, start = {}, time.monotonic()
@@ -106,11 +116,7 @@ def _two_threads(rank: int) -> dict:
         except (LowbitError, RuntimeError) as error:
             ended[thread] = str(error)
 
-    threads = [threading.Thread(target=sums, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _together(sums, [(number,) for number in range(2)])
     after = error_of(lambda: all_reduce(torch.ones(2, 64)))
     return {"ended": ended, "after": after, "seconds": time.monotonic() - start}
 
@@ -140,15 +146,8 @@ def test_threads_that_take_turns_are_served(rank):
 
     one_sum()
     for _ in range(3):
-        thread = threading.Thread(target=one_sum)
-        thread.start()
-        thread.join()
-    groups = [dist.new_group() for _ in range(2)]
-    threads = [threading.Thread(target=one_sum, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        _together(one_sum, [()])
+    _together(one_sum, [(dist.new_group(),) for _ in range(2)])
     assert same == [True] * 20 * 6
 
 

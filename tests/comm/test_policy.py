@@ -243,14 +243,9 @@ def test_values_of_a_tuning_file_are_not_believed(place, value, message, tmp_pat
     assert str(path) in str(error.value) and "write-tuning" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        *((text, "t.json is not valid JSON") for text in ("[" * 100_000, "1" * 400, "NaN", "")),
-        *(('"\\ud800"', "t.json is not valid JSON"), ("[]", ""), ('{"format_version": 1}', "")),
-    ],
-)
-def test_a_tuning_file_that_no_reader_should_choke_on(text, message, tmp_path):
+@pytest.mark.parametrize("text", ["", "[]", '{"format_version": 1}', '"\\ud800"'])
+def test_what_is_no_tuning_file_at_all(text, tmp_path):
+    """What else is no JSON is in test_json_files.py."""
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(LowbitError, match=f"{message}.*write-tuning"):
+    with pytest.raises(LowbitError, match="t.json .*write-tuning"):
         _parse(tmp_path / "t.json")
