@@ -23,14 +23,15 @@ def on_each_rank(*counts: Any) -> Callable[[Callable], Callable]:
     """Have a test run in every rank of a group, for each number of ranks.
 
     The test is given its `rank`. Its other fixtures and parameters are made once, in the test's own
-    process, and sent: all ranks have the same `tmp_path`. Decorate with it before anything else.
+    process, and sent: all ranks have the same `tmp_path`. It is the innermost decorator.
     """
 
     def decorate(test: Callable) -> Callable:
         names = [name for name in inspect.signature(test).parameters if name != "rank"]
 
         def on_ranks(ranks: int, tmp_path: Path, **given: Any) -> None:
-            given |= {"tmp_path": tmp_path} if "tmp_path" in names else {}
+            given |= {"ranks": ranks, "tmp_path": tmp_path}
+            given = {name: given[name] for name in names}
             run_ranks(ranks, _test, tmp_path / "ranks", test.__module__, test.__name__, given)
 
         on_ranks.test, on_ranks.__doc__ = test, test.__doc__
