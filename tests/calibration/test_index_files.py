@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from index_mutations import resign
 from json_places import REMOVED, put
+from toy_sums import record_of
 
 from megatron_lowbit.calibration.costs.stored import COSTS, MISSED, SUM_COSTS
 from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
@@ -32,16 +33,13 @@ HIDDEN, RANKS = 256, 3
 
 def make_index(layers: int = 2) -> CalibrationIndex:
     generator = torch.Generator().manual_seed(0)
-    records = {}
-    for layer in range(1, layers + 1):
-        records[layer] = {}
-        for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
-            low, high, mean = torch.randn(3, RANKS, HIDDEN, generator=generator)
-            low, high = torch.minimum(low, high), torch.maximum(low, high)
-            square = mean.square() + 1
-            index = select_bf16_index(2 * torch.maximum(low.abs(), high.abs()), 2)
-            of_sum = (values[0].clone() for values in (low, high, mean, square))
-            records[layer][name] = SyncPointRecord(index, low, high, mean, square, *of_sum)
+    records = {
+        layer: {
+            name: record_of(torch.randn(RANKS, 9, HIDDEN, generator=generator) + 0.5, kept=2)
+            for name in ("self_attention.linear_proj", "mlp.linear_fc2")
+        }
+        for layer in range(1, layers + 1)
+    }
     manifest = {
         "model": {"num_layers": layers, "hidden_size": HIDDEN, "fingerprints": {}},
         "tp_size": RANKS,
