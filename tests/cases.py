@@ -1,5 +1,7 @@
 """The cases that tests and benchmarks share: codecs, shapes, input distributions."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -50,12 +52,19 @@ def tables_for(codec: Codec, partials: list[Tensor], bf16_features: int) -> Tabl
     return codec.tables(hidden, bf16_index=index, statistics=statistics)
 
 
-def reference_sum(codec: Codec, partials: list[Tensor], tables: Tables) -> Tensor:
-    """What the collective must give, computed in one process."""
-    hidden = partials[0].shape[-1]
-    payloads = [codec.encode(p.reshape(-1, hidden), tables, rank=r) for r, p in enumerate(partials)]
-    total = codec.decode_sum(torch.stack(payloads), tables)
-    return total.to(partials[0].dtype).view(partials[0].shape)
+def payloads_of(codec: Codec, partials: Iterable[Tensor], tables: Tables) -> Tensor:
+    """Of each rank's partial, ``[tokens, hidden]``: uint8 ``[ranks, tokens, row_bytes]``."""
+    return torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
+
+
+def reference_sum(codec: Codec, partials: Iterable[Tensor], tables: Tables) -> Tensor:
+    """What a one-shot sum must give, computed in one process: fp32 ``[tokens, hidden]``."""
+    return codec.decode_sum(payloads_of(codec, partials, tables), tables)
+
+
+def through(codec: Codec, values: Tensor, tables: Tables | None = None) -> Tensor:
+    """One partial encoded and decoded; by default with tables of no statistics."""
+    return reference_sum(codec, [values], tables or codec.tables(values.shape[1]))
 
 
 def all_codecs() -> list[Codec]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from processes import python
 
 from megatron_lowbit import cli
 
@@ -90,9 +91,7 @@ def test_what_runs_at_exit_can_fail_a_script_that_no_cli_runs(tmp_path):
             "from megatron_lowbit.at_end import at_end, do_steps as do\n"
             "def full(): raise OSError(28, 'No space left on device', 'f')\n" + body
         )
-        done = subprocess.run(
-            [sys.executable, "s.py"], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = python("s.py", cwd=tmp_path)
         assert (done.returncode, done.stdout.count("second")) == (status, body.count("second"))
         assert re.search(message, done.stderr, re.DOTALL), done.stderr
 
@@ -141,6 +140,7 @@ def test_the_loss_of_another_rank_is_told_from_faults_of_ours(error, lost):
         (cli.positive, "three", "'three' is not a whole number above zero"),
         (cli.positive, "0", "'0' is not a whole number above zero"),
         (cli.positive_number, "x", "'x' is not a finite number above zero"),
+        (cli.positive_number, "nan", "'nan' is not a finite number above zero"),
         (cli.positive_number, "inf", "'inf' is not a finite number above zero"),
     ],
 )

@@ -4,11 +4,10 @@ Files that are replaced are replaced together.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from megatron_lowbit import files
 from megatron_lowbit.errors import LowbitError
@@ -60,8 +59,7 @@ def test_places_that_do_not(tmp_path):
 def test_tools_say_so_before_the_work(tmp_path, argv):
     (tmp_path / "meta.json.meta.json").mkdir()
     (tmp_path / "meta.meta.json").mkdir()
-    command = [sys.executable, TOOLS / argv[0], *argv[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = python(TOOLS / argv[0], *argv[1:], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert done.stderr.count("\n") == 1 and argv[1] in done.stderr or "meta" in done.stderr
 

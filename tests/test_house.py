@@ -27,8 +27,8 @@ def modules_in(root: Path) -> dict[str, Path]:
     return {name_of(path, root): path for path in sorted(root.rglob("*.py"))}
 
 
-def imported(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules that a file imports: in functions and by strings for importlib, too."""
+def imported(name: str, path: Path) -> set[str]:
+    """What a file imports, names in modules too: in functions and by strings for importlib."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -40,13 +40,13 @@ def imported(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
             found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
-    return found & modules.keys() - {name}
+    return found
 
 
 def circle_in(root: Path) -> list[str]:
     """The modules of one import circle, in order; empty if there is none."""
     modules = {n: p for n, p in modules_in(root).items() if p.name != "__init__.py"}
-    edges = {name: imported(name, path, modules) for name, path in modules.items()}
+    edges = {n: imported(n, path) & modules.keys() - {n} for n, path in modules.items()}
     done: set[str] = set()
     for start in edges:
         trail = [start]

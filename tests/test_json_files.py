@@ -61,10 +61,6 @@ def test_constants_become_what_the_caller_says():
     assert parse_json("[NaN, 1]", "x", constant=lambda name: None) == [None, 1]
 
 
-def _fifo(path):
-    os.mkfifo(path)
-
-
 def _socket(path):
     os.chdir(path.parent)  # its name has to be short
     socket.socket(socket.AF_UNIX).bind(path.name)
@@ -73,7 +69,7 @@ def _socket(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_fifo, "is not a regular file"),
+        (os.mkfifo, "is not a regular file"),
         (_socket, "is not a regular file"),
         (lambda path: path.mkdir(), "is not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),

@@ -28,6 +28,12 @@ _RULES = [
 _POINTS = {
     (layer, f"mlp.{name}"): Assignment("shaped-hybrid", 4) for layer in (1, 2) for name in "ab"
 }
+
+
+def _timed(codec: str, collective: str, points: list) -> dict:
+    return {"codec": codec, "carries": False, "collective": collective, "points": points}
+
+
 _TUNING = {
     "format_version": 2,
     "machine": {"device": "a", "backend": "gloo"},
@@ -35,18 +41,8 @@ _TUNING = {
     "node_size": None,
     "link": "as it is",
     "times": [
-        {
-            "codec": "",
-            "carries": False,
-            "collective": "native",
-            "points": [[8, [1.0, 1.5]], [64, [2.0, 2.5]]],
-        },
-        {
-            "codec": "bf16 (16 bits)",
-            "carries": False,
-            "collective": "one-shot",
-            "points": [[8, [0.5, 0.75]]],
-        },
+        _timed("", "native", [[8, [1.0, 1.5]], [64, [2.0, 2.5]]]),
+        _timed("bf16 (16 bits)", "one-shot", [[8, [0.5, 0.75]]]),
     ],
 }
 

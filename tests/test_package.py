@@ -1,11 +1,10 @@
 """The package as a whole: what a bare import touches, and which way imports go."""
 
-import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import printed
+from test_house import imported, name_of
 
 import megatron_lowbit
 from megatron_lowbit import files
@@ -20,8 +19,7 @@ def test_bare_import_touches_neither_torch_cuda_triton_nor_megatron():
         "import sys, megatron_lowbit; dir(megatron_lowbit);"
         "print([m for m in ('torch', 'triton', 'megatron', 'transformers') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed(code) == "[]\n"
 
 
 def test_using_codecs_and_collectives_touches_neither_cuda_triton_nor_megatron():
@@ -31,8 +29,7 @@ def test_using_codecs_and_collectives_touches_neither_cuda_triton_nor_megatron()
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(sorted(new & {'triton', 'megatron', 'transformers'}), torch.cuda.is_initialized())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
+    assert printed(code) == "[] False\n"
 
 
 def test_no_module_below_counts_its_way_up_to_the_checkout():
@@ -51,23 +48,12 @@ def test_public_names():
         _ = megatron_lowbit.nonsense
 
 
-def _imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found
-
-
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_imports_go_down_only(path):
     own = path.relative_to(PACKAGE).parts[0]
-    for module in _imports(path):
-        if module.split(".")[0] == "megatron":
-            assert own == "integration", f"{path} imports {module}"
+    for module in imported(name_of(path, PACKAGE), path):
         parts = module.split(".")
+        if parts[0] == "megatron":
+            assert own == "integration", f"{path} imports {module}"
         if own in LAYERS and parts[0] == "megatron_lowbit" and parts[1:2] and parts[1] in LAYERS:
             assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{path} imports {module}"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from megatron_lowbit.errors import LowbitError
 from tools import support_matrix
@@ -73,8 +74,7 @@ def test_table(tmp_path):
 
 def test_a_failure_is_not_written(tmp_path):
     file = report(tmp_path, broken="assert False")
-    command = [sys.executable, ROOT / "tools" / "support_matrix.py", "--results", file, "--write"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python(ROOT / "tools" / "support_matrix.py", "--results", file, "--write")
     assert done.returncode == 1
     assert re.search(r"^\| launcher +\|( not run \(2\) \|){2} failed \(4\)", done.stdout, re.M)
     assert "not written, since tests fail: test_launcher fails" in done.stderr

@@ -1,12 +1,11 @@
 """tools/bench_codecs.py: rows that add up, a check before every figure, refused options."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 from megatron_lowbit import kernels
 from megatron_lowbit.benchmark.codecs import codec_bench
@@ -138,8 +137,9 @@ def test_shapes():
 def test_the_command(tmp_path):
     output = tmp_path / "codecs.json"
     small = ["--shapes", "2x64", "--codecs", "rotated-hybrid-3", "--seconds", "0.001"]
-    command = [sys.executable, str(TOOL), *small, "--device", "cpu", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [TOOL, *small, "--device", "cpu", "--output", output]
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_bytes())
     assert {row["codec"] for row in rows} == {"bf16", "rotated-hybrid-3"}
     assert "2 x 64: checked and timed" in done.stdout
@@ -147,7 +147,7 @@ def test_the_command(tmp_path):
     assert meta["machine"]["kernels"] == kernels.describe()
     assert meta["command"][2:4] == small[:2] and meta["commit"] and meta["versions"]["torch"]
     command[command.index("rotated-hybrid-3")] = "rotated-hybrid-7"
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(*command)
     assert done.returncode == 1
     assert done.stderr.startswith("bench_codecs.py: error: codec rotated-hybrid has no 7-bit")
     assert len(done.stderr.splitlines()) == 1

@@ -1,5 +1,7 @@
 """The cost model's formulas: bytes on the wire, limits, order."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_lowbit.benchmark.prediction import cost_model
@@ -16,11 +18,10 @@ WIRE = Costs(
     decode=0.0,
     turn=0.0,
 )
-SLOW = Costs(
+SLOW = replace(
+    WIRE,
     latency=1e-5,
-    bandwidth=1e9,
     native_latency=1e-5,
-    native_bandwidth=1e9,
     encode=1e-10,
     decode=1e-10,
     turn=1e-10,
@@ -72,13 +73,13 @@ def test_chunks_overlap_the_wire_with_the_work():
     ranks, chunks = 4, 8
     m = message(chunks * ranks * CHUNK_VALUES, ranks)
     send = cost_model.two_shot(m, WIRE)
-    even = Costs(**{**vars(WIRE), "encode": send / m.values / (1 + 1 / ranks)})
+    even = replace(WIRE, encode=send / m.values / (1 + 1 / ranks))
     assert cost_model.two_shot(m, even) == pytest.approx(send * (1 + 1 / chunks))
 
 
 def test_each_further_transfer_costs():
     m = message(8 * 4 * CHUNK_VALUES, 4)
-    slower = Costs(**{**vars(WIRE), "per_transfer": 1e-3})
+    slower = replace(WIRE, per_transfer=1e-3)
     # All of a chunk goes to every rank, or each gets its share of one that is four times as long.
     for collective, further in (("one-shot", 31), ("two-shot", 7 * 2)):
         more = FORMULAS[collective](m, slower) - FORMULAS[collective](m, WIRE)
@@ -86,7 +87,7 @@ def test_each_further_transfer_costs():
 
 
 def test_two_levels_win_where_the_inside_is_fast():
-    m, inside = message(1 << 24, 16), Costs(**{**vars(WIRE), "bandwidth": 1e12})
+    m, inside = message(1 << 24, 16), replace(WIRE, bandwidth=1e12)
     two_levels = cost_model.hierarchical(m, WIRE, node_size=8, inside=inside)
     assert two_levels < cost_model.two_shot(m, WIRE) / 6
     low = cost_model.hierarchical(m, WIRE, node_size=8, inside=inside, low_bit_inside=True)
@@ -96,6 +97,6 @@ def test_two_levels_win_where_the_inside_is_fast():
 
 def test_two_levels_send_what_the_table_says():
     m = message(1 << 24, 16)
-    inside = Costs(**{**vars(WIRE), "bandwidth": 1e30})
+    inside = replace(WIRE, bandwidth=1e30)
     got = cost_model.hierarchical(m, WIRE, node_size=8, inside=inside)
     assert got == pytest.approx(BYTES * m.values / 8 / WIRE.bandwidth)  # one-shot between two nodes

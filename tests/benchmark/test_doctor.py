@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
 from megatron_lowbit.benchmark.doctor.doctor_advice import advice, expected, passes, table
@@ -153,25 +153,21 @@ class _Wrong(RotatedHybrid):
         return total
 
 
-def _bits(rank: int) -> list[str]:
-    said = []
-    for codec in (get_codec("rotated-hybrid", bits=3), get_codec("int4-g32"), _Wrong()):
+@on_each_rank(2)
+def test_wrong_bits_are_found_on_every_rank(rank):
+    def checked(codec) -> str:
         kind = Kind(codec, codec.tables(64), carries=codec.carries)
-        try:
-            ways = ("one-shot", "two-shot")
-            said.append(check_bits([kind], ways, dist.group.WORLD, torch.device("cpu")))
-        except LowbitError as error:
-            said.append(str(error))
-    return said
+        ways = ("one-shot", "two-shot")
+        return check_bits([kind], ways, dist.group.WORLD, torch.device("cpu"))
 
-
-def test_wrong_bits_are_found_on_every_rank(tmp_path):
-    first, second = run_ranks(2, _bits, tmp_path)
-    assert first == second
-    assert first[0].endswith("one-shot and two-shot by 1 codec, carries included")
-    assert first[1].endswith("one-shot and two-shot by 1 codec")
-    assert first[2].startswith("one-shot of wrong (4 bits) gives other bits than plain torch (1 of")
-    assert "MEGATRON_LOWBIT_KERNELS=0" in first[2] and first[2].endswith("(found by rank 1)")
+    carried = checked(get_codec("rotated-hybrid", bits=3))
+    assert carried.endswith("one-shot and two-shot by 1 codec, carries included")
+    assert checked(get_codec("int4-g32")).endswith("one-shot and two-shot by 1 codec")
+    with pytest.raises(LowbitError, match="MEGATRON_LOWBIT_KERNELS=0") as error:
+        checked(_Wrong())
+    said = str(error.value)
+    assert said.startswith("one-shot of wrong (4 bits) gives other bits than plain torch (1 of")
+    assert said.endswith("(found by rank 1)")
 
 
 def test_links_alone(capfd):

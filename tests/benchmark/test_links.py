@@ -5,10 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from processes import is_alive, wait_until
 
 from megatron_lowbit.benchmark.collectives import links, ranks
 from megatron_lowbit.benchmark.collectives.links import Links, emulated_links, parse_rate
@@ -84,21 +83,6 @@ def _spaces(pid: int | None = None) -> list[str]:
     return [name for name in names if name.startswith(f"lowbit-{pid or os.getpid()}-")]
 
 
-def _runs(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def _wait_for(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("text", "rate"),
     [("100mbit", 100e6), ("1gbit", 1e9), ("2.5Gbit", 2.5e9), (" 64kbit ", 64e3)],
@@ -162,7 +146,7 @@ def test_a_rank_that_ends(two_ranks, short_grace, tmp_path, ending, words):
     command = f"if [ $RANK = 1 ]; then {last}; {ending}; else {stubborn}; fi"
     with pytest.raises(LowbitError, match=f"^rank 1 of 2 {words}"):
         two_ranks.run(["sh", "-c", command, str(tmp_path / "pid")])
-    assert not _runs(int((tmp_path / "pid").read_text()))
+    assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
 def test_nothing_stays_of_half_built_links(working_links, monkeypatch):
@@ -180,10 +164,10 @@ def test_nothing_stays_of_half_built_links(working_links, monkeypatch):
 def test_nothing_stays_after_a_signal(working_links, tmp_path, number):
     script = subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stderr=-1)
     pids = [tmp_path / "pid0", tmp_path / "pid1"]
-    _wait_for(lambda: all(file.exists() and file.read_text() for file in pids))
+    wait_until(lambda: all(file.exists() and file.read_text() for file in pids))
     assert len(_spaces(script.pid)) == 3
     script.send_signal(number)
     script.communicate(timeout=20)
     assert script.returncode in (128 + number, -number)
     assert _spaces(script.pid) == []
-    _wait_for(lambda: not any(_runs(int(file.read_text())) for file in pids))
+    wait_until(lambda: not any(is_alive(int(file.read_text())) for file in pids))

@@ -1,14 +1,13 @@
 """Predictions for other hardware: what must win, rows, files, arguments; the check's judgement."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.prediction import prediction_check, prediction_report, prediction_run
 from megatron_lowbit.benchmark.prediction.hardware import LINKS, MODELS, payload_bytes
@@ -22,9 +21,8 @@ from megatron_lowbit.benchmark.prediction.prediction import (
 from megatron_lowbit.benchmark.prediction.prediction_check import Result
 from megatron_lowbit.benchmark.prediction.probe import probe
 from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.errors import LowbitError
-
-TOOL = Path(__file__).parents[2] / "tools" / "predict.py"
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +153,6 @@ def test_bad_arguments_are_one_error(given, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_tool_prints_one_line_for_an_error():
-    argv = [sys.executable, str(TOOL), "--link", "carrier-pigeon"]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("predict.py: error: unknown link")
-    assert done.stderr.count("\n") == 1
-
-
 def test_a_plot_without_matplotlib_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(LowbitError, match=r"a plot needs matplotlib: pip install .*\[bench\]"):
@@ -210,18 +200,11 @@ def test_a_case_that_is_off_once_is_measured_again(monkeypatch, capsys):
     assert out.endswith("all 5 predictions are within 25%, the worst off by 3%\n")
 
 
-def _probe(rank: int):
-    codec = get_codec()
-    tables = codec.tables(256)
-    import torch
-
-    group = dist.group.WORLD
-    return vars(probe(codec, tables, group, agree=group, device=torch.device("cpu")))
-
-
-def test_all_ranks_take_the_same_figures(tmp_path):
-    first, second = run_ranks(2, _probe, tmp_path)
-    assert first == second
-    assert all(0 <= value < float("inf") for value in first.values())
-    assert 1e7 < first["bandwidth"] < 1e12
-    assert 1e7 < first["native_bandwidth"] < 1e12
+@on_each_rank(2)
+def test_all_ranks_take_the_same_figures(rank):
+    codec, group = get_codec(), dist.group.WORLD
+    found = probe(codec, codec.tables(256), group, agree=group, device=torch.device("cpu"))
+    require_equal("figures", found)
+    assert all(0 <= value < float("inf") for value in vars(found).values())
+    assert 1e7 < found.bandwidth < 1e12
+    assert 1e7 < found.native_bandwidth < 1e12

@@ -1,6 +1,7 @@
 """The sweep: rows, correctness before times, tuning files, reports, the command line's errors."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.collectives import sweep, sweep_plot, sweep_report, sweep_run
 from megatron_lowbit.benchmark.collectives.sweep_plan import (
@@ -25,27 +26,16 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     parse_sizes,
     shape_of,
 )
-from megatron_lowbit.benchmark.plots import check_plot
 from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
+from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Settings
 from megatron_lowbit.errors import LowbitError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_all_reduce.py"
-KEYS = [
-    "ranks",
-    "link",
-    "bytes",
-    "codec",
-    "collective",
-    "median_ms",
-    "p10_ms",
-    "p90_ms",
-    "native_median_ms",
-    "speedup",
-]
+KEYS = "ranks link bytes codec collective median_ms p10_ms p90_ms native_median_ms speedup".split()
 OURS = "rotated-hybrid (4 bits)"
 TINY = Plan(
     variants=(*DEFAULT_VARIANTS, Variant("rotated-hybrid", "reduce-scatter")),
@@ -91,16 +81,18 @@ def test_speedup_is_against_the_same_kind_of_native(measured):
         assert row["native_median_ms"] == times[row["bytes"], "native bf16", rival]
 
 
-def _two_level(rank: int) -> list[dict]:
+@on_each_rank(4)
+def test_hierarchical_under_ranks_that_run_already(rank):
     variants = (Variant("rotated-hybrid", "hierarchical"), Variant("static-hybrid", "hierarchical"))
     plan = Plan(variants, (4096,), ranks=None, hidden=128, node_size=2, seconds=0.001)
+    rows = _measure(plan)
+    if rank == 0:
+        assert [row["collective"] for row in rows] == ["native", "hierarchical", "hierarchical"]
+        assert {(row["ranks"], row["link"]) for row in rows} == {(4, "as it is")}
+
+
+def _measure(plan: Plan) -> list[dict]:
     return sweep.measure(plan, device=torch.device("cpu"), quiet=True).rows
-
-
-def test_hierarchical_under_ranks_that_run_already(tmp_path):
-    rows = run_ranks(4, _two_level, tmp_path)[0]
-    assert [row["collective"] for row in rows] == ["native", "hierarchical", "hierarchical"]
-    assert {(row["ranks"], row["link"]) for row in rows} == {(4, "as it is")}
 
 
 class _Broken(RotatedHybrid):
@@ -128,34 +120,26 @@ FAULTS = {
 }
 
 
-def _on_two_ranks(rank: int, path: str) -> dict:
-    """What needs two ranks, in one pair of processes: they take seconds to start."""
-    found = {"tuned": _tune_and_choose(rank, Path(path)), "order": _order_of_calls()}
-    return found | {f: _sweep_broken(f) for f in FAULTS}
+@on_each_rank(2)
+def test_on_two_ranks(rank, tmp_path):
+    """One pair of processes: they take seconds to start."""
+    _check_a_tuning_file_that_serves_auto(tmp_path / "tuning.json")
+    _check_the_order_of_timed_calls()
+    for fault, message in FAULTS.items():
+        CODECS["broken"] = type("Broken", (_Broken,), {"fault": fault})
+        variants = (Variant("broken", "one-shot"),)
+        with pytest.raises(LowbitError, match=re.escape(message)) as error:
+            _measure(Plan(variants, (1 << 16,), ranks=None, hidden=128, seconds=0.001))
+        require_equal("errors", str(error.value))
 
 
-def _order_of_calls() -> dict[bool, str]:
-    """What two cases do while they are timed, by `call_by_call`; ``.`` is before a turn."""
-    orders = {}
-    for by_call in (False, True):
-        done = []
-        calls = [partial(done.append, name) for name in "ab"]
-        prepare = partial(done.append, ".")
-        options = {"seconds": 1e-9, "device": torch.device("cpu"), "call_by_call": by_call}
-        times = time_calls(calls, prepare=prepare, **options)
-        assert [t.calls for t in times] == [7, 7]
-        orders[by_call] = "".join(done)
-    return orders
-
-
-def _tune_and_choose(rank: int, path: Path) -> tuple[str, str, str]:
+def _check_a_tuning_file_that_serves_auto(path: Path) -> None:
     """Sweep with a tuning file and carries, and make the policy of `auto` by that file."""
     variants = choose_variants(codecs=["int4-g32"], collectives=["one-shot", "two-shot"])
     files = {"write_tuning": path, "tuned": ("int4-g32", "rotated-hybrid")}
-    plan = Plan(
-        variants, (4096, 65536), ranks=None, hidden=128, seconds=0.001, feedback=True, **files
+    _measure(
+        Plan(variants, (4096, 65536), ranks=None, hidden=128, seconds=0.001, feedback=True, **files)
     )
-    sweep.measure(plan, device=torch.device("cpu"), quiet=True)
     codec = get_codec("int4-g32")
     policy = make_policy(
         Settings("auto", tuning=path),
@@ -164,35 +148,11 @@ def _tune_and_choose(rank: int, path: Path) -> tuple[str, str, str]:
         tables=codec.tables(128),
         device=torch.device("cpu"),
     )
-    choices = policy.all_reduce(2048), policy.reduce_scatter(2048)
-    return policy.spans(), *(choice.collective for choice in choices)
-
-
-def _sweep_broken(fault: str) -> str:
-    CODECS["broken"] = type("Broken", (_Broken,), {"fault": fault})
-    plan = Plan((Variant("broken", "one-shot"),), (1 << 16,), ranks=None, hidden=128, seconds=0.001)
-    try:
-        sweep.measure(plan, device=torch.device("cpu"), quiet=True)
-    except LowbitError as error:
-        return str(error)
-    return "passed"
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Results of `_on_two_ranks` by rank, and the tuning file that it wrote."""
-    directory = tmp_path_factory.mktemp("two")
-    path = directory / "tuning.json"
-    return run_ranks(2, _on_two_ranks, directory / "ranks", str(path)), path
-
-
-def test_tuning_file_serves_auto(two_ranks):
-    (first, second), path = two_ranks
-    text, all_reduce, reduce_scatter = first["tuned"]
-    assert first["tuned"] == second["tuned"]
-    assert text.startswith("by tuning.json: ")
-    assert all_reduce in ("native", "one-shot", "two-shot")
-    assert reduce_scatter in ("native reduce-scatter", "reduce-scatter")
+    reduced, scattered = policy.all_reduce(2048).collective, policy.reduce_scatter(2048).collective
+    require_equal("choices", [policy.spans(), reduced, scattered])
+    assert policy.spans().startswith("by tuning.json: ")
+    assert reduced in ("native", "one-shot", "two-shot")
+    assert scattered in ("native reduce-scatter", "reduce-scatter")
     times = json.loads(path.read_text())["times"]
     names = {(entry["codec"], entry["carries"], entry["collective"]) for entry in times}
     # The peers' formats carry nothing by default, ours do.
@@ -202,18 +162,18 @@ def test_tuning_file_serves_auto(two_ranks):
     assert {tuple(size for size, _ in entry["points"]) for entry in times} == {(4096, 65536)}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_result_ends_the_sweep_on_every_rank(two_ranks, fault):
-    (first, second), _ = two_ranks
-    assert first[fault] == second[fault]
-    assert FAULTS[fault] in first[fault]
-
-
-def test_order_of_timed_calls(two_ranks):
-    (first, _), _ = two_ranks
+def _check_the_order_of_timed_calls() -> None:
+    """What two cases do while they are timed, by `call_by_call`; ``.`` is before a turn."""
     # One call of each says how long it takes; three untimed ones lead in a turn of a short one.
-    assert first["order"][False] == "ab" + (".aaaa.bbbb.bbbb.aaaa" * 4)[: 7 * 10]
-    assert first["order"][True] == "ab" + (".a.b.b.a" * 4)[: 7 * 4]
+    turns = {False: (".aaaa.bbbb.bbbb.aaaa" * 4)[: 7 * 10], True: (".a.b.b.a" * 4)[: 7 * 4]}
+    for by_call in (False, True):
+        done = []
+        calls = [partial(done.append, name) for name in "ab"]
+        prepare = partial(done.append, ".")
+        options = {"seconds": 1e-9, "device": torch.device("cpu"), "call_by_call": by_call}
+        times = time_calls(calls, prepare=prepare, **options)
+        assert [t.calls for t in times] == [7, 7]
+        assert "".join(done) == "ab" + turns[by_call]
 
 
 def _row(size: int, codec: str, by: str, speedup: float, ranks: int = 2) -> dict:
@@ -290,12 +250,6 @@ def test_plot(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
 
 
-def test_plot_without_matplotlib(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(LowbitError, match=r"needs matplotlib: pip install .*\[bench\]"):
-        check_plot(tmp_path / "plot.png")
-
-
 def test_sizes():
     assert parse_sizes("8K, 2m,8192,3MB") == (8192, 2 << 20, 3 << 20)
     assert shape_of(1 << 20, hidden=4096) == (128, 4096)
@@ -312,22 +266,17 @@ def test_codecs():
     assert repr(parse_codec("int4-g32-6")) == "int4-g32 (6 bits)"
 
 
-def test_names():
-    names = [sweep_report.variant_name(_row(1, *label, 1)) for label in _LABELS]
-    assert names == [
-        "native bf16",
-        "rotated-hybrid 4+6 two-shot",
-        "fp8-g256 auto",
-        "int4-g32 6 auto",
-    ]
-
-
-_LABELS = [
-    ("native bf16", "native"),
-    ("rotated-hybrid (4+6 bits)", "two-shot"),
-    ("fp8-g256 (8 bits)", "auto"),
-    ("int4-g32 (6 bits)", "auto"),
-]
+@pytest.mark.parametrize(
+    ("codec", "collective", "name"),
+    [
+        ("native bf16", "native", "native bf16"),
+        ("rotated-hybrid (4+6 bits)", "two-shot", "rotated-hybrid 4+6 two-shot"),
+        ("fp8-g256 (8 bits)", "auto", "fp8-g256 auto"),
+        ("int4-g32 (6 bits)", "auto", "int4-g32 6 auto"),
+    ],
+)
+def test_names(codec, collective, name):
+    assert sweep_report.variant_name(_row(1, codec, collective, 1)) == name
 
 
 def test_variants():
@@ -400,17 +349,6 @@ def test_what_a_rank_says_comes_back_as_one_line(tmp_path, capfd):
     with pytest.raises(LowbitError, match=f"^cannot read {missing}: .*make it with"):
         sweep.run(Plan(variants, (4096,), tuning=missing))
     assert "".join(capfd.readouterr()) == ""
-
-
-def test_output_is_checked_first(monkeypatch, tmp_path):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(sweep, "run", lambda plan: pytest.fail("measured"))
-    with pytest.raises(LowbitError, match=f"{tmp_path} is a directory: name a file"):
-        sweep_run.run(_options(output=tmp_path))
-    with pytest.raises(
-        LowbitError, match="^--write-tuning /proc/none/tuning.json cannot be written"
-    ):
-        sweep_run.run(_options(write_tuning=Path("/proc/none/tuning.json")))
 
 
 @pytest.mark.slow

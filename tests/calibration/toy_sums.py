@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord
+from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 from megatron_lowbit.codecs.tables import sum_in_rank_order
 from megatron_lowbit.comm.feedback import Chain
 from megatron_lowbit.comm.simulated import simulated_all_reduce
@@ -187,8 +187,7 @@ def calibrated(model: Toy, summing: ToySumming, texts: Tensor) -> CalibrationInd
     layers: dict[int, dict[str, SyncPointRecord]] = {}
     for number, point in enumerate(summing.points):
         partials = torch.cat(seen[number], dim=1)
-        values = [*_statistics(partials), *_statistics(partials.sum(dim=0))]
-        record = SyncPointRecord(torch.empty(0, dtype=torch.int32), *values)
+        record = record_of(partials)
         layers.setdefault(point.layer, {})[point.name] = record
     manifest = {
         "model": {"num_layers": LAYERS, "hidden_size": HIDDEN, "fingerprints": {"1": "toy"}},
@@ -199,11 +198,13 @@ def calibrated(model: Toy, summing: ToySumming, texts: Tensor) -> CalibrationInd
     return CalibrationIndex(manifest, layers)
 
 
-def _statistics(values: Tensor) -> list[Tensor]:
-    """Minimum, maximum, mean and second moment over tokens: the last axis but one."""
-    return [
-        values.amin(dim=-2),
-        values.amax(dim=-2),
-        values.mean(dim=-2),
-        values.square().mean(dim=-2),
-    ]
+def record_of(partials: Tensor, kept: int = 0) -> SyncPointRecord:
+    """The statistics of partials ``[ranks, tokens, hidden]``, with `kept` features in BF16."""
+
+    def statistics(values: Tensor) -> tuple[Tensor, ...]:
+        low, high = values.aminmax(dim=-2)
+        return low, high, values.mean(dim=-2), values.square().mean(dim=-2)
+
+    own = statistics(partials)
+    index = select_bf16_index(2 * torch.maximum(own[0].abs(), own[1].abs()), kept)
+    return SyncPointRecord(index, *own, *statistics(partials.sum(dim=0)))

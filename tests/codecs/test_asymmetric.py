@@ -1,29 +1,11 @@
-"""Flash Communication's formats: exact bytes, offsets, spikes."""
+"""Flash Communication's formats: offsets, spikes. Their bytes are in test_grouped.py."""
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
-
-
-def through(codec, values):
-    """`values` encoded and decoded."""
-    tables = codec.tables(values.shape[1])
-    return codec.decode_sum(codec.encode(values, tables)[None], tables)
-
-
-def test_asymmetric_example_by_hand():
-    """From -1 to 6.5 in 15 steps of 0.5; 2.5 and 2.2 steps are rounded to 2."""
-    codec = get_codec("int4-g32-asym")
-    values = torch.tensor([[-1.0, 2.0, 0.1, 6.5, 0.25, 4.6]])
-    payload = codec.encode(values, codec.tables(6))
-    codes = [0, 6, 2, 15, 2, 11]
-    packed = [codes[i] | codes[i + 1] << 4 for i in (0, 2, 4)]
-    # Padding, BF16 0.5, BF16 -1.
-    assert payload.tolist() == [[*packed, 0, 0x00, 0x3F, 0x80, 0xBF]]
-    assert through(codec, values).tolist() == [[-1.0, 2.0, 0.0, 6.5, 0.0, 4.5]]
 
 
 def test_asymmetric_takes_the_wire_numbers_to_encode():
@@ -41,18 +23,6 @@ def test_an_offset_costs_little():
     scale_alone = sqnr(values, through(symmetric, values + 8) - 8)
     assert shifted > without - 1, (shifted, without)
     assert shifted > scale_alone + 10, (shifted, scale_alone)
-
-
-def test_spike_example_by_hand():
-    """100 and -50 apart, the others from 1 to 4 in three steps; 1.5 steps are rounded to 2."""
-    codec = get_codec("spike-g32")
-    values = torch.tensor([[100.0, 1.0, 2.5, 4.0, -50.0, 1.6]])
-    payload = codec.encode(values, codec.tables(6))
-    codes = [0, 0, 2, 3, 0, 1]  # a spike has the code of one of the others
-    packed = [codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6, codes[4] | codes[5] << 2]
-    numbers = [0x80, 0x3F, 0x80, 0x3F, *[0xC8, 0x42, 0x48, 0xC2], *[0, 4]]
-    assert payload.tolist() == [[*packed, *numbers]]
-    assert through(codec, values).tolist() == [[100.0, 1.0, 3.0, 4.0, -50.0, 2.0]]
 
 
 @pytest.mark.parametrize("hidden", [1, 2, 3, 32, 33, 70])

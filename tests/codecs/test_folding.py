@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from cases import payloads_of, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import Statistics, get_codec
@@ -34,7 +35,7 @@ def _case(name: str, bits: int, hidden: int, dtype: torch.dtype, kept=INDEX):
 def test_folded_partials_sum_to_the_same(name, bits, hidden, dtype):
     inputs, weights, partials, codec, tables = _case(name, bits, hidden, dtype)
     exact = partials.float().sum(dim=0)
-    plain = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(partials)])
+    plain = payloads_of(codec, partials, tables)
     payloads = []
     for rank in range(RANKS):
         weight, folded = fold(weights[rank], tables)
@@ -74,7 +75,7 @@ def test_not_finite_values_stay_visible():
     inputs, weights, _, codec, tables = _case("rotated-hybrid", 4, 64, torch.bfloat16)
     weight, folded = fold(weights[0], tables)
     inputs[0, 5, 0] = torch.nan
-    total = codec.decode_sum(codec.encode(inputs[0] @ weight.t(), folded)[None], folded)
+    total = through(codec, inputs[0] @ weight.t(), folded)
     assert total[5].isnan().all()
     assert total[:5].isfinite().all()
     assert total[6:].isfinite().all()

@@ -7,22 +7,15 @@ import re
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.peers.group_frame import Grouped
 from megatron_lowbit.codecs.peers.systems import PEERS
-from megatron_lowbit.errors import LowbitError
 
 NAMES = list(PEERS)
 GROUPS = {name: CODECS[name].group for name in NAMES}
-
-
-def through(codec, values):
-    """`values` encoded and decoded."""
-    tables = codec.tables(values.shape[1])
-    return codec.decode_sum(codec.encode(values, tables)[None], tables)
 
 
 @pytest.mark.parametrize(
@@ -56,36 +49,83 @@ def test_bits_per_value_at_hidden_4096(name, bits, expected):
     assert 8 * codec.encode(values, codec.tables(4096)).numel() / values.numel() == expected
 
 
-def test_int4_example_by_hand():
-    """-8 steps at the largest magnitude, which is positive here, so the scale is negative."""
-    codec = get_codec("int4-g32")
-    values = torch.tensor([[4.0, 1.0, -1.25, 0.0, -3.5, -4.0]])
-    payload = codec.encode(values, codec.tables(6))
-    # The scale is 0.5: 8 and -8 steps tie, and the negative one takes code 0 (-8 steps), 4.0 is one
-    # level short. 2.5 steps are rounded to the even 2.
-    codes = [15, 10, 6, 8, 1, 0]
-    packed = [codes[i] | codes[i + 1] << 4 for i in (0, 2, 4)]
-    assert payload.tolist() == [[*packed, 0, 0x00, 0x3F]]  # padding, then BF16 0.5
-    assert through(codec, values).tolist() == [[3.5, 1.0, -1.0, 0.0, -3.5, -4.0]]
-    assert through(codec, -2 * values).tolist() == [[-8.0, -2.0, 2.0, 0.0, 7.0, 7.0]]
+def nibbles(*codes: int) -> list[int]:
+    """The bytes of codes of 4 bits."""
+    return [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)]
+
+
+SIGNED = [4.0, 1.0, -1.25, 0.0, -3.5, -4.0]
+# By name: values, the row by hand, and what it stands for.
+BY_HAND = {
+    # -8 steps at the largest magnitude, which is positive here, so the scale is negative. It is
+    # BF16 0.5: 8 and -8 steps tie, and the negative one takes code 0 (-8 steps), 4.0 is one level
+    # short. 2.5 steps are rounded to the even 2. A zero pads.
+    "int4-g32": (
+        SIGNED,
+        [*nibbles(15, 10, 6, 8, 1, 0), 0, 0x00, 0x3F],
+        [3.5, 1.0, -1.0, 0.0, -3.5, -4.0],
+    ),
+    # The same with -4 in E4M3, at -8 steps.
+    "int4-g16": (SIGNED, [*nibbles(15, 10, 6, 8, 1, 0), 0xC8], [3.5, 1.0, -1.0, 0.0, -3.5, -4.0]),
+    # 7 steps at the largest magnitude: of -3.5 the fp32 scale is 0.5; 2.5 steps become 2.
+    "sdp4bit-plain": (
+        [3.5, 1.0, -1.25, 0.0, -3.5, -3.0],
+        [*nibbles(15, 10, 6, 8, 1, 2), 0, 0x00, 0x00, 0x00, 0x3F],
+        [3.5, 1.0, -1.0, 0.0, -3.5, -3.0],
+    ),
+    # From -1 to 6.5 in 15 steps of 0.5; 2.5 and 2.2 steps are rounded to 2. Then a zero that pads,
+    # BF16 0.5 and BF16 -1.
+    "int4-g32-asym": (
+        [-1.0, 2.0, 0.1, 6.5, 0.25, 4.6],
+        [*nibbles(0, 6, 2, 15, 2, 11), 0, 0x00, 0x3F, 0x80, 0xBF],
+        [-1.0, 2.0, 0.0, 6.5, 0.0, 4.5],
+    ),
+    # 100 and -50 apart, with the code of one of the others. Those go from 1 to 4 in three steps of
+    # 2 bits; 1.5 steps are rounded to 2. Then scale, zero, both spikes in BF16 and their places.
+    "spike-g32": (
+        [100.0, 1.0, 2.5, 4.0, -50.0, 1.6],
+        [2 << 4 | 3 << 6, 1 << 2, 0x80, 0x3F, 0x80, 0x3F, 0xC8, 0x42, 0x48, 0xC2, 0, 4],
+        [100.0, 1.0, 3.0, 4.0, -50.0, 2.0],
+    ),
+    # What is above 6 saturates; the exponent of the scale is 127 - 127.
+    "mxfp4": (
+        [7.9, -6.0, 0.25, 0.75, -2.5, -0.2, 3.5],
+        [*nibbles(7, 15, 0, 2, 12, 8, 6, 0), 127],
+        [6.0, -6.0, 0.0, 1.0, -2.0, 0.0, 4.0],
+    ),
+    # The scale is fp32 2.0, aligned.
+    "int8-token": (
+        [254.0, -254.0, 1.0, 3.0, -7.2],
+        [255, 1, 128, 130, 124, 0, 0, 0, 0x00, 0x00, 0x00, 0x40],
+        [254.0, -254.0, 0.0, 4.0, -8.0],
+    ),
+    # The same in fp16.
+    "int8-g32": (
+        [254.0, -254.0, 1.0, 3.0, -7.2],
+        [255, 1, 128, 130, 124, 0, 0x00, 0x40],
+        [254.0, -254.0, 0.0, 4.0, -8.0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_examples_by_hand(name):
+    values, row, decoded = BY_HAND[name]
+    codec, values = get_codec(name), torch.tensor([values])
+    assert codec.encode(values, codec.tables(values.shape[1])).tolist() == [row]
+    assert through(codec, values).tolist() == [decoded]
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g16"])
+def test_the_scale_has_the_sign_that_the_largest_value_needs(name):
+    got = through(get_codec(name), -2 * torch.tensor([SIGNED]))
+    assert got.tolist() == [[-8.0, -2.0, 2.0, 0.0, 7.0, 7.0]]
 
 
 def test_int4_takes_the_wire_scale_to_encode():
     """9/8 * (1 + 2**-9) rounds down to 9/8 in BF16; of the exact scale it would be 5.49 steps."""
     values = torch.tensor([[-9 * (1 + 2**-9), 5.5 * 1.125]])
     assert through(get_codec("int4-g32"), values).tolist() == [[-9.0, 6 * 1.125]]
-
-
-def test_aiter_example_by_hand():
-    """-4 in E4M3, at -8 steps: 4.0 is one level short, 2.5 steps are rounded to the even 2."""
-    codec = get_codec("int4-g16")
-    values = torch.tensor([[4.0, 1.0, -1.25, 0.0, -3.5, -4.0]])
-    payload = codec.encode(values, codec.tables(6))
-    codes = [15, 10, 6, 8, 1, 0]
-    packed = [codes[i] | codes[i + 1] << 4 for i in (0, 2, 4)]
-    assert payload.tolist() == [[*packed, 0xC8]]
-    assert through(codec, values).tolist() == [[3.5, 1.0, -1.0, 0.0, -3.5, -4.0]]
-    assert through(codec, -2 * values).tolist() == [[-8.0, -2.0, 2.0, 0.0, 7.0, 7.0]]
 
 
 def test_aiters_e4m3_is_ocps_without_subnormal_numbers():
@@ -121,23 +161,6 @@ def test_two_shot_sqnr_is_what_aiter_measures(name, published):
     of_sum = codec.reduce_encode(torch.stack([codec.encode(p, tables) for p in partials]), tables)
     got = sqnr(torch.stack(partials).double().sum(dim=0), codec.decode_sum(of_sum[None], tables))
     assert got == pytest.approx(published, abs=0.15)
-
-
-def test_int8_example_by_hand():
-    codec = get_codec("int8-token")
-    values = torch.tensor([[254.0, -254.0, 1.0, 3.0, -7.2]])  # the scale is 2
-    payload = codec.encode(values, codec.tables(5))
-    codes = [255, 1, 128, 130, 124]
-    assert payload.tolist() == [[*codes, 0, 0, 0, 0x00, 0x00, 0x00, 0x40]]  # fp32 2.0, aligned
-    assert through(codec, values).tolist() == [[254.0, -254.0, 0.0, 4.0, -8.0]]
-
-
-def test_int8_in_groups_example_by_hand():
-    codec = get_codec("int8-g32")
-    values = torch.tensor([[254.0, -254.0, 1.0, 3.0, -7.2]])
-    payload = codec.encode(values, codec.tables(5))
-    assert payload.tolist() == [[255, 1, 128, 130, 124, 0, 0x00, 0x40]]  # fp16 2.0, aligned
-    assert through(codec, values).tolist() == [[254.0, -254.0, 0.0, 4.0, -8.0]]
 
 
 def test_int8_in_groups_is_ggmls_q8_0():
@@ -263,12 +286,3 @@ def test_no_name_reads_as_another_codec_with_bits():
 def test_every_grouped_codec_is_listed_as_a_peer():
     assert list(PEERS) == [name for name, codec in CODECS.items() if issubclass(codec, Grouped)]
     assert {peer.collective for peer in PEERS.values()} == {"one-shot", "two-shot", None}
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "supported"),
-    [("int4-g32", 5, "8, 6, 4, 3"), ("spike-g32", 8, "4, 3, 2"), ("fp8-g256", 4, "8")],
-)
-def test_supported_bits_are_named(name, bits, supported):
-    with pytest.raises(LowbitError, match=f"no {bits}-bit version: choose from {supported}$"):
-        get_codec(name, bits=bits)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from cases import reference_sum
 
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.calibration.index import MOST_MEAN, SyncPointRecord, mean_energy, trusted
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.codecs.variance import MOST_COST
@@ -13,32 +15,24 @@ HIDDEN, RANKS = 256, 2
 EVEN = torch.randn(RANKS, 64, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
-def _variances(kind: str) -> torch.Tensor:
-    variance = torch.ones(RANKS, HIDDEN)
-    if kind == "half collapsed":
-        variance[:, ::2] = 0
-    elif kind == "one left":
-        variance[:, 1:] = 1e-30
-    elif kind == "all zero":
-        variance[:] = 0
-    elif kind == "spread":
-        variance = 10.0 ** torch.linspace(-12, 12, HIDDEN).expand(RANKS, HIDDEN)
-    elif kind == "huge":
-        variance[:] = 1e28
-    return variance
+VARIANCES = {
+    "half collapsed": torch.arange(HIDDEN) % 2.0,
+    "one left": torch.where(torch.arange(HIDDEN) == 0, 1.0, 1e-30),
+    "all zero": torch.zeros(HIDDEN),
+    "spread": 10.0 ** torch.linspace(-12, 12, HIDDEN),
+    "huge": torch.full((HIDDEN,), 1e28),
+}
 
 
 def _sqnr(codec, tables) -> float:
-    payloads = [codec.encode(row, tables, rank=rank) for rank, row in enumerate(EVEN)]
-    noise = codec.decode_sum(torch.stack(payloads), tables) - EVEN.sum(dim=0)
-    return 10 * math.log10(EVEN.sum(dim=0).square().sum() / noise.square().sum())
+    return sqnr(EVEN.sum(dim=0), reference_sum(codec, EVEN, tables))
 
 
 @pytest.mark.parametrize("bf16_features", [0, 3])
 @pytest.mark.parametrize("name", ["shaped-hybrid", "scaled-hybrid"])
-@pytest.mark.parametrize("kind", ["half collapsed", "one left", "all zero", "spread", "huge"])
+@pytest.mark.parametrize("kind", VARIANCES)
 def test_weights_never_cost_more_than_12_db(name, kind, bf16_features):
-    variance = _variances(kind)
+    variance = VARIANCES[kind].expand(RANKS, HIDDEN)
     codec, plain = get_codec(name), get_codec("rotated-hybrid")
     tables = codec.tables(
         HIDDEN,

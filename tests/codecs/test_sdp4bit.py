@@ -1,8 +1,8 @@
-"""SDP4Bit with and without its rotation: exact small examples, and what the rotation is."""
+"""SDP4Bit with and without its rotation: what the rotation is. Its bytes: test_grouped.py."""
 
 import pytest
 import torch
-from cases import sample
+from cases import sample, through
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
@@ -14,18 +14,6 @@ def hadamard_matrix(size):
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
-
-
-def test_plain_example_by_hand():
-    """7 steps at the largest magnitude: of -3.5 the fp32 scale is 0.5; 2.5 steps become 2."""
-    codec = get_codec("sdp4bit-plain")
-    values = torch.tensor([[3.5, 1.0, -1.25, 0.0, -3.5, -3.0]])
-    payload = codec.encode(values, codec.tables(6))
-    codes = [15, 10, 6, 8, 1, 2]
-    packed = [codes[i] | codes[i + 1] << 4 for i in (0, 2, 4)]
-    assert payload.tolist() == [[*packed, 0, 0x00, 0x00, 0x00, 0x3F]]  # a zero, then fp32 0.5
-    total = codec.decode_sum(payload[None], codec.tables(6))
-    assert total.tolist() == [[3.5, 1.0, -1.0, 0.0, -3.5, -3.0]]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,8 +46,7 @@ def test_what_is_left_of_a_row_has_smaller_blocks():
 
 def test_largest_values_do_not_overflow():
     values = torch.full((1, 64), torch.finfo(torch.bfloat16).max)
-    codec = get_codec("sdp4bit")
-    got = codec.decode_sum(codec.encode(values, codec.tables(64))[None], codec.tables(64))
+    got = through(get_codec("sdp4bit"), values)
     torch.testing.assert_close(got, values, rtol=1e-6, atol=0)
 
 
@@ -69,10 +56,7 @@ def test_the_rotation_pays_where_few_values_are_large():
     for kind in ("heavy-tailed", "normal"):
         values = sample(kind, (512, 576), 0)
         for name in ("sdp4bit", "sdp4bit-plain"):
-            codec = get_codec(name)
-            tables = codec.tables(576)
-            got = codec.decode_sum(codec.encode(values, tables)[None], tables)
-            quality[kind, name] = sqnr(values, got)
+            quality[kind, name] = sqnr(values, through(get_codec(name), values))
     gain = {kind: quality[kind, "sdp4bit"] - quality[kind, "sdp4bit-plain"] for kind, _ in quality}
     assert gain["heavy-tailed"] > 5, quality
     assert abs(gain["normal"]) < 0.2, quality

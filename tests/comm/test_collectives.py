@@ -5,20 +5,14 @@ since starting it is what takes time. Every result must equal, bit for bit, what
 computes from the same partials.
 """
 
-from dataclasses import replace
-
 import pytest
-import torch
 from cases import DTYPES
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
-from worker import Case, can_run, expected, own_part, run_cases, sent_by
+from ranks import on_each_rank
+from worker import Case, can_run, check
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm import transport
-from megatron_lowbit.comm.simulated import simulated_all_reduce
-from megatron_lowbit.comm.traffic import Counters, Traffic
 
 # A collective knows nothing of a codec but its payloads, so one for each way to make them is enough
 # here (tests/codecs has all): plain values; ranges by rank, and of the sum; a rotation, at two
@@ -72,8 +66,9 @@ def case_lists(draw, ranks: int) -> list[Case]:
 RANKS = [1, 2, 3, 4, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (5, 6, 7, 8))]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
+@pytest.fixture
+def cases(ranks) -> list[Case]:
+    """Three lists of them."""
     drawn = []
 
     @settings(
@@ -88,46 +83,10 @@ def test_equals_one_process_bit_for_bit_on_every_rank(ranks, tmp_path):
         drawn.extend(cases)
 
     collect()
-    by_rank = run_ranks(ranks, run_cases, tmp_path, drawn)
-    for number, case in enumerate(drawn):
-        total = None if ranks == 1 else expected(case, ranks)
-        transport.CHUNK_VALUES = case.chunk_values
-        for rank, results in enumerate(by_rank):
-            _check(case, results[number], total, ranks, rank)
-    transport.CHUNK_VALUES = 1 << 19
+    return drawn
 
 
-def _check(case: Case, result: dict, total: torch.Tensor | None, ranks: int, rank: int) -> None:
-    if ranks == 1:  # nothing is sent, nothing is lost
-        assert torch.equal(result["out"], case.partials(1)[0]), case
-        assert result["traffic"] == Counters(), case
-        return
-    out, wanted = result["out"], own_part(case, total, ranks, rank)
-    assert out.dtype == case.dtype, case
-    assert out.shape == wanted.shape, case
-    assert torch.equal(out, wanted), f"rank {rank}: {case}"
-    traffic = result["traffic"]
-    assert traffic.calls == 1
-    assert traffic.values == torch.Size(case.shape).numel()
-    sent = sent_by(case, ranks, rank)
-    assert sent is None or traffic.sent_bytes == sent, f"rank {rank}: {case}"
-    assert result["choices"][0].collective == case.collective
-    assert result["choices"][0].why == "fixed"
-    if rank == 0 and case.collective in ("one-shot", "two-shot"):
-        _check_simulated(case, result, ranks)
-
-
-def _check_simulated(case: Case, result: dict, ranks: int) -> None:
-    """One process gives the same bits and counts what the first rank has counted."""
-    traffic = Traffic()
-    out = simulated_all_reduce(
-        torch.stack(case.partials(ranks)),
-        case.tables(ranks),
-        codec=case.make_codec(),
-        collective=case.collective,
-        traffic=traffic,
-    )
-    assert out.dtype == case.dtype, case
-    assert torch.equal(out, result["out"]), case
-    assert replace(traffic.total(), seconds=0) == replace(result["traffic"], seconds=0), case
-    assert list(traffic.by_decision) == result["choices"], case
+@on_each_rank(*RANKS)
+def test_equals_one_process_bit_for_bit_on_every_rank(rank, cases):
+    for case in cases:
+        check(rank, case)

@@ -6,12 +6,13 @@ Each with what must not happen: a rank that waits, a sum that is wrong and says 
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import sample
-from ranks import run_ranks
+from ranks import on_each_rank, run_ranks
 from worker import error_of
 
 from megatron_lowbit.codecs import get_codec
@@ -55,36 +56,27 @@ WRONG = {
 }
 
 
-def _wrong(rank: int) -> dict[str, str]:
-    """What is said of each; a group that has sent nothing by then still gives the right sum."""
-    said = {
-        name: error_of(
-            lambda function=function, call=call: function(**{"x": torch.ones(4, 8)} | call)
-        )
-        for name, (function, call, _) in WRONG.items()
-    }
+@on_each_rank(2)
+def test_a_wrong_argument_is_one_line_on_every_rank(rank):
+    """And a group that has sent nothing by then still gives the right sum."""
+    for name, (function, call, wanted) in WRONG.items():
+        given = {"x": torch.ones(4, 8)} | call
+        said = error_of(lambda function=function, given=given: function(**given))
+        assert wanted in said and "\n" not in said, (name, said)
     policy = {"collective": Policy("native"), "in_place": True}
-    said["no tensor"] += error_of(lambda: all_reduce(3, **policy))
+    assert "3 is no tensor" in error_of(lambda: all_reduce(3, **policy))
     assert torch.equal(all_reduce(torch.ones(4, 8), codec="bf16"), torch.full((4, 8), 2.0))
-    return said
-
-
-def test_a_wrong_argument_is_one_line_on_every_rank(tmp_path):
-    for said in run_ranks(2, _wrong, tmp_path):
-        for name, (_, _, wanted) in WRONG.items():
-            assert wanted in said[name], (name, said[name])
-            assert "\n" not in said[name]
-        assert "3 is no tensor" in said["no tensor"]
 
 
 def test_without_a_process_group_it_is_said():
-    assert "call torch.distributed.init_process_group" in error_of(
-        lambda: all_reduce(torch.ones(2))
-    )
+    said = error_of(lambda: all_reduce(torch.ones(2)))
+    assert "call torch.distributed.init_process_group" in said
 
 
-def _compiled(rank: int) -> list[bool]:
-    """Twice, and with gradients: what the compiled function gives beside the function itself."""
+@pytest.mark.slow
+@on_each_rank(2)
+def test_torch_compile_breaks_its_graph_and_goes_on(rank):
+    """Twice, and with gradients: the compiled function gives what the function itself gives."""
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         total = all_reduce(2 * x)
@@ -92,19 +84,23 @@ def _compiled(rank: int) -> list[bool]:
         return reduce_scatter(whole, codec="bf16") + 1
 
     torch._dynamo.config.suppress_errors = False
-    compiled, same = torch.compile(layer, backend="eager"), []
+    compiled = torch.compile(layer, backend="eager")
     for tokens in (6, 6, 10):
         x = sample("normal", (tokens, 64), rank)
-        same.append(torch.equal(compiled(x), layer(x)))
+        assert torch.equal(compiled(x), layer(x))
     inputs = [sample("normal", (6, 64), rank).requires_grad_() for _ in range(2)]
     for function, x in zip((compiled, layer), inputs, strict=True):
         function(x).sum().backward()
-    return [*same, torch.equal(inputs[0].grad, inputs[1].grad)]
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
-@pytest.mark.slow
-def test_torch_compile_breaks_its_graph_and_goes_on(tmp_path):
-    assert run_ranks(2, _compiled, tmp_path) == [[True] * 4] * 2
+def _together(function: Callable, each: list[tuple]) -> None:
+    """A thread for each tuple of arguments, all at once."""
+    threads = [threading.Thread(target=function, args=arguments) for arguments in each]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _two_threads(rank: int) -> dict:
@@ -120,11 +116,7 @@ def _two_threads(rank: int) -> dict:
         except (LowbitError, RuntimeError) as error:
             ended[thread] = str(error)
 
-    threads = [threading.Thread(target=sums, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _together(sums, [(number,) for number in range(2)])
     after = error_of(lambda: all_reduce(torch.ones(2, 64)))
     return {"ended": ended, "after": after, "seconds": time.monotonic() - start}
 
@@ -142,8 +134,9 @@ def test_two_threads_on_one_group_are_refused_on_all_ranks(tmp_path):
     assert refused
 
 
-def _one_after_the_other(rank: int) -> list[bool]:
-    """Threads that take turns, as a server's do, and two threads with a group each."""
+@on_each_rank(2)
+def test_threads_that_take_turns_are_served(rank):
+    """As a server's do, and two threads with a group each."""
     same = []
 
     def one_sum(group=None) -> None:
@@ -153,20 +146,9 @@ def _one_after_the_other(rank: int) -> list[bool]:
 
     one_sum()
     for _ in range(3):
-        thread = threading.Thread(target=one_sum)
-        thread.start()
-        thread.join()
-    groups = [dist.new_group() for _ in range(2)]
-    threads = [threading.Thread(target=one_sum, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return same
-
-
-def test_threads_that_take_turns_are_served(tmp_path):
-    assert run_ranks(2, _one_after_the_other, tmp_path) == [[True] * 20 * 6] * 2
+        _together(one_sum, [()])
+    _together(one_sum, [(dist.new_group(),) for _ in range(2)])
+    assert same == [True] * 20 * 6
 
 
 # By name: what the last of 3 ranks does otherwise than the others, and what all must be told.
@@ -194,36 +176,24 @@ DIFFERENT = {
 }
 
 
-def _checked(rank: int) -> dict[str, str]:
+@on_each_rank(3)
+def test_the_check_ends_all_ranks_with_what_differs(rank):
     os.environ[CHECK_SWITCH] = "1"
-    said = {}
-    for name, (other, _) in DIFFERENT.items():
+    for name, (other, wanted) in DIFFERENT.items():
         call = {"x": torch.ones(6, 64), "function": all_reduce} | (other if rank == 2 else {})
-        said[name] = error_of(lambda call=call: call.pop("function")(**call))
+        said = error_of(lambda call=call: call.pop("function")(**call))
+        assert said.startswith("ranks differ in one call: ") and wanted in said, (name, said)
     counts = [[2, 2, 2], [2, 2, 2], [1, 2, 3]][rank]
-    said["counts"] = error_of(lambda: reduce_scatter(torch.ones(6, 64), counts=counts))
+    said = error_of(lambda: reduce_scatter(torch.ones(6, 64), counts=counts))
+    assert "counts [2, 2, 2] on rank 0 and 1, [1, 2, 3] on rank 2" in said
     index = torch.tensor([3 + (rank == 1)])  # of one size: no payload shows it
     tables = get_codec().tables(64, bf16_index=index)
-    said["index"] = error_of(lambda: all_reduce(torch.ones(6, 64), tables=tables))
+    assert "on rank 0 and 2" in error_of(lambda: all_reduce(torch.ones(6, 64), tables=tables))
     assert torch.equal(all_reduce(torch.ones(4, 8), codec="bf16"), torch.full((4, 8), 3.0))
     pair = dist.new_group([1, 2])
     if rank:
-        alike = error_of(lambda: all_reduce(torch.ones(rank, 8), group=pair))
-        said["of a group"] = alike
-    return said
-
-
-def test_the_check_ends_all_ranks_with_what_differs(tmp_path):
-    by_rank = run_ranks(3, _checked, tmp_path)
-    assert {k: by_rank[0][k] for k in (*DIFFERENT, "counts", "index")} == by_rank[0]
-    for rank, said in enumerate(by_rank):
-        for name, (_, wanted) in DIFFERENT.items():
-            assert said[name].startswith("ranks differ in one call: "), (name, said[name])
-            assert wanted in said[name], (name, said[name])
-        assert "counts [2, 2, 2] on rank 0 and 1, [1, 2, 3] on rank 2" in said["counts"]
-        assert "on rank 0 and 2" in said["index"]
-        if rank:
-            assert "shape (1, 8) on rank 1, (2, 8) on rank 2" in said["of a group"]
+        said = error_of(lambda: all_reduce(torch.ones(rank, 8), group=pair))
+        assert "shape (1, 8) on rank 1, (2, 8) on rank 2" in said
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
-"""Error feedback over real collectives: each rank's chain against the specification, bit for bit.
+"""Error feedback over real collectives: each rank's chain against the specification."""
 
-The functions that begin with ``rank_`` run on every rank of a Gloo group and assert there.
-"""
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import sample, tables_for
-from ranks import run_ranks
+from ranks import on_each_rank
 
 import megatron_lowbit
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
@@ -76,41 +75,35 @@ def expected(codec, steps, collective):
     return sums
 
 
-def rank_chains(rank):
+@on_each_rank(2, pytest.param(3, marks=pytest.mark.slow))
+def test_all_reduces_carry_as_specified_on_every_rank_and_in_simulation(rank):
     ranks = dist.get_world_size()
-    for name, bits in CODECS:
-        for shape, chunk in SHAPES:
-            for dtype in (torch.bfloat16, torch.float32):
-                for collective in ("one-shot", "two-shot"):
-                    transport.CHUNK_VALUES = chunk
-                    case = (name, bits, shape, chunk, dtype, collective)
-                    codec, steps = chain_of(name, bits, shape, ranks, dtype)
-                    wanted = expected(codec, steps, collective)
-                    feedback = megatron_lowbit.ErrorFeedback()
-                    chains = [Chain() for _ in range(ranks)]
-                    for again in range(2):  # the second pass takes nothing of the first
-                        feedback.start()
-                        for number, (partials, tables) in enumerate(steps):
-                            call = {"codec": codec, "tables": tables, "collective": collective}
-                            out = all_reduce(partials[rank], feedback=feedback, **call)
-                            assert torch.equal(out.flatten(0, -2), wanted[number]), (case, number)
-                            here = [
-                                chain.step(number, x, HIDDEN, gives=True, needs=False)
-                                for chain, x in zip(chains, partials, strict=True)
-                            ]
-                            simulated = simulated_all_reduce(
-                                torch.stack(partials), traffic=Traffic(), steps=here, **call
-                            )
-                            assert torch.equal(simulated, out), (case, number, again)
-                    assert feedback.dropped == 0, case
+    dtypes = (torch.bfloat16, torch.float32)
+    for case in product(CODECS, SHAPES, dtypes, ("one-shot", "two-shot")):
+        (name, bits), (shape, transport.CHUNK_VALUES), dtype, collective = case
+        codec, steps = chain_of(name, bits, shape, ranks, dtype)
+        wanted = expected(codec, steps, collective)
+        feedback = megatron_lowbit.ErrorFeedback()
+        chains = [Chain() for _ in range(ranks)]
+        for again in range(2):  # the second pass takes nothing of the first
+            feedback.start()
+            for number, (partials, tables) in enumerate(steps):
+                call = {"codec": codec, "tables": tables, "collective": collective}
+                out = all_reduce(partials[rank], feedback=feedback, **call)
+                assert torch.equal(out.flatten(0, -2), wanted[number]), (case, number)
+                here = [
+                    chain.step(number, x, HIDDEN, gives=True, needs=False)
+                    for chain, x in zip(chains, partials, strict=True)
+                ]
+                simulated = simulated_all_reduce(
+                    torch.stack(partials), traffic=Traffic(), steps=here, **call
+                )
+                assert torch.equal(simulated, out), (case, number, again)
+        assert feedback.dropped == 0, case
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_all_reduces_carry_as_specified_on_every_rank_and_in_simulation(ranks, tmp_path):
-    run_ranks(ranks, rank_chains, tmp_path)
-
-
-def rank_ways(rank):
+@on_each_rank(3)
+def test_every_way_to_sum_carries(rank):
     """Strided partials, in-place sums, reduce-scatter, native, skips, changes of the way."""
     ranks = dist.get_world_size()
     codec, steps = chain_of("shaped-hybrid", (4, 4), (6, 2), ranks)
@@ -208,11 +201,8 @@ def _what_is_refused(rank, steps):
         chain.step(1, partial[:1], HIDDEN, gives=True, needs=True)
 
 
-def test_every_way_to_sum_carries(tmp_path):
-    run_ranks(3, rank_ways, tmp_path)
-
-
-def rank_hierarchical(rank):
+@on_each_rank(4, 6)
+def test_hierarchical_carries_every_quantization_once(rank):
     ranks = dist.get_world_size()
     for size in (2, ranks // 2):
         for low_bit_inside in (False, True):
@@ -241,7 +231,8 @@ def rank_hierarchical(rank):
             assert errors["carried"] < errors["plain"] / 3, (size, low_bit_inside, errors)
 
 
-def rank_two_levels_by_times(rank):
+@on_each_rank(4)
+def test_two_levels_are_timed_where_nodes_are_known(rank):
     codec = get_codec()
     policy = make_policy(
         Settings("auto", node_size=2),
@@ -254,15 +245,6 @@ def rank_two_levels_by_times(rank):
     assert policy.times.candidates == ["one-shot", "two-shot", "hierarchical"]
     timed = {case.collective for case in policy.times.timings.times}
     assert timed == {"native", *policy.times.candidates}
-
-
-def test_two_levels_are_timed_where_nodes_are_known(tmp_path):
-    run_ranks(4, rank_two_levels_by_times, tmp_path)
-
-
-@pytest.mark.parametrize("ranks", [4, 6])
-def test_hierarchical_carries_every_quantization_once(ranks, tmp_path):
-    run_ranks(ranks, rank_hierarchical, tmp_path)
 
 
 def test_a_changed_shape_drops_the_carry_and_counts_it():
@@ -293,7 +275,8 @@ def test_native_passes_by_a_chain_that_owes_it_nothing():
     assert chain.dropped == 0
 
 
-def rank_native_with_feedback(rank):
+@on_each_rank(2)
+def test_native_with_feedback(rank):
     """A native policy gives the same bits with feedback and without, and gives nothing on."""
     policy, feedback = Policy("native"), megatron_lowbit.ErrorFeedback()
     traffic, owed = Traffic(), torch.randn(5, HIDDEN).bfloat16()
@@ -309,11 +292,8 @@ def rank_native_with_feedback(rank):
     assert out.any(), "the carry of the call before goes along"
 
 
-def test_native_with_feedback(tmp_path):
-    run_ranks(2, rank_native_with_feedback, tmp_path)
-
-
-def rank_native_after_two_shot(rank):
+@on_each_rank(3)
+def test_native_after_two_shot(rank):
     """fp32 natively repairs all that two-shot missed, of the partials and of the sum."""
     ranks, feedback = dist.get_world_size(), megatron_lowbit.ErrorFeedback()
     first, second = (partials_at(step, (7,), ranks, torch.float32) for step in range(2))
@@ -324,10 +304,6 @@ def rank_native_after_two_shot(rank):
     missed = sqnr(torch.stack(first).sum(dim=0), total)
     # What is left is the rounding of carries to BF16: 20 dB of 4 bits and 54 dB of 9 bits.
     assert sqnr(exact, total + after) > missed + 40
-
-
-def test_native_after_two_shot(tmp_path):
-    run_ranks(3, rank_native_after_two_shot, tmp_path)
 
 
 def test_a_pass_that_stopped_leaves_nothing_behind():

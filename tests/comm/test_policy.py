@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from worker import error_of
+from json_places import put
+from ranks import on_each_rank
 
 from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
+from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
@@ -26,6 +27,7 @@ from megatron_lowbit.comm.traffic import Decision, Traffic
 from megatron_lowbit.errors import LowbitError
 
 KB = 1 << 10
+POINTS = "times/0/points"
 NAME = "rotated-hybrid (4 bits)"
 # Low bits win from 64 KB on, two-shot from 1 MB on.
 SIZES = (8 * KB, 64 * KB, 1024 * KB)
@@ -73,149 +75,101 @@ def _only(*names: tuple[str, str]) -> Timings:
     return _timings({Case(codec, False, by): (1.0,) for codec, by in names})
 
 
-def _decisions(rank: int, directory: Path) -> dict:
-    files = {
-        "good": _tuning(),
-        "ranks": _tuning(ranks=4),
-        "machine": _tuning(machine={**this_machine(), "device": "a 486"}),
-        "codec": _tuning(timings=_only(("", "native"), ("bf16 (16 bits)", "one-shot"))),
-        "differs": _tuning(timings=_timings({**TIMES, Case("", False, "native"): (1.0 + rank,)})),
-    }
-    own = directory / f"rank{rank}"
-    own.mkdir()
-    for name, tuning in files.items():
-        shared = own if name == "differs" else directory
-        if rank == 0 or name == "differs":
-            write_tuning(tuning, shared / f"{name}.json")
-    dist.barrier()
-    (own / "broken.json").write_text('{"format_version": 2, "times": 3}')
-    (directory / "old.json").write_text('{"format_version": 1, "times": []}')
-    policy = _policy(tuning=directory / "good.json")
-    traffic = Traffic()
+@on_each_rank(2)
+def test_a_tuning_file_decides_by_size(rank, tmp_path):
+    _write_by_first(rank, tmp_path / "good.json", _tuning())
+    policy, traffic = _policy(tuning=tmp_path / "good.json"), Traffic()
+    decided = [policy.all_reduce(size).collective for size in (4 * KB, 32 * KB, 9 << 20)]
+    assert decided == ["native", "one-shot", "two-shot"]
+    assert policy.reduce_scatter(4 * KB).collective == "reduce-scatter"
+    spans = "by good.json: native, one-shot from 64 KB, two-shot from 1 MB; "
+    assert spans in policy.spans()
     for tokens in (1, 512, 20_000):
         all_reduce(torch.randn(tokens, 64), collective=policy, traffic=traffic)
-    measured = _measured(rank)
+    why = {"native": "native is kept", "one-shot": "faster", "two-shot": "faster"}
+    counted = {decision: counters.calls for decision, counters in traffic.by_decision.items()}
+    assert counted == {Decision(mode, f"{why[mode]} by good.json"): 1 for mode in why}
+
+
+def _write_by_first(rank: int, path: Path, tuning: Tuning) -> None:
+    if rank == 0:
+        write_tuning(tuning, path)
+    dist.barrier()
+
+
+@on_each_rank(2)
+def test_times_taken_at_load(rank):
+    """What they leave alone, and what they decide: alike on all ranks, also after retuning."""
+    codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, 4)]
+    torch.manual_seed(7)
+    policy = _policy([Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs])
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(1)), "the times drew random numbers"
+    first = policy.times.timings
+    natives = [Case("", False, "native"), Case("", False, "native reduce-scatter")]
+    ways = ("one-shot", "reduce-scatter", "two-shot")
+    low = [Case(str(codec), True, by) for codec in codecs for by in ways]
+    assert sorted(first.times) == [*natives, *low]
+    # A token of 64 features, then four times as many.
+    assert first.sizes() == [128 << 2 * n for n in range(5)][: len(first.sizes())]
+    rounds = [each for points in first.times.values() for each in points.values()]
+    assert {len(each) for each in rounds} <= set(range(3, 25))
+    assert min(ms for each in rounds for ms in each) > 0
+    decided = [policy.all_reduce(1 << n) for n in range(6, 20)]
+    assert decided == [policy.all_reduce(1 << n) for n in range(6, 20)]
+    assert all(one.why.endswith("by times of this group") for one in decided)
+    text = policy.spans()
+    taken = r"by times of this group, 128 B to \d+ K?B, taken in \d+\.\d s: \w+"
+    assert re.match(taken, text) and "; scatters: " in text
+    policy.retune()
+    assert policy.times.timings != first
+    require_equal("all of it", [first, decided, text, policy.times.timings])
+
+
+@on_each_rank(2)
+def test_what_cannot_be_met_is_refused_on_every_rank(rank, tmp_path):
+    (tmp_path / "old.json").write_text('{"format_version": 1, "times": []}')
+    others = _only(("", "native"), ("bf16 (16 bits)", "one-shot"))
+    unfit = {
+        "is for 4 ranks, the group has 2.*write-tuning": {"ranks": 4},
+        "is for device 'a 486', this is .*write-tuning": {
+            "machine": {**this_machine(), "device": "a 486"}
+        },
+        r"no times of rotated-hybrid \(4 bits\), only of bf16": {"timings": others},
+    }
+    for number, (message, changes) in enumerate(unfit.items()):
+        _write_by_first(rank, tmp_path / f"{number}.json", _tuning(**changes))
+        _refused(message, tuning=tmp_path / f"{number}.json")
+    _write_by_first(rank, tmp_path / "good.json", _tuning())
     shaped = get_codec("rotated-hybrid", bits=3)
     carried = [Kind(get_codec(), get_codec().tables(64), 2, True), Kind(shaped, shaped.tables(64))]
-    refused = {
-        name: error_of(lambda name=name: _policy(tuning=directory / f"{name}.json"))
-        for name in ("ranks", "machine", "codec", "none", "old")
-    }
-    return {
-        "decided_by_size": [policy.all_reduce(n).collective for n in (4 * KB, 32 * KB, 9 << 20)],
-        "scatter": policy.reduce_scatter(4 * KB).collective,
-        "text": policy.spans(),
-        "traffic": {decision: counters.calls for decision, counters in traffic.by_decision.items()},
-        "measured": measured,
-        "carries": error_of(lambda: _policy(carried, tuning=directory / "good.json")),
-        "fixed": error_of(_policy(mode="one-shot").retune),
-        "differs": error_of(lambda: _policy(tuning=own / "differs.json")),
-        "broken": error_of(lambda: _policy(tuning=own / "broken.json")),
-        "modes": error_of(lambda: _policy(mode="one-shot" if rank else "two-shot")),
-        "one_node": error_of(lambda: _policy(mode="hierarchical", node_size=2)),
-        "odd_nodes": error_of(lambda: _policy(mode="hierarchical", node_size=3)),
-        "no_sums": error_of(
-            lambda: _policy(_of_ranges(), mode="hierarchical", node_size=1, low_bit_inside=True)
-        ),
-        "sums_not_sent": _policy(_of_ranges(), mode="hierarchical", node_size=1).mode,
-        **refused,
-    }
+    of_carried = r"no times of rotated-hybrid \(4 bits\) with carries, only of"
+    _refused(of_carried, carried, tuning=tmp_path / "good.json")
+    _refused("cannot read .*none.json", tuning=tmp_path / "none.json")
+    own = tmp_path / f"rank{rank}.json"
+    native = {Case("", False, "native"): (1.0 + rank,)}
+    write_tuning(_tuning(timings=_timings({**TIMES, **native})), own)
+    _refused("ranks differ in their (collective|tuning file)", tuning=own)
+    own.write_text('{"format_version": 2, "times": 3}')
+    _refused("ranks differ in their collective|is damaged", tuning=own)
+    old = r"old.json is a tuning file of format 1, which has neither .*: make it with"
+    _refused(old, tuning=tmp_path / "old.json")
+    _refused("ranks differ in their collective", mode="one-shot" if rank else "two-shot")
+    _refused("all 2 ranks are on one: use two-shot", mode="hierarchical", node_size=2)
+    odd = "nodes of 3 ranks do not divide a group of 2: give --lowbit-node-size"
+    _refused(odd, mode="hierarchical", node_size=3)
+    with pytest.raises(LowbitError, match="one-shot is fixed: only auto has times"):
+        _policy(mode="one-shot").retune()
+    nodes = {"mode": "hierarchical", "node_size": 1}
+    assert _policy(_of_ranges(), **nodes).mode == "hierarchical", "whose sum is not sent"
+    of_sum = "static-hybrid has no calibrated statistics of the sum"
+    _refused(of_sum, _of_ranges(), **nodes, low_bit_inside=True)
 
 
-def _measured(rank: int) -> dict:
-    """Times taken over real ranks: what they leave alone, and what they decide."""
-    codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, 4)]
-    kinds = [Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs]
-    torch.manual_seed(7)
-    policy = _policy(kinds)
-    drawn = torch.rand(1).item()
-    torch.manual_seed(7)
-    first = policy.times.timings
-    decided = [policy.all_reduce(1 << n) for n in range(6, 20)]
-    again = [policy.all_reduce(1 << n) for n in range(6, 20)]
-    policy.retune()
-    return {
-        "cases": sorted(first.times),
-        "sizes": first.sizes(),
-        "rounds": {len(rounds) for points in first.times.values() for rounds in points.values()},
-        "least": min(ms for points in first.times.values() for r in points.values() for ms in r),
-        "timings": first,
-        "undisturbed": drawn == torch.rand(1).item(),
-        "fixed": decided == again,
-        "decided": decided,
-        "text": policy.spans(),
-        "retuned": policy.times.timings != first,
-        "anew": policy.times.timings,
-    }
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tuning")
-    return run_ranks(2, _decisions, tmp_path_factory.mktemp("ranks"), directory)
-
-
-def test_tuning_file_decides_by_size(results):
-    for result in results:
-        assert result["decided_by_size"] == ["native", "one-shot", "two-shot"]
-        assert result["scatter"] == "reduce-scatter"
-        assert "by good.json: native, one-shot from 64 KB, two-shot from 1 MB; " in result["text"]
-
-
-def test_what_was_chosen_is_counted_with_its_reason(results):
-    modes = {"native": "native is kept", "one-shot": "faster", "two-shot": "faster"}
-    expected = {Decision(mode, f"{why} by good.json"): 1 for mode, why in modes.items()}
-    assert all(result["traffic"] == expected for result in results)
-
-
-def test_times_taken_at_load(results):
-    first, second = (result["measured"] for result in results)
-    natives = [Case("", False, "native"), Case("", False, "native reduce-scatter")]
-    names = [f"rotated-hybrid ({bits} bits)" for bits in (2, 4)]
-    ways = ("one-shot", "reduce-scatter", "two-shot")
-    assert first["cases"] == [*natives, *(Case(name, True, by) for name in names for by in ways)]
-    # A token of 64 features, then four times as many.
-    assert first["sizes"] == [128 << 2 * n for n in range(5)][: len(first["sizes"])]
-    assert first["rounds"] <= set(range(3, 25)) and first["least"] > 0
-    assert first["undisturbed"] and first["fixed"] and first["retuned"]
-    assert re.match(
-        r"by times of this group, 128 B to \d+ K?B, taken in \d+\.\d s: \w+", first["text"]
-    )
-    assert "; scatters: " in first["text"]
-    # The very same times on all ranks, and so the same decisions, before and after retuning.
-    for name in ("timings", "anew", "decided", "text"):
-        assert first[name] == second[name], name
-    assert all(d.why.endswith("by times of this group") for d in first["decided"])
-
-
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("ranks", "is for 4 ranks, the group has 2.*write-tuning"),
-        ("machine", "is for device 'a 486', this is .*write-tuning"),
-        ("codec", r"no times of rotated-hybrid \(4 bits\), only of bf16"),
-        ("none", "cannot read .*none.json"),
-        ("old", "old.json is a tuning file of format 1, which has neither .*: make it with"),
-        (
-            "carries",
-            r"no times of rotated-hybrid \(4 bits\) with carries, only of",
-        ),
-        ("fixed", "one-shot is fixed: only auto has times"),
-        ("differs", "ranks differ in their (collective|tuning file)"),
-        ("broken", "ranks differ in their collective|is damaged"),
-        ("modes", "ranks differ in their collective"),
-        ("one_node", "all 2 ranks are on one: use two-shot"),
-        ("odd_nodes", "nodes of 3 ranks do not divide a group of 2: give --lowbit-node-size"),
-        ("no_sums", "static-hybrid has no calibrated statistics of the sum"),
-    ],
-)
-def test_refused_on_every_rank(results, case, message):
-    for result in results:
-        assert re.search(message, result[case]), result[case]
-
-
-def test_statistics_of_the_sum_are_asked_for_only_where_it_is_sent(results):
-    assert [result["sums_not_sent"] for result in results] == ["hierarchical"] * 2
+def _refused(message: str, kinds=None, **settings) -> None:
+    with pytest.raises(LowbitError, match=message):
+        _policy(kinds, **settings)
 
 
 @pytest.mark.parametrize(("local", "shown"), [("0", "0"), ("two", "two"), ("", "not set")])
@@ -239,13 +193,6 @@ def test_settings_that_mean_nothing(settings, message):
         Settings(**settings)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format_version": 7}', '{"format_version": 1}'])
-def test_damaged_tuning_files(text, tmp_path):
-    (tmp_path / "t.json").write_text(text)
-    with pytest.raises(LowbitError, match="write-tuning"):
-        _parse(tmp_path / "t.json")
-
-
 def _of_nowhere() -> Tuning:
     return Tuning(machine={}, ranks=2, node_size=None, link="", timings=_timings())
 
@@ -255,19 +202,10 @@ def test_a_tuning_file_comes_back(tmp_path):
     assert _parse(tmp_path / "t.json").timings == _timings()
 
 
-@pytest.mark.parametrize("points", [[], [[8, []]], [[8, [0.0]]], [[8, ["nan"]]], [[8, 1.0]], [[8]]])
-def test_bad_points_in_a_tuning_file(points, tmp_path):
-    write_tuning(_of_nowhere(), tmp_path / "t.json")
-    content = json.loads((tmp_path / "t.json").read_text())
-    content["times"][0]["points"] = points
-    (tmp_path / "t.json").write_text(json.dumps(content))
-    with pytest.raises(LowbitError, match="is damaged"):
-        _parse(tmp_path / "t.json")
-
-
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
+        ("format_version", 7, "format"),
         ("ranks", 2.0, r"ranks: .*valid integer \(2.0"),
         ("ranks", True, "ranks: .*valid integer"),
         ("ranks", 0, "ranks: .*greater than or equal to 1"),
@@ -278,11 +216,17 @@ def test_bad_points_in_a_tuning_file(points, tmp_path):
         ("extra", 1, "extra: Extra inputs"),
         ("times", {}, "times: .*valid list"),
         ("times", [], "no times of native"),
-        ("points", [[8, [1e300]]], r"times\[0\].points\[0\]\[1\]\[0\]: .*less than or equal"),
-        ("points", [[8.5, [1.0]]], r"times\[0\].points\[0\]\[0\]: .*valid integer"),
-        ("points", [[8, [1.0]], [8, [2.0]]], r"times\[0\]: points have a size more than once"),
+        (POINTS, [], "is damaged"),
+        (POINTS, [[8, []]], "is damaged"),
+        (POINTS, [[8, [0.0]]], "is damaged"),
+        (POINTS, [[8, ["nan"]]], "is damaged"),
+        (POINTS, [[8, 1.0]], "is damaged"),
+        (POINTS, [[8]], "is damaged"),
+        (POINTS, [[8, [1e300]]], r"times\[0\].points\[0\]\[1\]\[0\]: .*less than or equal"),
+        (POINTS, [[8.5, [1.0]]], r"times\[0\].points\[0\]\[0\]: .*valid integer"),
+        (POINTS, [[8, [1.0]], [8, [2.0]]], r"times\[0\]: points have a size more than once"),
         (
-            "points",
+            POINTS,
             [[8 * KB, [1.0] * 5]],
             "one-shot has 6 rounds at 8192 bytes, native 5|has 6 rou",
         ),
@@ -292,15 +236,16 @@ def test_values_of_a_tuning_file_are_not_believed(place, value, message, tmp_pat
     path = tmp_path / "t.json"
     write_tuning(_of_nowhere(), path)
     content = json.loads(path.read_text())
-    (content["times"][0] if place == "points" else content)[place] = value
+    put(content, place, value)
     path.write_text(json.dumps(content))
     with pytest.raises(LowbitError, match=message) as error:
         _parse(path)
     assert str(path) in str(error.value) and "write-tuning" in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 400, "NaN", '"\\ud800"'])
-def test_a_tuning_file_that_no_reader_should_choke_on(text, tmp_path):
+@pytest.mark.parametrize("text", ["", "[]", '{"format_version": 1}', '"\\ud800"'])
+def test_what_is_no_tuning_file_at_all(text, tmp_path):
+    """What else is no JSON is in test_json_files.py."""
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(LowbitError, match=r"t.json is not valid JSON .*write-tuning"):
+    with pytest.raises(LowbitError, match="t.json .*write-tuning"):
         _parse(tmp_path / "t.json")

@@ -1,22 +1,24 @@
-"""What every rank of the collective tests does: the cases, and what a process makes of one.
+"""Cases of collectives, and what a process makes of one: all ranks' bits must be its own.
 
 A case is drawn by Hypothesis in the test process; all ranks make their partials from its seed, so
 any rank knows what all have.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
-from cases import sample, tables_for
+from cases import payloads_of, reference_sum, sample, tables_for, through
 from torch import Tensor
 
 from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm import all_gather, all_reduce, reduce_scatter, transport
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
-from megatron_lowbit.comm.traffic import Traffic
+from megatron_lowbit.comm.simulated import simulated_all_reduce
+from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.comm.transport import owned
 from megatron_lowbit.errors import LowbitError
 
@@ -65,51 +67,82 @@ def can_run(collective: str, ranks: int) -> bool:
     return collective != "hierarchical" or ranks in (4, 6, 8)
 
 
-def run_cases(rank: int, cases: list[Case]) -> list[dict]:
-    """The result of every case on this rank."""
-    results = []
-    policies: dict[bool, Policy] = {}
-    for case in cases:
-        transport.CHUNK_VALUES = case.chunk_values
-        results.append(_run_case(rank, dist.get_world_size(), case, policies))
-    return results
+def check(rank: int, case: Case) -> None:
+    """Run a case on every rank: the bits of one process, and what is counted."""
+    ranks, traffic = dist.get_world_size(), Traffic()
+    mine = case.partials(ranks)[rank]
+    transport.CHUNK_VALUES = case.chunk_values
+    out = _send(case, mine, traffic)
+    if ranks == 1:  # nothing is sent, nothing is lost
+        assert torch.equal(out, mine), case
+        assert traffic.total() == Counters(), case
+        return
+    wanted = _own_part(case, expected(case, ranks), rank)
+    assert (out.dtype, out.shape) == (case.dtype, wanted.shape), case
+    assert torch.equal(out, wanted), f"rank {rank}: {case}"
+    total = traffic.total()
+    assert (total.calls, total.values) == (1, mine.numel()), case
+    if case.collective != "hierarchical":
+        assert total.sent_bytes == sent_by(case, rank), f"rank {rank}: {case}"
+    assert [(one.collective, one.why) for one in traffic.by_decision] == [
+        (case.collective, "fixed")
+    ]
+    if rank == 0 and case.collective in ("one-shot", "two-shot"):
+        _check_simulated(case, out, traffic)
 
 
-def _run_case(rank: int, ranks: int, case: Case, policies: dict[bool, Policy]) -> dict:
+def _check_simulated(case: Case, out: Tensor, counted: Traffic) -> None:
+    """One process gives the same bits and counts what the first rank has counted."""
+    ranks, traffic = dist.get_world_size(), Traffic()
+    simulated = simulated_all_reduce(
+        torch.stack(case.partials(ranks)),
+        case.tables(ranks),
+        codec=case.make_codec(),
+        collective=case.collective,
+        traffic=traffic,
+    )
+    assert simulated.dtype == case.dtype, case
+    assert torch.equal(simulated, out), case
+    assert replace(traffic.total(), seconds=0) == replace(counted.total(), seconds=0), case
+    assert list(traffic.by_decision) == list(counted.by_decision), case
+
+
+def _send(case: Case, mine: Tensor, traffic: Traffic) -> Tensor:
+    ranks = dist.get_world_size()
     codec, tables = case.make_codec(), case.tables(ranks)
-    mine, traffic = case.partials(ranks)[rank], Traffic()
     call = {"codec": codec, "tables": tables, "traffic": traffic}
     if case.collective == "reduce-scatter":
-        out = reduce_scatter(mine, **call)
-    elif case.collective == "all-gather":
-        out = all_gather(mine, **call)
-    elif case.collective == "hierarchical":
-        inside = case.low_bit_inside
-        if inside not in policies:
-            settings = Settings("hierarchical", node_size=node_size(ranks), low_bit_inside=inside)
-            policies[inside] = make_policy(
-                settings, group=dist.group.WORLD, codec=codec, tables=tables, device=mine.device
-            )
-        out = all_reduce(mine, collective=policies[inside], **call)
-    else:
-        out = all_reduce(mine, collective=case.collective, **call)
-    return {"out": out, "traffic": traffic.total(), "choices": list(traffic.by_decision)}
+        return reduce_scatter(mine, **call)
+    if case.collective == "all-gather":
+        return all_gather(mine, **call)
+    if case.collective == "hierarchical":
+        return all_reduce(mine, collective=_two_levels(ranks, case.low_bit_inside), **call)
+    return all_reduce(mine, collective=case.collective, **call)
+
+
+@cache  # its groups are made once
+def _two_levels(ranks: int, low_bit_inside: bool) -> Policy:
+    return make_policy(
+        Settings("hierarchical", node_size=node_size(ranks), low_bit_inside=low_bit_inside),
+        group=dist.group.WORLD,
+        codec=get_codec(),
+        tables=get_codec().tables(64),
+        device=torch.device("cpu"),
+    )
 
 
 def expected(case: Case, ranks: int) -> Tensor:
     """fp32 ``[tokens, hidden]``: what the collective must give before rounding, in one process."""
     codec, tables = case.make_codec(), case.tables(ranks)
     flat = [p.reshape(-1, case.shape[-1]) for p in case.partials(ranks)]
-    if case.collective == "all-gather":
-        payloads = [codec.encode(p, tables, rank=r) for r, p in enumerate(flat)]
-        shards = [
-            codec.decode_sum(payload[None], tables.of_ranks(r, r + 1))
-            for r, payload in enumerate(payloads)
-        ]
-        return torch.cat(shards)
     if case.collective == "hierarchical":
         return _hierarchical(case, codec, tables, flat)
-    payloads = torch.stack([codec.encode(p, tables, rank=r) for r, p in enumerate(flat)])
+    payloads = payloads_of(codec, flat, tables)
+    if case.collective == "all-gather":
+        one = [tables.of_ranks(rank, rank + 1) for rank in range(ranks)]
+        return torch.cat(
+            [codec.decode_sum(p[None], own) for p, own in zip(payloads, one, strict=True)]
+        )
     if case.collective == "two-shot":
         return _requantized(codec, tables, payloads)
     return codec.decode_sum(payloads, tables)
@@ -130,22 +163,21 @@ def _hierarchical(case: Case, codec: Codec, tables: Tables, flat: list[Tensor]) 
         mine = tables.of_ranks(first, first + size)
         if not case.low_bit_inside:
             mine = inside.tables(tables.hidden)
-        rows = [inside.encode(p, mine, rank=r) for r, p in enumerate(flat[first : first + size])]
-        sums.append(inside.decode_sum(torch.stack(rows), mine))
+        sums.append(reference_sum(inside, flat[first : first + size], mine))
     between = tables.of_nodes(nodes)
-    payloads = torch.stack([codec.encode(s, between, rank=r) for r, s in enumerate(sums)])
+    payloads = payloads_of(codec, sums, between)
     if nodes > 2:
         total = _requantized(codec, between, payloads)
     else:
         total = codec.decode_sum(payloads, between)
     last = inside.for_sum()
     last_tables = codec.sum_tables(tables) if case.low_bit_inside else inside.tables(tables.hidden)
-    return last.decode_sum(last.encode(total, last_tables)[None], last_tables)
+    return through(last, total, last_tables)
 
 
-def own_part(case: Case, total: Tensor, ranks: int, rank: int) -> Tensor:
+def _own_part(case: Case, total: Tensor, rank: int) -> Tensor:
     """Of the whole result, what this rank gets, in the shape and dtype it gets."""
-    shape = list(case.shape)
+    ranks, shape = dist.get_world_size(), list(case.shape)
     if case.collective == "reduce-scatter":
         start, stop = owned(len(total), ranks)[rank]
         total, shape[0] = total[start:stop], shape[0] // ranks
@@ -154,16 +186,15 @@ def own_part(case: Case, total: Tensor, ranks: int, rank: int) -> Tensor:
     return total.to(case.dtype).view(shape)
 
 
-def sent_by(case: Case, ranks: int, rank: int) -> int | None:
-    """Bytes that a rank must have sent; None for hierarchical, whose parts are tested as such."""
+def sent_by(case: Case, rank: int) -> int:
+    """Bytes that a rank must have sent; of hierarchical the parts are tested as such."""
+    ranks = dist.get_world_size()
     codec, tables = case.make_codec(), case.tables(ranks)
     tokens, row = torch.Size(case.shape[:-1]).numel(), codec.row_bytes(tables)
     if case.collective in ("one-shot", "all-gather"):
         return (ranks - 1) * tokens * row
     if case.collective == "reduce-scatter":
         return (tokens - tokens // ranks) * row
-    if case.collective == "hierarchical":
-        return None
     sum_row = codec.for_sum().row_bytes(codec.sum_tables(tables))
     total = 0
     for start, stop in transport.chunks(tokens, case.shape[-1], ranks):

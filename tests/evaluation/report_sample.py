@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import torch
+from json_places import changed
 
 from megatron_lowbit.calibration.index import CalibrationIndex, SyncPointRecord, select_bf16_index
 
@@ -106,11 +107,7 @@ def keep_codecs(content, names: set[str]):
 
 def without_numbers(content):
     """The same evaluation with null for every fraction, as where nothing was finite."""
-    if isinstance(content, list):
-        return [without_numbers(one) for one in content]
-    if isinstance(content, dict):
-        return {key: without_numbers(one) for key, one in content.items()}
-    return None if isinstance(content, float) else content
+    return changed(content, value=lambda one: None if isinstance(one, float) else one)
 
 
 def _is_in(one: dict, names: set[str]) -> bool:

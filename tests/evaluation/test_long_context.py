@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_each_rank
 from toys import VOCAB, Words, bigram, contextual, copying, toy
 
+from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.generation import Generation, generate
 from megatron_lowbit.evaluation.measures.long_context import LongText, buckets
@@ -183,15 +184,17 @@ def _everything() -> list[dict]:
     return [record for one in measures for record in records(one, models[0], v=models[1])]
 
 
-def _on_rank(rank: int) -> list[dict]:
+@pytest.fixture
+def alone() -> list[dict]:
+    """What one process finds."""
     return _everything()
 
 
-def test_a_split_vocabulary_gives_the_same_scores(tmp_path):
-    alone = _everything()
-    first, *others = run_ranks(3, _on_rank, tmp_path)
-    assert all(other == first for other in others)
-    for one, split in zip(alone, first, strict=True):
+@on_each_rank(3)
+def test_a_split_vocabulary_gives_the_same_scores(rank, alone):
+    found = _everything()
+    require_equal("scores", found)
+    for one, split in zip(alone, found, strict=True):
         for run in ("native", "v"):
             assert list(one[run]) == list(split[run])
             for name, values in one[run].items():

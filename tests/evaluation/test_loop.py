@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_each_rank, run_ranks
 
+from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.comm.traffic import Clock, Counters, Decision, Traffic
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.evaluation_loop import Variant, evaluate
@@ -21,6 +22,7 @@ from megatron_lowbit.model.stages import WHOLE, Stages
 VOCAB, PADDED = 20, 24
 SEQUENCES = torch.randint(0, VOCAB, (5, 9), generator=torch.Generator().manual_seed(3))
 LEVELS = (0.0, 0.1, 0.5)
+ALL = 7 * (1 + len(LEVELS))  # runs of the model: native and each variant on seven sequences
 
 
 class Model:
@@ -89,49 +91,10 @@ def _alone(rank: int) -> tuple:
     return _evaluate(None)
 
 
-def _over_stages(rank: int, directory: str) -> tuple:
-    """Every rank is a pipeline stage with two sync points, and sees the same logits."""
-    return _evaluate(Path(directory) / "journal", stages=Stages(dist.group.WORLD))
-
-
-def _interrupted(rank: int, directory: str) -> dict:
-    """Dies at the fourth sequence, in the middle of a line; then goes on in every wrong way."""
-    path = Path(directory) / "journal"
-    found = {"died": _evaluate(path, dies_at=3)}
-    (part,) = path.glob("part*")
-    found["lines"] = part.read_text().count("\n")
-    part.write_bytes(part.read_bytes()[:-20])
-    text = {"text a": {"sha256": "1", "tokens": 40, "seq_length": 9}}
-    found["other text"] = _evaluate(path, resume=True, changed=text)
-    found["other size"] = _evaluate(path, resume=True, changed={"size": 8})
-    found["resumed"] = _evaluate(path, resume=True)
-    found["again"] = _evaluate(path, resume=True)
-    found["over"] = _evaluate(path)
-    whole = part.read_text()
-    part.write_text("x" + whole)
-    found["damaged"] = _evaluate(path, resume=True)
-    found["wrong"] = []
-    for old, new in (
-        ('"unit": 0', '"unit": 1'),
-        ('"unit": 0', '"unit": "0"'),
-        ('"unit": 0', '"unit": false'),
-        ('"record": {', '"record": {"native": 3, "extra": '),
-        ('"measure": "', '"measure": "\\ud800'),
-        ("{", "[" * 100_000),
-    ):
-        part.write_text(whole.replace(old, new, 1))
-        found["wrong"].append(_evaluate(path, resume=True))
-    return found
-
-
-def _resume_in_parallel(rank: int, directory: str) -> tuple:
-    return _evaluate(Path(directory) / "journal", resume=True)
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> str:
     text, calls = run_ranks(1, _alone, tmp_path_factory.mktemp("alone"))[0]
-    assert calls == 7 * (1 + len(LEVELS))
+    assert calls == ALL
     return text
 
 
@@ -167,54 +130,86 @@ def test_perplexity_and_difference_by_hand(alone):
     assert result["delta_nll_stderr"] == pytest.approx(error.item(), rel=1e-5)
 
 
-def test_data_parallel_ranks_give_the_same_bytes(alone, tmp_path):
-    results = run_ranks(3, _alone, tmp_path)
-    assert [text for text, _ in results] == [alone] * 3
-    assert sum(calls for _, calls in results) == 7 * (1 + len(LEVELS)), "each unit ran once"
+@on_each_rank(3)
+def test_data_parallel_ranks_give_the_same_bytes(rank, alone):
+    text, calls = _evaluate(None)
+    assert text == alone
+    assert sum(gather_values(calls)) == ALL, "each unit ran once"
 
 
-def test_pipeline_stages_give_the_same_scores_and_add_up_what_they_sent(alone, tmp_path):
-    results = run_ranks(2, _over_stages, tmp_path / "ranks", str(tmp_path))
-    expected, of_one = json.loads(alone)
-    for text, calls in results:
-        summaries, traffic = json.loads(text)
-        assert summaries == expected
-        assert calls == 7 * (1 + len(LEVELS)), "each stage ran every unit"
-        for name, counted in traffic.items():
-            for key in ("values", "payload_bytes", "sent_bytes"):
-                assert counted[key] == 2 * of_one[name][key], key
-            assert counted["tokens"] == of_one[name]["tokens"]
+@on_each_rank(2)
+def test_pipeline_stages_give_the_same_scores_and_add_up_what_they_sent(rank, alone, tmp_path):
+    """Every rank is a pipeline stage with two sync points, and sees the same logits."""
+    text, calls = _evaluate(tmp_path / "journal", stages=Stages(dist.group.WORLD))
+    (expected, of_one), (summaries, traffic) = json.loads(alone), json.loads(text)
+    assert summaries == expected
+    assert calls == ALL, "each stage ran every unit"
+    for name, counted in traffic.items():
+        for key in ("values", "payload_bytes", "sent_bytes"):
+            assert counted[key] == 2 * of_one[name][key], key
+        assert counted["tokens"] == of_one[name]["tokens"]
+    dist.barrier()
     (part,) = (tmp_path / "journal").glob("part*")
     assert part.read_text().count("\n") == 7, "one stage writes"
 
 
-def test_an_interrupted_evaluation_goes_on(alone, tmp_path):
-    found = run_ranks(1, _interrupted, tmp_path / "ranks", str(tmp_path))[0]
-    assert found["died"] == "died"
-    assert found["lines"] == 3
-    text, calls = found["resumed"]
+@on_each_rank(1)
+def test_an_interrupted_evaluation_goes_on(rank, alone, tmp_path):
+    part = _interrupted(tmp_path / "journal")
+    assert part.read_text().count("\n") == 3
+    part.write_bytes(part.read_bytes()[:-20])  # in the middle of a line
+    text, calls = _evaluate(tmp_path / "journal", resume=True)
     assert text == alone
     assert calls == 5 * (1 + len(LEVELS)), "two whole lines were left"
-    assert found["again"] == (alone, 0)
-    assert found["over"] == (alone, 7 * (1 + len(LEVELS))), "without resume all is measured again"
+    assert _evaluate(tmp_path / "journal", resume=True) == (alone, 0)
+    assert _evaluate(tmp_path / "journal") == (alone, ALL), "without resume all is measured again"
 
 
-def test_another_evaluation_is_refused_and_what_differs_is_said(tmp_path):
-    found = run_ranks(1, _interrupted, tmp_path / "ranks", str(tmp_path))[0]
-    assert "another evaluation (text a seq_length: 8 there, 9 here): run" in found["other text"]
-    assert "another evaluation (size: 3 there, 8 here): run without" in found["other size"]
-    for message in (found["damaged"], *found["wrong"]):
-        assert isinstance(message, str), "it went on"
-        assert "cannot resume from" in message and "run without --resume" in message
-        assert message.isprintable()
+def _interrupted(journal: Path) -> Path:
+    """Dies at the fourth sequence; the journal's only file."""
+    assert _evaluate(journal, dies_at=3) == "died"
+    (part,) = journal.glob("part*")
+    return part
 
 
-def test_resuming_with_more_ranks(alone, tmp_path):
-    run_ranks(1, _start_and_die, tmp_path / "first", str(tmp_path))
-    results = run_ranks(2, _resume_in_parallel, tmp_path / "second", str(tmp_path))
-    assert [text for text, _ in results] == [alone] * 2
-    assert sum(calls for _, calls in results) == 4 * (1 + len(LEVELS))
+@on_each_rank(1)
+def test_another_evaluation_is_refused_and_what_differs_is_said(rank, tmp_path):
+    part = _interrupted(tmp_path / "journal")
+    text = {"text a": {"sha256": "1", "tokens": 40, "seq_length": 9}}
+    for changed, message in (
+        (text, "another evaluation (text a seq_length: 8 there, 9 here): run"),
+        ({"size": 8}, "another evaluation (size: 3 there, 8 here): run without"),
+    ):
+        assert message in _evaluate(tmp_path / "journal", resume=True, changed=changed)
+    whole = part.read_text()
+    for old, new in (
+        ("", "x"),
+        ('"unit": 0', '"unit": 1'),
+        ('"unit": 0', '"unit": "0"'),
+        ('"unit": 0', '"unit": false'),
+        ('"record": {', '"record": {"native": 3, "extra": '),
+        ('"measure": "', '"measure": "\\ud800'),
+        ("{", "[" * 100_000),
+    ):
+        part.write_text(whole.replace(old, new, 1))
+        said = _evaluate(tmp_path / "journal", resume=True)
+        assert isinstance(said, str), "it went on"
+        assert "cannot resume from" in said and "run without --resume" in said
+        assert said.isprintable()
 
 
-def _start_and_die(rank: int, directory: str) -> str:
-    return _evaluate(Path(directory) / "journal", dies_at=3)
+def _start_and_die(rank: int, directory: Path) -> None:
+    _interrupted(directory / "journal")
+
+
+@pytest.fixture
+def begun(tmp_path) -> None:
+    """One rank began an evaluation in `tmp_path`, and died."""
+    run_ranks(1, _start_and_die, tmp_path / "first", tmp_path)
+
+
+@on_each_rank(2)
+def test_resuming_with_more_ranks(rank, begun, alone, tmp_path):
+    text, calls = _evaluate(tmp_path / "journal", resume=True)
+    assert text == alone
+    assert sum(gather_values(calls)) == 4 * (1 + len(LEVELS))

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import report_sample as sample
+from json_places import changed
+from processes import python
 
+from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation import report
@@ -89,17 +92,24 @@ def _texts_only() -> dict:
     return _few(**EMPTY | {"texts": _few()["texts"], "sync_points": None})
 
 
-def _page(tmp_path: Path, *contents: dict, **manifest) -> Page:
-    files = [sample.write(one, tmp_path / f"{i}.json") for i, one in enumerate(contents)]
-    index = sample.index(layers=4, **manifest)
-    index.manifest.setdefault("sha256", "0" * 64)
-    points = [
+def _points(index: CalibrationIndex) -> list[PointRanges]:
+    return [
         PointRanges(layer, name, record.ranges.sum(dim=0), record.bf16_index)
         for layer, records in index.layers.items()
         for name, record in records.items()
     ]
-    sections = all_sections(index.manifest, points, read_results(files), "the command")
+
+
+def _page(tmp_path: Path, *contents: dict, **manifest) -> Page:
+    files = [sample.write(one, tmp_path / f"{i}.json") for i, one in enumerate(contents)]
+    index = sample.index(layers=4, **manifest)
+    index.manifest.setdefault("sha256", "0" * 64)
+    sections = all_sections(index.manifest, _points(index), read_results(files), "the command")
     return Page(page.render("a title", sections))
+
+
+def _tool(index: Path, results: list[Path], into: Path) -> subprocess.CompletedProcess:
+    return python(TOOL, "--index", index, "--results", *results, "--output", into / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +134,8 @@ def whole(tmp_path_factory) -> tuple[str, Path]:
     one = sample.write(sample.evaluation(layers=6, index_sha256=digest), directory / "a.json")
     other = sample.evaluation(layers=6, seed=1, tp_size=8, simulated=True)
     two = sample.write(other, directory / "b.json")
-    command = [sys.executable, TOOL, "--index", directory / "lowbit", "--results", one, two]
-    command += ["--output", directory / "out" / "report.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    done = _tool(directory / "lowbit", [one, two], directory / "out")
+    assert (done.returncode, done.stderr) == (0, "")
     return (directory / "out" / "report.html").read_text(), directory
 
 
@@ -269,12 +276,7 @@ def test_outliers_by_their_multiple_of_the_median():
     index = sample.index(layers=3)
     record = index.layers[2]["mlp.linear_fc2"]
     record.maximum[:, 7] = 500.0
-    points = [
-        PointRanges(layer, name, one.ranges.sum(dim=0), one.bf16_index)
-        for layer, records in index.layers.items()
-        for name, one in records.items()
-    ]
-    (first,) = most_extreme(points, 1)
+    (first,) = most_extreme(_points(index), 1)
     feature, widest, times = first.outlier
     assert (first.layer, first.name, feature, widest) == (2, "mlp.linear_fc2", 7, 3000.0)
     assert times == pytest.approx(first.left)  # feature 7 is not in the BF16 index
@@ -286,18 +288,12 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         _page(tmp_path, _texts_only(), recipe={"points": {"1": {"mlp.linear_fc2": entry}}})
 
 
-def _named(content, old: str, new: str):
-    """The same evaluation with a variant of another name."""
-    if isinstance(content, list):
-        return [_named(one, old, new) for one in content]
-    if isinstance(content, dict):
-        return {new if k == old else k: _named(one, old, new) for k, one in content.items()}
-    return new if content == old else content
-
-
 @pytest.mark.parametrize("name", [r"$\bad{$", "$x$", "a$b", r"\frac{1}", "<b>&amp;", "日本 🙂"])
 def test_names_are_plain_text(tmp_path, name):
-    content = _named(_few(model=name), "static-hybrid", f"static-hybrid {name}")
+    def named(text):
+        return f"static-hybrid {name}" if text == "static-hybrid" else text
+
+    content = changed(_few(model=name), value=named, key=named)
     content["texts"][0]["name"] = content["long_context"][0]["name"] = name
     content["sync_points"]["points"][0]["name"] = name
     assert name in " ".join(_page(tmp_path, content).words)
@@ -305,53 +301,36 @@ def test_names_are_plain_text(tmp_path, name):
 
 def test_numbers_near_the_end_of_doubles_are_drawn(tmp_path):
     def huge(value):
-        if isinstance(value, list):
-            return [huge(one) for one in value]
-        if isinstance(value, dict):
-            return {key: huge(one) for key, one in value.items()}
         return value * 1e308 / max(abs(value), 1e-9) if isinstance(value, float) else value
 
-    made = _page(tmp_path, huge(_few()))
-    assert set(_faults(made)) <= {"Not measured."}
-    large = json.loads(json.dumps(huge(_few())).replace("e+308", "e+29"))
+    content = changed(_few(), value=huge)
+    assert set(_faults(_page(tmp_path, content))) <= {"Not measured."}
+    large = json.loads(json.dumps(content).replace("e+308", "e+29"))
     assert set(_faults(_page(tmp_path, large))) <= {"Not measured."}
 
 
-def _sections() -> list:
-    plot = style.Plot(name="one", caption="a plot", svg="<svg></svg>", png=b"\x89PNG new")
+def _sections(name: str = "one", data: bytes = b"new") -> list:
+    plot = style.Plot(name=name, caption="a plot", svg="<svg></svg>", png=b"\x89PNG " + data)
     return [page.Section("headline", "A section", [plot])]
 
 
-def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
-    output = tmp_path / "report.html"
-    page.write_report("old", _sections(), output)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def full(path, data):
-        path.write_bytes(data[:3])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(page, "write", full)
-    with pytest.raises(OSError, match="No space left"):
-        page.write_report("new", _sections(), output)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_nothing_of_a_report_is_new_where_its_page_cannot_be_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["plot", "page"])
+def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch, fails):
+    """Whole: nothing of it is new where its page cannot be written."""
     output = tmp_path / "report.html"
     page.write_report("old", _sections(), output)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     write = page.write
 
     def full(path, data):
-        if path.suffix != ".png":
+        if fails == ("plot" if path.suffix == ".png" else "page"):
+            path.write_bytes(data[:3])
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, data)
 
     monkeypatch.setattr(page, "write", full)
-    plot = style.Plot(name="two", caption="a plot", svg="<svg></svg>", png=b"\x89PNG newer")
     with pytest.raises(OSError, match="No space left"):
-        page.write_report("new", [page.Section("headline", "A section", [plot])], output)
+        page.write_report("new", _sections("two", b"newer"), output)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -364,9 +343,7 @@ def test_a_file_name_that_is_no_unicode_is_shown_as_escapes(tmp_path):
 def test_a_lone_surrogate_leaves_nothing(tmp_path):
     write_index(sample.index(layers=2), tmp_path / "lowbit")
     sample.write(_texts_only() | {"model": "a\ud800"}, tmp_path / "a.json")
-    command = [sys.executable, TOOL, "--index", tmp_path / "lowbit", "--results"]
-    command += [tmp_path / "a.json", "--output", tmp_path / "out" / "report.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = _tool(tmp_path / "lowbit", [tmp_path / "a.json"], tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "lone surrogate" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
@@ -390,9 +367,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
 def test_tool_fails_in_one_line(tmp_path):
     write_index(sample.index(layers=2), tmp_path / "lowbit")
     (tmp_path / "a.json").write_text("{}")
-    command = [sys.executable, TOOL, "--index", tmp_path / "lowbit", "--results"]
-    command += [tmp_path / "a.json", "--output", tmp_path / "report.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = _tool(tmp_path / "lowbit", [tmp_path / "a.json"], tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"report.py: error: {tmp_path / 'a.json'}: format is null, this release reads 2 and 3: "

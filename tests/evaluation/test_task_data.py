@@ -8,27 +8,21 @@ import pytest
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation.measures.task_data import TASKS, read_task
 
-ITEMS = {
-    "arc-easy": 2376,
-    "arc-challenge": 1172,
-    "winogrande": 1267,
-    "hellaswag": 10042,
-    "boolq": 3270,
-}
-CHOICES = {
-    "arc-easy": {3, 4, 5},
-    "arc-challenge": {3, 4, 5},
-    "winogrande": {2},
-    "hellaswag": {4},
-    "boolq": {2},
+# How many items a task has, and how many choices they have.
+SIZES = {
+    "arc-easy": (2376, {3, 4, 5}),
+    "arc-challenge": (1172, {3, 4, 5}),
+    "winogrande": (1267, {2}),
+    "hellaswag": (10042, {4}),
+    "boolq": (3270, {2}),
 }
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_items_of_the_real_files(name):
     task = read_task(name)
-    assert len(task.items) == ITEMS[name]
-    assert {len(item.continuations) for item in task.items} == CHOICES[name]
+    choices = {len(item.continuations) for item in task.items}
+    assert (len(task.items), choices) == SIZES[name]
     assert task.metric == ("acc" if name in ("winogrande", "boolq") else "acc_norm")
     for item in task.items:
         assert len(item.contexts) == len(item.continuations)

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lowbit import kernels
-from megatron_lowbit.codecs import Statistics, get_codec, wire
-from megatron_lowbit.codecs.carry import Carry
+from megatron_lowbit.benchmark.gpu_check.work import hard_cases, kernel_cases
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import tables_of
+from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.codebook import thresholds
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.codecs.rotation import signs
@@ -36,79 +36,24 @@ BITS = sorted(RotatedHybrid.supported_bits)
 OUT_DTYPES = [None, *DTYPES]
 
 
-def _tables(codec, hidden: int, kept: int, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randperm(hidden, generator=generator)[: min(kept, hidden)]
-    statistics = None
-    if codec.name == "shaped-hybrid":
-        statistics = Statistics.of(sample("heavy-tailed", (8, 4, hidden), seed))
-    return codec.tables(hidden, bf16_index=index, statistics=statistics)
-
-
-def _bits_of(values: Tensor) -> Tensor:
-    """The bits of floats, those of every NaN alike: -0 is not 0 here."""
-    integer = torch.int32 if values.dtype == torch.float32 else torch.int16
-    return values.contiguous().view(integer).masked_fill(values.isnan(), -1)
-
-
-def _bits_of_payload(payload: Tensor, codec, hidden: int) -> tuple[Tensor, Tensor]:
-    body = wire.packed_bytes(hidden, codec.bits)
-    floats = payload[..., body + body % 2 :].contiguous().view(torch.bfloat16)
-    return payload[..., : body + body % 2], _bits_of(floats)
-
-
-def _check_payload(got: Tensor, expected: Tensor, codec, hidden: int) -> None:
-    for a, b in zip(*(_bits_of_payload(p, codec, hidden) for p in (got, expected)), strict=True):
-        if not torch.equal(a, b):
-            where = (a != b).nonzero()[0].tolist()
-            raise AssertionError(f"{codec}, hidden {hidden}: payloads differ first at {where}")
-
-
-def _check_carried(codec, encode: Callable[[Carry], Tensor], taken: Tensor) -> None:
-    """An encoding that takes `taken`: payload, new carry, bounded rows, as in plain torch."""
-
-    def carried() -> tuple[Tensor, Tensor, int]:
-        given = torch.empty(taken.shape, dtype=torch.bfloat16)
-        bounded = torch.zeros(1, dtype=torch.int64)
-        return encode(Carry(taken, given, bounded)), given, int(bounded)
-
-    with kernels.disabled():
-        payload, given, bounded = carried()
-    got = carried()
-    _check_payload(got[0], payload, codec, taken.shape[1])
-    assert torch.equal(_bits_of(got[1]), _bits_of(given)), f"{codec}, {taken.shape}: other carry"
-    assert got[2] == bounded
-
-
 def _check(codec, partials: list[Tensor], tables) -> None:
-    """Encode, decode_sum and reduce_encode of `partials`, each against plain torch."""
-    for rank, partial in enumerate(partials):
-        with kernels.disabled():
-            expected = codec.encode(partial, tables, rank=rank)
-        _check_payload(codec.encode(partial, tables, rank=rank), expected, codec, tables.hidden)
-    _check_carried(
-        codec,
-        lambda carry: codec.encode_with_carry(partial, tables, carry, rank=rank),
-        partial.flip(0),
-    )
-    _check_sums(codec, torch.stack([codec.encode(p, tables) for p in partials]), tables)
+    """All that is made of `partials`, of the last with a carry, each against plain torch."""
+    _check_sums(codec, kernel_cases.check(codec, partials, tables), tables)
+    taken = partials[-1].flip(0)
+    kernel_cases.check_carry(codec, partials[-1], taken, tables, rank=len(partials) - 1)
 
 
 def _check_sums(codec, payloads: Tensor, tables) -> None:
+    """All that is made of `payloads`, likewise."""
+    kernel_cases.check_sums(codec, payloads, tables, dtypes=OUT_DTYPES)
+    taken = codec.decode_sum(payloads, tables).flip(0)
+    got, right = (kernel_cases.new_carry(taken, *taken.shape, "cpu") for _ in range(2))
     with kernels.disabled():
-        total = codec.decode_sum(payloads, tables)
-        of_sum = codec.reduce_encode(payloads, tables)
-    for dtype in OUT_DTYPES:
-        out = None if dtype is None else torch.empty(total.shape, dtype=dtype)
-        got = codec.decode_sum(payloads, tables, out=out)
-        expected = total.to(dtype or torch.float32)
-        assert torch.equal(_bits_of(got), _bits_of(expected)), f"{codec}, {tables.hidden}, {dtype}"
-    _check_payload(codec.reduce_encode(payloads, tables), of_sum, codec.for_sum(), tables.hidden)
-    _check_carried(
-        codec.for_sum(),
-        lambda carry: codec.reduce_encode_with_carry(payloads, tables, carry),
-        total.flip(0),
-    )
+        expected = codec.reduce_encode_with_carry(payloads, tables, right)
+    payload = codec.reduce_encode_with_carry(payloads, tables, got)
+    kernel_cases.same_payload(payload, expected, codec.for_sum(), tables)
+    kernel_cases.same(got.given, right.given, f"{codec}: what a sum gives")
+    assert got.bounded == right.bounded
 
 
 @needs_kernel
@@ -120,7 +65,7 @@ def test_every_input(name, bits, hidden):
     kinds = [kind for kind in KINDS if kind != "one-outlier" or hidden > 5]
     for dtype in DTYPES:
         for kept in {0, 1, min(5, hidden), hidden} if hidden < 4096 else {0, 5}:
-            tables = _tables(codec, hidden, kept)
+            tables = tables_of(codec, hidden, kept, ranks=len(kinds))
             _check(codec, [sample(kind, (3, hidden), 1).to(dtype) for kind in kinds], tables)
             _check(codec, [sample("zero", (2, hidden), 1).to(dtype)], tables)  # zeros have signs
 
@@ -130,7 +75,7 @@ def test_every_input(name, bits, hidden):
 def test_every_number_of_ranks(ranks):
     codec = get_codec("rotated-hybrid", bits=(4, 6))
     partials = [sample("heavy-tailed", (5, 576), seed) for seed in range(ranks)]
-    _check(codec, partials, _tables(codec, 576, 4))
+    _check(codec, partials, tables_of(codec, 576, 4))
 
 
 @needs_kernel
@@ -138,10 +83,7 @@ def test_the_tree_of_squares():
     """Another order of its additions changes the BF16 scale of one row in ten thousand or so."""
     codec = get_codec("rotated-hybrid")
     partial = sample("heavy-tailed", (200_000, 33), 0)
-    tables = _tables(codec, 33, 0)
-    with kernels.disabled():
-        expected = codec.encode(partial, tables)
-    _check_payload(codec.encode(partial, tables), expected, codec, 33)
+    kernel_cases.check(codec, [partial], tables_of(codec, 33, 0))
 
 
 @needs_kernel
@@ -150,11 +92,8 @@ def test_errors_next_to_their_bound():
     partial = sample("normal", (20_000, 33), 0)
     partial[:, 7] = torch.linspace(0, 40, len(partial))  # the larger, the more of it is missed
     codec = get_codec("rotated-hybrid", bits=1)
-    tables, taken = _tables(codec, 33, 0), torch.zeros(20_000, 33)
-    bounded = torch.zeros(1, dtype=torch.int64)
-    codec.encode_with_carry(partial, tables, Carry(taken, taken.bfloat16(), bounded))
-    assert 1000 < bounded < 19_000
-    _check_carried(codec, lambda carry: codec.encode_with_carry(partial, tables, carry), taken)
+    tables, taken = tables_of(codec, 33, 0), torch.zeros(20_000, 33)
+    assert 1000 < kernel_cases.check_carry(codec, partial, taken, tables) < 19_000
 
 
 @needs_kernel
@@ -169,7 +108,7 @@ def test_values_next_to_a_threshold(bits):
     row[0] = (row.numel() - values.double().square().sum()).sqrt()
     row *= signs(row.numel())
     codec = get_codec("rotated-hybrid", bits=bits)
-    tables = _tables(codec, row.numel(), 0)
+    tables = tables_of(codec, row.numel(), 0)
     _check(codec, [row.view(1, -1)], tables)
     scale = codec.encode(row.view(1, -1), tables)[:, -2:].contiguous().view(torch.bfloat16)
     assert scale.item() == 1
@@ -183,7 +122,7 @@ def test_any_bits_in_any_shape(data):
     bits = (data.draw(st.sampled_from(BITS)), data.draw(st.sampled_from(BITS)))
     codec = get_codec("rotated-hybrid", bits=bits)
     tokens, hidden = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 300))
-    tables = _tables(codec, hidden, data.draw(st.integers(0, 9)))
+    tables = tables_of(codec, hidden, data.draw(st.integers(0, 9)))
     dtype, seed = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
 
@@ -205,14 +144,16 @@ def test_rows_that_are_not_finite(bad, kept):
     codec = get_codec("rotated-hybrid")
     partials = [sample("normal", (96, 96), seed) for seed in range(2)]
     partials[1].fill_diagonal_(bad)  # every feature in some token
-    _check(codec, partials, _tables(codec, 96, kept))
-    _check(codec, [torch.full((2, 96), 3.4e38), torch.full((2, 96), 1e-45)], _tables(codec, 96, 2))
+    _check(codec, partials, tables_of(codec, 96, kept))
+    _check(
+        codec, [torch.full((2, 96), 3.4e38), torch.full((2, 96), 1e-45)], tables_of(codec, 96, 2)
+    )
 
 
 @needs_kernel
 def test_every_fp16_and_every_bf16():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 256, 256)
+    tables = tables_of(codec, 256, 256)
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
         _check(codec, [every, every.flip(0)], tables)
@@ -222,38 +163,19 @@ def test_every_fp16_and_every_bf16():
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_any_strides(dtype):
     codec = get_codec("rotated-hybrid", bits=3)
-    tables = _tables(codec, 48, 2)
-    wide = sample("normal", (96, 100), 0).to(dtype)
-    views = [wide[:20, 3:51], wide[::5, 1:49], wide[:48].T, wide[:1, 4:52].expand(7, 48)]
-    for view in views:
+    tables, wide = tables_of(codec, 48, 2), sample("normal", (96, 100), 0).to(dtype)
+    for view in (wide[:20, 3:51], wide[::5, 1:49], wide[:48].T, wide[:1, 4:52].expand(7, 48)):
         _check(codec, [view], tables)
-    payloads = torch.stack([codec.encode(sample("normal", (9, 48), r), tables) for r in range(8)])
-    row = payloads.shape[2]
-    shifted = torch.empty(payloads.numel() + 1, dtype=torch.uint8)[1:].view(payloads.shape)
-    wider = torch.empty(8, 9, row + 3, dtype=torch.uint8)[..., 1 : row + 1]
-    for view in (shifted, wider):
-        _check_sums(codec, view.copy_(payloads), tables)
-    for view in (
-        payloads[::3],
-        payloads[:, 2:5],
-        payloads[:, ::2],
-        payloads[2:3].expand(4, 9, row),
-    ):
-        _check_sums(codec, view, tables)
+    if dtype in DTYPES:  # of payloads and sums, too
+        hard_cases.check_strides(codec.name, dtype, "cpu")
 
 
 @needs_kernel
 def test_offsets_above_two_to_the_31():
-    try:
-        far = torch.empty(2**32 + 4096, dtype=torch.uint8)  # reserved, not touched
-    except RuntimeError:
+    far = hard_cases.far_memory("cpu")
+    if far is None:
         pytest.skip("this machine does not reserve 4 GiB")
-    codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 1)
-    partial = far.view(torch.bfloat16).as_strided((2, 64), (2**31, 1))
-    _check(codec, [partial.copy_(sample("normal", (2, 64), 0))], tables)
-    payloads = far.as_strided((2, 3, codec.row_bytes(tables)), (2**32, codec.row_bytes(tables), 1))
-    _check_sums(codec, payloads.random_(0, 256), tables)
+    hard_cases.check_far("rotated-hybrid", far)
 
 
 @pytest.fixture
@@ -268,7 +190,7 @@ def three_threads():
 def test_threads_change_nothing(three_threads):
     codec = get_codec("rotated-hybrid")
     partials = [sample("normal", (1000, 576), seed) for seed in range(2)]
-    _check(codec, partials, _tables(codec, 576, 4))
+    _check(codec, partials, tables_of(codec, 576, 4))
 
 
 @needs_kernel
@@ -277,7 +199,7 @@ def test_threads_change_nothing(three_threads):
 def test_a_forked_child_has_threads_of_its_own(three_threads):
     codec = get_codec("rotated-hybrid")
     partial = sample("normal", (1000, 576), 0)
-    tables = _tables(codec, 576, 4)
+    tables = tables_of(codec, 576, 4)
     expected = bytes(codec.encode(partial, tables).numpy())
 
     def child() -> None:
@@ -294,7 +216,7 @@ def test_a_forked_child_has_threads_of_its_own(three_threads):
 @needs_kernel
 def test_wrong_shapes_are_named():
     codec = get_codec("rotated-hybrid")
-    tables = _tables(codec, 64, 1)
+    tables = tables_of(codec, 64, 1)
     with pytest.raises(LowbitError, match=r"\[tokens, 64\], got \[2, 65\]"):
         codec.encode(torch.zeros(2, 65), tables)
     for payloads in (torch.zeros(1, 2, 35), torch.zeros(1, 2, 36), torch.zeros(0, 2, 36)):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import sample
+from processes import printed
 
 from megatron_lowbit.benchmark.gpu_check import gpu_results, record_partials, saved_partials
 from megatron_lowbit.benchmark.gpu_check.gpu_results import FAILED, PASSED, SKIPPED
@@ -120,23 +121,22 @@ def test_too_many_partials_are_refused(saved, tmp_path, monkeypatch):
 def test_kernels_for_a_gpu_need_no_numpy():
     """Triton's interpreter does, and a rented machine interprets nothing."""
     code = """
-import sys
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
 sys.modules["numpy"] = None
 from megatron_lowbit.kernels import select
 for family in (select.ROTATED, select.STATIC, select.SCALED, select.GROUPED, select.NORM):
     select._module(family)
 select.symmetric()
-print("ok")
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stdout == "ok\n", done.stderr
+    printed(code)
 
 
 def test_every_kernel_of_symmetric_memory_is_compiled_before_it_runs():
     """For each rank the calls of `peer_cases`, but the empty one and one that stays away."""
     code = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
 from triton.runtime.jit import JITFunction
 from megatron_lowbit.benchmark.gpu_check.work import kernel_cases, peer_compile
 seen = []
@@ -147,9 +147,6 @@ for _, case in cases:
     case()
 print(len(cases), len(seen), *sorted({(name, *grid, trap) for name, grid, trap in seen}))
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     cases, seen = 6 * (len(peer_cases.CALLS) + 5), 6 * (len(peer_cases.CALLS) - 1 + 4) + 1 + 3
     kernels = "('one_shot', 32, True) ('two_shot', 32, False) ('two_shot', 32, True)"
-    assert done.stdout == f"{cases} {seen} {kernels}\n", done.stdout + done.stderr
+    assert printed(code) == f"{cases} {seen} {kernels}\n"

@@ -3,17 +3,16 @@
 In processes of their own, since whether kernels are interpreted is decided when Triton is imported.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import symmetric_worker
 import torch
-from ranks import run_ranks
+import torch.distributed as dist
+from processes import python
+from ranks import on_each_rank
 
 from megatron_lowbit import kernels
+from megatron_lowbit.benchmark.gpu_check.work import peer_cases
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
@@ -26,11 +25,7 @@ CASES = ["triton_cases.py", "triton_carry_cases.py", "triton_rotation_cases.py"]
 
 def _run(*command: str, **environment: str) -> str:
     """What a Python process says, once it has ended well."""
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
-    env = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True
-    )
+    done = python(*command, cwd=ROOT, OMP_NUM_THREADS="1", **environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -52,10 +47,16 @@ def test_on_a_gpu(name):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_symmetric_memory_of_ranks_on_one_gpu(ranks, tmp_path):
-    results = run_ranks(ranks, symmetric_worker.run_calls_on_a_gpu, tmp_path)
-    assert results == [True] * ranks
+@on_each_rank(2, 4)
+def test_symmetric_memory_of_ranks_on_one_gpu(rank):
+    """As in the interpreter, over torch's own symmetric memory; then as a CUDA graph."""
+    memory = peer_cases.opened(torch.device("cuda", 0))
+    for number in range(len(peer_cases.CALLS)):
+        peer_cases.check_call(memory, number)
+    for collective in ("one-shot", "two-shot"):
+        peer_cases.check_carried_call(memory, collective)
+        peer_cases.check_graph_call(memory, collective)
+    dist.barrier()
 
 
 def test_it_compiles_for_a_gpu(tmp_path):
