@@ -1,39 +1,16 @@
 """Models whose sums are one chain of error feedback, and what tests of chains ask of them."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+import small_gpt
 import torch
-import torch.distributed as dist
-from on_ranks import directory_of_all
-from small_gpt import LENGTH, VOCAB, build
-from torch import nn
-
-from megatron_lowbit.codecs import get_codec
+from small_gpt import build
 
 POINTS = 6
-DEEP = {"num_layers": POINTS // 2}
-
-
-def build_chain(**config) -> nn.Module:
-    """A model of three layers, whose sync points are one chain if nothing else is done to it."""
-    return build(torch.bfloat16, **DEEP, **config)
-
-
-def index_of(model: nn.Module):
-    """A calibration index for `shaped-hybrid` from random tokens."""
-    from megatron_lowbit.integration.loops.calibrate_checkpoint import calibrate_model
-
-    index, _ = calibrate_model(
-        model,
-        torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0)),
-        codec=get_codec("shaped-hybrid"),
-        bf16_features=0,
-        corpus={"sha256": "0"},
-        partial=directory_of_all("partial"),
-    )
-    return index
+# Three layers, whose sync points are one chain if nothing else is done to the model.
+build_chain = partial(build, torch.bfloat16, num_layers=POINTS // 2)
+index_of = partial(small_gpt.index_of, codec="shaped-hybrid", bf16_features=0)
 
 
 def chain_of(index) -> list[str]:
@@ -54,10 +31,3 @@ def without_chain(index):
 def reasons(handle) -> list[str]:
     """What `status()` says of feedback at each sync point."""
     return [status.feedback for status in handle.status()]
-
-
-def rule(match: str, **values) -> Path:
-    """A file with one rule, of this rank."""
-    path = directory_of_all("rules") / f"rules{dist.get_rank()}.json"
-    path.write_text(json.dumps([{"match": match, **values}]))
-    return path

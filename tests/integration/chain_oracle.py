@@ -1,21 +1,24 @@
-"""What the sums of a chain must be: `codecs.carry` over what each rank had at each sync point."""
+"""What sums must be: in a chain `codecs.carry` over what each rank had at each sync point."""
 
 import contextlib
 from collections.abc import Iterator
 
+import pytest
 import torch
 import torch.distributed as dist
-from small_gpt import whole_logits
+from small_gpt import assert_alike, fp32_accumulation, gathered, low, whole_logits
 from torch import Tensor, nn
 
+from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.integration.sums import reducer as reducers
+
+CODECS = ("bf16", "rotated-hybrid")
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[Tensor, Tensor, dict]]]:
     """The partial, the sum and the arguments of each call of a reducer."""
-    originals = {name: getattr(reducers, name) for name in ("all_reduce", "reduce_scatter")}
     calls: list[tuple[Tensor, Tensor, dict]] = []
 
     def recording(original):
@@ -27,31 +30,17 @@ def recorded() -> Iterator[list[tuple[Tensor, Tensor, dict]]]:
 
         return call
 
-    for name, original in originals.items():
-        setattr(reducers, name, recording(original))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce_scatter"):
+            patch.setattr(reducers, name, recording(getattr(reducers, name)))
         yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(reducers, name, original)
 
 
-def gathered(x: Tensor, group) -> list[Tensor]:
-    """Every rank's."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return parts
-
-
-def assert_follows_chain(model: nn.Module, handle, case: object = "", run=whole_logits) -> None:
+def assert_follows_chain(model: nn.Module, handle, case: object = "") -> None:
     """Each one-shot sum of a pass is the specification's, along the chain that `status()` tells."""
     with recorded() as calls:
-        run(model)
-    follows_chain(calls, [status.feedback == "carried" for status in handle.status()], case)
-
-
-def follows_chain(calls: list[tuple[Tensor, Tensor, dict]], carries: list[bool], case) -> None:
-    """The same of recorded calls, of sync points in the order of one pass."""
+        whole_logits(model)
+    carries = [status.feedback == "carried" for status in handle.status()]
     assert len(calls) == len(carries), (case, len(calls))
     owed: list[Tensor] | None = None
     last = max((n for n, carried in enumerate(carries) if carried), default=None)
@@ -71,3 +60,32 @@ def follows_chain(calls: list[tuple[Tensor, Tensor, dict]], carries: list[bool],
         if carried:
             owed = given
             assert number == last or any(bool(g.any()) for g in given), (case, number)
+
+
+def check_codecs(model, index, points: list, *, feedback=None, most=40) -> dict[str, Tensor]:
+    """One-shot sums at `points`: alike on all ranks, as they must be, and gone after `remove`.
+
+    Args:
+        most: Decibels that 4 bits have at most.
+
+    Returns:
+        Logits by codec, and native ones.
+    """
+    native, exact, found = whole_logits(model), fp32_accumulation(model), {}
+    collective = "reduce-scatter" if model.config.sequence_parallel else "one-shot"
+    assert index.manifest["chain"] == {f"layer {layer} {name}": "" for layer, name in points}
+    for codec in CODECS:
+        with low(model, index, codec=codec, feedback=feedback) as handle:
+            found[codec] = whole_logits(model)
+            assert [(status.layer, status.name) for status in handle.status()] == points
+            assert {choice["collective"] for choice in handle.stats()["total"]} == {collective}
+            carries = codec != "bf16" and feedback is None
+            assert {status.feedback == "carried" for status in handle.status()} == {carries}
+            assert_follows_chain(model, handle, codec)
+            assert handle.feedback()["dropped"] == 0
+        assert_alike(found[codec])
+    # Of two ranks only the order of an fp32 sum could differ, which has none.
+    assert sqnr(exact, found["bf16"]) > 60
+    assert 8 < sqnr(native, found["rotated-hybrid"]) < most
+    assert torch.equal(whole_logits(model), native)
+    return {"native": native, **found}

@@ -1,4 +1,4 @@
-"""One tiny checkpoint and one index of it, for all tests of command lines."""
+"""What tests share: a tiny checkpoint and its index for command lines, a small model for ranks."""
 
 import fcntl
 import os
@@ -12,8 +12,10 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 from on_ranks import _group_of_ranks, divert, pytest_runtest_logreport  # noqa: F401
-from releases import RELEASES, ROOT, environment, torchrun
+from releases import NEWEST, RELEASES, ROOT, environment, torchrun
+from small_gpt import build, index_of, start_megatron, whole_logits
 
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
@@ -79,6 +81,33 @@ def _calibrate(checkpoint: Path, directory: Path) -> Path:
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target
+
+
+# In ranks, unless a file has its own.
+
+
+@pytest.fixture(scope="module")
+def release(request) -> str:
+    """The one that runs: the newest, or that of the parameter `release`."""
+    name = getattr(request, "param", NEWEST)
+    start_megatron(name)
+    return name
+
+
+@pytest.fixture(scope="module")
+def model(release):
+    return build(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def index(model):
+    return index_of(model)
+
+
+@pytest.fixture(scope="module")
+def native(model) -> torch.Tensor:
+    """The model's logits."""
+    return whole_logits(model)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

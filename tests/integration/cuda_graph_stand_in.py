@@ -17,7 +17,6 @@ ctypes, which no dispatcher sees: switch the codecs' own off (`kernels.switches.
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,6 @@ class CUDAGraph:
 
     Attributes:
         steps: What a replay does, in order.
-        messages: How often each c10d operation was recorded.
         replays: How often it was replayed.
         sent_bytes: What its replays sent by ``c10d::send``.
     """
@@ -55,7 +53,6 @@ class CUDAGraph:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], Any]] = []
-        self.messages: Counter[str] = Counter()
         self.replays = self.sent_bytes = 0
         self._works: dict[dist.Work, list[dist.Work]] = {}  # what a replay has under way, by ours
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -131,10 +128,9 @@ class CUDAGraph:
             self.steps.append(lambda: _wait(self._works[work].pop()))
 
     def _record_message(self, func: Any, args: tuple, out: Any) -> None:
-        name, running = func._schema.name, []
-        self.messages[name] += 1
+        running: list[dist.Work] = []
         self._works[_work_of(out)] = running
-        size = sum(x.nbytes for x in _tensors(args)) if name == "c10d::send" else 0
+        size = sum(x.nbytes for x in _tensors(args)) if func._schema.name == "c10d::send" else 0
 
         def step() -> None:
             running.append(_work_of(func(*args)))

@@ -1,16 +1,13 @@
 """Megatron's inference engines around a small model, in the words of each release."""
 
 import contextlib
-import functools
-import importlib.util
 import inspect
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-from on_ranks import directory_of_all
-from small_gpt import HIDDEN, LAYERS, VOCAB, make_index
+from small_gpt import HIDDEN, LAYERS, VOCAB, gpt_model, layer_spec
 
 from megatron_lowbit.integration.sums import reducer
 
@@ -22,8 +19,18 @@ LONG = [(11 * i + 5) % 118 for i in range(80)]
 PROMPTS = [[3, 5, 7], [*SHARED, 11, 12, 13, 14], [*SHARED, 40, 41], LONG, [100, 2, 9, 4, 7]]
 END = VOCAB - 1
 SUMS = 2 * LAYERS  # of a forward pass
-DYNAMIC_INSIDE = "dynamic engine inside the static one"
 ALONE = 2
+DYNAMIC_INSIDE = "dynamic engine inside the static one"
+# What engines can do beside batching, and the minor release that has it first.
+SINCE = {
+    # Before, the last tokens' logits were taken of a rank's share of the tokens.
+    "sequence parallelism": 14,
+    "chunked prefill": 15,
+    DYNAMIC_INSIDE: 16,
+    "prefix caching": 17,
+    "speculative decoding": 17,
+    "MegatronLLM": 19,
+}
 REQUESTS = 8  # the ranks must divide it
 SIZES = {"max_sequence_length": LONGEST, "buffer_size_gb": 0.02, "max_requests": REQUESTS}
 
@@ -99,20 +106,18 @@ def static_engine(model, *, legacy: bool = True):
     )
 
 
-def inference_config(*, max_tokens: int, **options):
+def inference_config(**options):
     """Newer releases' config of an engine with pages of `BLOCK` tokens."""
     from megatron.core.inference.config import InferenceConfig
 
-    return InferenceConfig(**SIZES, max_tokens=max_tokens, block_size_tokens=BLOCK, **options)
+    options = accepted(InferenceConfig, {"max_tokens": 128, **options})
+    return InferenceConfig(**SIZES, block_size_tokens=BLOCK, **options)
 
 
-def dynamic_context(model, *, max_tokens: int = 128, **options):
-    """A context with pages of `BLOCK` tokens, in the words of this release."""
+def older_context(model, *, max_tokens: int = 128, **options):
+    """The same in older releases' words."""
     from megatron.core.inference.contexts import DynamicInferenceContext
 
-    if has_new_config():
-        config = inference_config(max_tokens=max_tokens, **options)
-        return DynamicInferenceContext(model.config, config)
     named = {
         **SIZES,
         "params_dtype": model.config.params_dtype,
@@ -126,18 +131,21 @@ def dynamic_context(model, *, max_tokens: int = 128, **options):
         "chunk_size_tokens": BLOCK,
         "buffer_guaranteed_fraction": 0.5,
         "tensor_model_parallel_size": dist.get_world_size(),
+        **options,
     }
-    return DynamicInferenceContext(**accepted(DynamicInferenceContext, named), **options)
+    return DynamicInferenceContext(**accepted(DynamicInferenceContext, named))
 
 
 def dynamic_engine(model, *, chunked: bool = False, **options):
-    """The dynamic engine; options are those of newer releases' `InferenceConfig`."""
+    """The dynamic engine; options are those of its config, where this release has them."""
+    from megatron.core.inference.contexts import DynamicInferenceContext
     from megatron.core.inference.engines import DynamicInferenceEngine
 
     if has_new_config():
-        context = dynamic_context(model, enable_chunked_prefill=chunked, **options)
+        config = inference_config(enable_chunked_prefill=chunked, **options)
+        context = DynamicInferenceContext(model.config, config)
         return DynamicInferenceEngine(controller_of(model, context), context)
-    context = dynamic_context(model, **options)
+    context = older_context(model, **options)
     settings = {"termination_id": END, "random_seed": 1, "enable_chunked_prefill": chunked}
     settings["enable_cuda_graph"] = is_graphed(model)
     settings = accepted(DynamicInferenceEngine.__init__, settings)
@@ -154,7 +162,7 @@ def high_level_api(model):
     """Newer releases' MegatronLLM around a dynamic engine in this process."""
     from megatron.core.inference.apis import MegatronLLM
 
-    config = inference_config(max_tokens=128)
+    config = inference_config()
     return MegatronLLM(
         model=model, tokenizer=Tokenizer(), inference_config=config, use_coordinator=False
     )
@@ -177,20 +185,6 @@ def greedy(engine, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
 def alone(engine) -> list[list[int]]:
     """New tokens of the first prompts, one after the other."""
     return [greedy(engine, [prompt])[0] for prompt in PROMPTS[:ALONE]]
-
-
-def leave_engine_mode() -> None:
-    """Engines set a flag of the process that changes plain forward passes."""
-    with contextlib.suppress(ImportError):
-        from megatron.core.inference.utils import InferenceMode
-
-        InferenceMode.unset_active()
-
-
-def index_of(model, name: str = "index"):
-    """A new calibration index; `name` is told apart from those of other models."""
-    leave_engine_mode()
-    return make_index(model, directory_of_all(name))[0]
 
 
 @contextlib.contextmanager
@@ -216,32 +210,10 @@ def assert_carried(handle) -> None:
     assert carried["bytes"] > 0
 
 
-@functools.cache
-def features() -> list[str]:
-    """What this release's engines can do beside batching."""
-    from megatron.core.inference import contexts, engines
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    context = inspect.signature(contexts.DynamicInferenceContext).parameters
-    if has_new_config():
-        from megatron.core.inference.config import InferenceConfig
-
-        context = inspect.signature(InferenceConfig).parameters
-    dynamic = inspect.signature(engines.DynamicInferenceEngine.__init__).parameters
-    found = {
-        # Before, the last tokens' logits were taken of a rank's share of the tokens.
-        "sequence parallelism": "sequence_parallel_override" in inspect.getsource(GPTModel),
-        "chunked prefill": "enable_chunked_prefill" in {*context, *dynamic},
-        DYNAMIC_INSIDE: "legacy" in inspect.signature(engines.StaticInferenceEngine).parameters,
-        "prefix caching": "enable_prefix_caching" in context,
-        "speculative decoding": "num_speculative_tokens" in context,
-        "MegatronLLM": importlib.util.find_spec("megatron.core.inference.apis") is not None,
-    }
-    return [name for name, is_there in found.items() if is_there]
-
-
 def needs(feature: str) -> None:
-    if feature not in features():
+    import megatron.core
+
+    if int(megatron.core.__version__.split(".")[1]) < SINCE[feature]:
         pytest.skip(f"this release has no {feature}")
 
 
@@ -251,24 +223,13 @@ def with_prediction_head(config):
     Decoder and head both go by little more than the last token's embedding: the head takes nothing
     else of its inputs, and all layers add a tenth of what they would.
     """
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer import multi_token_prediction
 
     # After 0.19 it compares with classes that are none where Transformer Engine is missing.
     if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
         multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
     config.mtp_num_layers = 1
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
-    head = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
-    model = GPTModel(
-        config,
-        spec,
-        vocab_size=VOCAB,
-        max_sequence_length=LONGEST,
-        position_embedding_type="rope",
-        mtp_block_spec=head,
-    )
+    model = gpt_model(config, layer_spec({}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "linear_proj" in name or "linear_fc2" in name:

@@ -12,13 +12,14 @@ import cuda_graph_stand_in
 import pytest
 import torch
 from cuda_graph_stand_in import CUDAGraph
-from engines import accepted, counted, dynamic_engine, greedy, has_new_config, leave_engine_mode
-from small_gpt import build
+from engines import accepted, counted, greedy
+from small_gpt import build, leave_engine_mode
 
 from megatron_lowbit.comm.traffic import Clock
 from megatron_lowbit.integration.cpu.device import CpuEvent
 from megatron_lowbit.kernels.switches import disabled
 
+# Options of an engine with a graph for steps that only decode.
 DECODE_ONLY = {"num_cuda_graphs": 1, "use_cuda_graphs_for_non_decode_steps": False}
 
 
@@ -56,15 +57,6 @@ def graphed(**config):
     on = {"cuda_graph_impl": "local", "enable_cuda_graph": True}
     name = next(name for name in on if name in accepted(TransformerConfig, on))
     return build(torch.float32, **{name: on[name]}, **config)
-
-
-def engine_of(model, *, options: dict = DECODE_ONLY, **others):
-    """An engine, by default with a graph for steps that only decode."""
-    from megatron.core.inference.contexts import DynamicInferenceContext as config
-
-    if has_new_config():
-        from megatron.core.inference.config import InferenceConfig as config
-    return dynamic_engine(model, **accepted(config, options), **others)
 
 
 class Run(NamedTuple):

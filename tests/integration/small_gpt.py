@@ -2,32 +2,34 @@
 
 import contextlib
 import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from on_ranks import directory_of_all
 from releases import is_release
 
 import megatron_lowbit
-from megatron_lowbit.calibration.index_files import write_index
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import LowbitError
 
 LAYERS, HIDDEN, HEADS, VOCAB, LENGTH = 2, 96, 6, 120, 24
-POINTS = [
-    (layer, name)
-    for layer in range(1, LAYERS + 1)
-    for name in ("self_attention.linear_proj", "mlp.linear_fc2")
-]
-MOE = {
+ATTENTION, MLP = "self_attention.linear_proj", "mlp.linear_fc2"
+SHARED_EXPERTS = "mlp.shared_experts.linear_fc2"
+TOKENS = (torch.arange(LENGTH) * 7 % VOCAB)[None]
+POINTS = [(layer, name) for layer in (1, 2) for name in (ATTENTION, MLP)]
+MOE = {  # with shared experts
     "num_moe_experts": 4,
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": 96,
     "moe_shared_expert_intermediate_size": 96,
     "moe_token_dispatcher_type": "allgather",
+    "moe_aux_loss_coeff": 0.01,
 }
+OVERLAP = {**MOE, "moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True}
 
 
 def start_megatron(release: str, ranks: int | None = None, **degrees: int) -> None:
@@ -78,15 +80,17 @@ def seed_all(seed: int) -> None:
 
 
 def transformer_config(dtype: torch.dtype, *, bias: bool = False, **config):
-    """Of a small model; `config` says more, or other sizes."""
-    from megatron.core import parallel_state
+    """Of a small model, split as Megatron's groups are; `config` says more, or other sizes."""
+    from megatron.core import parallel_state as state
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     kind = MLATransformerConfig if config.get("multi_latent_attention") else TransformerConfig
     fields = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS}
+    for degree in ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor"):
+        size = getattr(state, f"get_{degree}_parallel_world_size")()
+        fields[f"{degree}_parallel_size"] = size
     return kind(
         **{**fields, **config},
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -107,43 +111,71 @@ def as_trained(model, dtype: torch.dtype):
     return model.to(dtype).eval()
 
 
+def gpt_model(config, spec, **place):
+    """A GPTModel of a layer's spec, with heads that guess tokens if the config asks for them."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    sizes = {"vocab_size": VOCAB, "max_sequence_length": LENGTH, "position_embedding_type": "rope"}
+    if config.mtp_num_layers:
+        heads = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        sizes["mtp_block_spec"] = heads
+    return GPTModel(config, spec, **sizes, **place)
+
+
 def build(
-    dtype: torch.dtype, *, seed: int = 1, bias: bool = False, place: dict | None = None, **config
+    dtype: torch.dtype,
+    *,
+    seed: int = 1,
+    bias: bool = False,
+    attention: type | None = None,
+    place: dict | None = None,
+    **config,
 ):
     """A small GPTModel of the local spec, with the same weights at any TP degree.
 
-    `place` is what GPTModel takes to be a stage of a pipeline.
+    Args:
+        attention: Core attention, if not megatron-core's own.
+        place: What GPTModel takes to be a stage of a pipeline, or to share its embeddings.
     """
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
     seed_all(seed)
-    model = GPTModel(
-        transformer_config(dtype, bias=bias, **config),
-        layer_spec(config),
-        vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
-        position_embedding_type="rope",
-        **(place or {}),
-    )
-    return as_trained(model, dtype)
+    made, spec = transformer_config(dtype, bias=bias, **config), layer_spec(config)
+    if attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = attention
+    return as_trained(gpt_model(made, spec, **(place or {})), dtype)
 
 
 def whole_logits(model) -> torch.Tensor:
     """Logits of the whole vocabulary for fixed tokens."""
     from megatron_lowbit.model.forward import logits
 
-    tokens = torch.arange(LENGTH) * 7 % VOCAB
-    return whole_vocabulary(logits(model, tokens[None])[0])
+    return whole_vocabulary(logits(model, TOKENS)[0])
+
+
+def in_training(model) -> torch.Tensor:
+    """The same of this rank's part of the vocabulary, with gradients: the model's own are none."""
+    from megatron.core import parallel_state
+
+    from megatron_lowbit.model.forward import forward
+
+    # Megatron's buffer for all-gathers: one made in inference mode cannot be written outside it.
+    parallel_state.get_global_memory_buffer().buffer.clear()
+    model.zero_grad()
+    return forward(model, TOKENS)
 
 
 def whole_vocabulary(mine: torch.Tensor) -> torch.Tensor:
     """The parts of all tensor-parallel ranks side by side, ``[tokens, vocabulary]``."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_tensor_model_parallel_group()
+    return torch.cat(gathered(mine, parallel_state.get_tensor_model_parallel_group()), dim=1)
+
+
+def gathered(mine: torch.Tensor, group) -> list[torch.Tensor]:
+    """Every rank's."""
     parts = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(parts, mine.contiguous(), group=group)
-    return torch.cat(parts, dim=1)
+    return parts
 
 
 def native_calls(model) -> int:
@@ -184,24 +216,47 @@ def low(model, index, **wishes) -> Iterator:
         handle.remove()
 
 
-def make_index(model, out: Path, simulate_tp: int | None = None):
+def make_index(
+    model,
+    partial: Path,
+    *,
+    codec: str = "rotated-hybrid",
+    bf16_features: int = 2,
+    simulate_tp: int | None = None,
+):
     """Calibrate on random tokens, by the same function as tools/calibrate.py."""
     from megatron_lowbit.integration.loops.calibrate_checkpoint import calibrate_model
 
-    sequences = torch.randint(0, VOCAB, (5, LENGTH), generator=torch.Generator().manual_seed(0))
-    index, progress = calibrate_model(
+    return calibrate_model(
         model,
-        sequences,
-        codec=get_codec("rotated-hybrid"),
-        bf16_features=2,
+        torch.randint(0, VOCAB, (5, LENGTH), generator=torch.Generator().manual_seed(0)),
+        codec=get_codec(codec),
+        bf16_features=bf16_features,
         corpus={"sha256": "0"},
-        partial=out / "partial",
+        partial=partial,
         simulate_tp=simulate_tp,
     )
-    if dist.get_rank() == 0:
-        write_index(index, out / "lowbit")
-    dist.barrier()
-    return index, progress
+
+
+def index_of(model, **wishes):
+    """A calibration index, which is not written."""
+    leave_engine_mode()
+    return make_index(model, directory_of_all("partial"), **wishes)[0]
+
+
+def leave_engine_mode() -> None:
+    """Engines set a flag of the process that changes plain forward passes."""
+    with contextlib.suppress(ImportError):
+        from megatron.core.inference.utils import InferenceMode
+
+        InferenceMode.unset_active()
+
+
+def rules(*given: dict) -> Path:
+    """A recipe's file with these rules, of this rank."""
+    path = directory_of_all(f"rank {dist.get_rank()}") / "rules.json"
+    path.write_text(json.dumps(given))
+    return path
 
 
 def message(step) -> str:
@@ -211,6 +266,11 @@ def message(step) -> str:
     except LowbitError as error:
         return str(error)
     return "no error"
+
+
+def refusal(model, index, **wishes) -> str:
+    """The user's error of `apply`."""
+    return message(lambda: megatron_lowbit.apply(model, index, **wishes).remove())
 
 
 def of_all_ranks(value) -> list:

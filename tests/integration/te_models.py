@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small_gpt import LENGTH, VOCAB, whole_logits
+from small_gpt import gpt_model, whole_logits
 
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -39,16 +39,9 @@ def _with_local_attention(spec):
     return spec
 
 
-def model_of(config, spec):
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    sizes = {"vocab_size": VOCAB, "max_sequence_length": LENGTH}
-    return GPTModel(config, spec, **sizes, position_embedding_type="rope")
-
-
 def same_weights(local, spec):
     """A model of another spec with the weights of a local one."""
-    model, state = model_of(local.config, spec), {}
+    model, state = gpt_model(local.config, spec), {}
     for name, value in local.state_dict().items():
         for theirs, fused in FUSED_NORMS.items():
             name = name.replace(theirs, fused)

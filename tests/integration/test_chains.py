@@ -10,40 +10,23 @@ import weakref
 
 import pytest
 import torch
-from chain_models import DEEP, POINTS, build_chain, chain_of, index_of, reasons, rule
+from chain_models import POINTS, build_chain, chain_of, index_of, reasons
 from chain_oracle import assert_follows_chain
 from releases import RELEASES
-from small_gpt import (
-    HIDDEN,
-    LENGTH,
-    VOCAB,
-    build,
-    low,
-    message,
-    start_megatron,
-    whole_logits,
-    whole_vocabulary,
-)
+from small_gpt import HIDDEN, LENGTH, VOCAB, in_training, low, rules, whole_logits, whole_vocabulary
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.calibration.index_files import write_index
-from megatron_lowbit.calibration.recipe import Assignment
 from megatron_lowbit.integration.arguments import add_lowbit_args, apply_from_args
 from megatron_lowbit.integration.sums import chains
-from megatron_lowbit.integration.sums.simulate import find_summing
-from megatron_lowbit.model.forward import forward, logits
+from megatron_lowbit.model.forward import logits
 
-pytestmark = [pytest.mark.on_ranks(2), pytest.mark.support("error feedback")]
+pytestmark = [
+    pytest.mark.on_ranks(2),
+    pytest.mark.support("error feedback"),
+    pytest.mark.parametrize("release", RELEASES, indirect=True),
+]
 COLLECTIVES = ["one-shot", "two-shot"]
-# Collective and bits, of which 0 stands for 4 and one sync point without any.
-SIMULATED = [(collective, bits) for collective in COLLECTIVES for bits in (1, 2, 4, 0)]
-SIMULATED += [("two-shot", pair) for pair in ((3, 1), (2, 6))]  # sums in bits of their own
-
-
-@pytest.fixture(scope="module", params=RELEASES)
-def release(request):
-    start_megatron(request.param)
-    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +37,6 @@ def model(release):
 @pytest.fixture(scope="module")
 def index(model):
     return index_of(model)
-
-
-@pytest.fixture(scope="module")
-def native(model):
-    return whole_logits(model)
 
 
 def logits_of(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -99,13 +77,6 @@ def test_carries_are_counted_and_freed(model, index, collective):
     assert handle.feedback() == dict(sync_points=0, bytes=0, dropped=0, bounded=0)
 
 
-def test_the_last_sync_point_has_6_bits_where_nobody_planned(model, index):
-    """Nothing repairs it."""
-    with low(model, index) as handle:
-        assert [status.codec.bits for status in handle.status()] == [4] * (POINTS - 1) + [6]
-        assert_follows_chain(model, handle)
-
-
 def test_the_papers_codec_carries_only_if_asked(model, index):
     with low(model, index, codec="static-hybrid") as handle:
         assert reasons(handle) == ["off"] * POINTS
@@ -129,11 +100,9 @@ def test_models_side_by_side_keep_to_their_own(model, index):
     fixed = {"collective": "two-shot"}
     with low(model, index, **fixed) as one, low(other, index_of(other), **fixed) as two:
         alone = [whole_logits(each) for each in (model, other)]
-        hook = model.decoder.layers[1].register_forward_pre_hook(
-            lambda *_: inner.append(whole_logits(other))
-        )
-        outer = whole_logits(model)
-        hook.remove()
+        layer = model.decoder.layers[1]
+        with layer.register_forward_pre_hook(lambda *_: inner.append(whole_logits(other))):
+            outer = whole_logits(model)
         assert torch.equal(outer, alone[0])
         assert torch.equal(inner[0], alone[1])
         assert one.feedback()["dropped"] == two.feedback()["dropped"] == 0
@@ -151,9 +120,8 @@ def test_an_exception_in_a_pass_leaves_nothing_for_the_next(model, index):
         for number, layer in enumerate(model.decoder.layers):
             for length in (LENGTH, 5):
                 hook = layer.mlp.register_forward_pre_hook(stop)
-                with pytest.raises(KeyboardInterrupt):
+                with hook, pytest.raises(KeyboardInterrupt):
                     logits_of(model, tokens.flip(1)[:, :length])
-                hook.remove()
                 assert torch.equal(logits_of(model, tokens), expected), (number, length)
         assert handle.feedback()["dropped"] == 0
 
@@ -166,11 +134,8 @@ def spoilt(model, number: int, tokens: torch.Tensor) -> torch.Tensor:
         x[9, 0, 3] = torch.nan  # [tokens, batch, hidden]
         return (x, *rest)
 
-    hook = model.decoder.layers[number].mlp.register_forward_pre_hook(spoil)
-    try:
+    with model.decoder.layers[number].mlp.register_forward_pre_hook(spoil):
         return logits_of(model, tokens)
-    finally:
-        hook.remove()
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
@@ -190,9 +155,8 @@ def test_a_nan_goes_where_it_goes_natively(model, index, collective):
 
 def test_training_is_without_feedback_and_says_so_once(model, index):
     """In inference afterwards with it."""
-    tokens = (torch.arange(LENGTH) * 7 % VOCAB)[None]
     with low(model, index, bits=4, feedback=False):
-        plain = whole_vocabulary(forward(model, tokens)[0].detach())
+        plain = whole_vocabulary(in_training(model)[0].detach())
     chains._say_once.cache_clear()
     with low(model, index, bits=4) as handle, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -200,7 +164,7 @@ def test_training_is_without_feedback_and_says_so_once(model, index):
         assert not [w for w in said if "feedback" in str(w.message)]
         for mode in (False, True):  # gradients, then training
             model.train(mode)
-            assert torch.equal(whole_vocabulary(forward(model, tokens)[0].detach()), plain), mode
+            assert torch.equal(whole_vocabulary(in_training(model)[0].detach()), plain), mode
         model.eval()
         (about,) = [str(w.message) for w in said if "no error feedback" in str(w.message)]
         assert "model.eval()" in about
@@ -224,14 +188,8 @@ def test_a_token_gets_in_a_batch_and_before_padding_what_it_gets_alone(model, in
         assert handle.feedback()["dropped"] == 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    # The spec of sequence parallelism has two layers.
-    [{"fp32_residual_connection": True, **DEEP}, {"sequence_parallel": True}],
-    ids=["fp32", "sequence parallel"],
-)
-def test_residual_streams_in_fp32_or_split_over_the_ranks(release, config):
-    model = build(torch.bfloat16, **config)
+def test_a_residual_stream_in_fp32(release):
+    model = build_chain(fp32_residual_connection=True)
     for name, module in model.named_modules():
         if "norm" in name:  # as fused norms do: torch's own would stay in fp32
             module.register_forward_hook(lambda m, i, out: out.to(torch.bfloat16))
@@ -240,54 +198,16 @@ def test_residual_streams_in_fp32_or_split_over_the_ranks(release, config):
     for collective in COLLECTIVES:
         with low(model, index, collective=collective) as handle:
             assert set(reasons(handle)) == {"carried"}
-            if collective == "one-shot" or "sequence_parallel" in config:
+            if collective == "one-shot":
                 assert_follows_chain(model, handle, collective)
             assert handle.feedback()["dropped"] == 0
 
 
 def test_with_0_bits_the_next_sync_point_sends_the_sum(model, index):
-    with low(model, index, recipe=rule("2.mlp.*", bits=0)) as handle:
+    with low(model, index, recipe=rules({"match": "2.mlp.*", "bits": 0})) as handle:
         assert_follows_chain(model, handle)
         assert [status.codec.bits for status in handle.status()] == [4, 4, 4, 0, 4, 6]
         sent = [point["choices"][0] for point in handle.stats()["sync_points"]]
         assert [one["sent_bytes"] > 0 for one in sent] == [True] * 3 + [False] + [True] * 2
         assert sent[3]["collective"] == "skip"
         assert handle.feedback()["dropped"] == 0
-
-
-@pytest.fixture
-def real(model, index) -> dict:
-    """By collective and bits, the logits of real ranks."""
-    found, skip = {}, rule("2.mlp.*", bits=0)
-    for collective, bits in SIMULATED:
-        wishes = {"bits": bits} if bits else {"bits": 4, "recipe": skip}
-        with low(model, index, collective=collective, **wishes):
-            found[collective, bits] = whole_logits(model)
-    return found
-
-
-@pytest.fixture
-def one_process(release, real):
-    """The model whole in each process."""
-    start_megatron(release, 1)
-    yield build_chain()
-    start_megatron(release)
-
-
-def test_one_process_gives_the_bits_of_real_ranks(index, real, one_process):
-    model = one_process
-    summing, _ = find_summing(model, 2)
-    for (collective, bits), expected in real.items():
-        given = [Assignment("shaped-hybrid", bits or 4)] * POINTS
-        if not bits:
-            given[3] = Assignment("shaped-hybrid", 0)
-        codecs = [assignment.make() for assignment in given]
-        each = zip(summing.points, given, strict=True)
-        tables = [index.tables_at(point, assignment, 2) for point, assignment in each]
-        with summing.using(summing.reducers(codecs, tables, collective, feedback=True)):
-            assert torch.equal(whole_logits(model), expected), (collective, bits)
-        with summing.using(summing.reducers(codecs, tables, collective)):
-            if bits:
-                assert not torch.equal(whole_logits(model), expected), (collective, bits)
-            else:
-                assert "sends nothing: it needs error" in message(lambda: whole_logits(model))

@@ -1,15 +1,12 @@
 """What `apply` cannot do in a model is refused, on all ranks of TP 3, and changes nothing."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from on_ranks import directory_of_all
-from releases import NEWEST
-from small_gpt import build, low, make_index, message, start_megatron, whole_logits
+from small_gpt import build, index_of, low, message, refusal, rules, whole_logits
 
 import megatron_lowbit
 from megatron_lowbit.comm.policy.policy import Settings
@@ -17,22 +14,6 @@ from megatron_lowbit.integration.sums.sync_points import find_sync_points
 from megatron_lowbit.kernels import switches
 
 pytestmark = pytest.mark.on_ranks(3)
-
-
-@pytest.fixture(scope="module")
-def release():
-    start_megatron(NEWEST)
-    return NEWEST
-
-
-@pytest.fixture(scope="module")
-def model(release):
-    return build(torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def index(model):
-    return make_index(model, directory_of_all("index"))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +25,7 @@ def _unchanged(model, index):
 
 
 def refused(model, index, text: str, **wishes) -> None:
-    said = message(lambda: megatron_lowbit.apply(model, index, **wishes))
+    said = refusal(model, index, **wishes)
     assert re.search(text, said), said
 
 
@@ -115,7 +96,7 @@ def test_an_index_of_another_tensor_parallel_size(model, index):
 
 
 @pytest.mark.parametrize(
-    ("rules", "text"),
+    ("rule", "text"),
     [
         (lambda _: {"match": "9.*", "bits": 3}, r"'9\.\*' matches no sync point .* layers 1 to 2"),
         (lambda _: {"match": "*", "codec": "native"}, "leaves no sync point in low bits"),
@@ -126,10 +107,8 @@ def test_an_index_of_another_tensor_parallel_size(model, index):
     ],
     ids=["no match", "all native", "differ by rank"],
 )
-def test_rules(model, index, tmp_path, rules, text):
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps([rules(dist.get_rank())]))
-    refused(model, index, text, recipe=file)
+def test_rules(model, index, rule, text):
+    refused(model, index, text, recipe=rules(rule(dist.get_rank())))
 
 
 def test_ways_to_rotate(model, index, monkeypatch):
@@ -177,9 +156,9 @@ def test_weights_that_cannot_be_folded(model, index, monkeypatch, kind):
     refused(model, index, text, collective="one-shot", fold=True)
 
 
-def test_a_model_that_is_not_finite_is_not_calibrated(release):
+def test_a_model_that_is_not_finite_is_not_calibrated(model):
     broken = build(torch.bfloat16)
     with torch.no_grad():
         broken.decoder.layers[1].mlp.linear_fc2.weight[0, 0] = torch.nan
-    said = message(lambda: make_index(broken, directory_of_all("nan")))
+    said = message(lambda: index_of(broken))
     assert "sequence 0: not finite at layer 2 mlp.linear_fc2" in said

@@ -101,7 +101,6 @@ def test_messages_are_sent_and_awaited_again(monkeypatch):
             work = dist.all_reduce(x, async_op=True)
             y = x + 1
             work.wait()
-        assert graph.messages == {"c10d::allreduce_": 1}
         assert len(graph.steps) == 3, "the sum, the addition, the wait"
         graph.replay()
         assert y.tolist() == [2, 2]

@@ -11,24 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import (
-    NEW_TOKENS,
-    dynamic_engine,
-    greedy,
-    index_of,
-    with_prediction_head,
-)
-from graphed_engines import (
-    DECODE_ONLY,
-    Run,
-    clean,
-    engine_of,
-    graphed,
-    graphs_on_a_cpu,
-    watched,
-)
+from engines import NEW_TOKENS, dynamic_engine, greedy, with_prediction_head
+from graphed_engines import DECODE_ONLY, Run, clean, graphed, graphs_on_a_cpu, watched
 from releases import MAIN, NEWEST
-from small_gpt import LAYERS, alike, build, low, message, start_megatron
+from small_gpt import LAYERS, alike, build, index_of, low, message, refusal, start_megatron
 
 import megatron_lowbit
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
@@ -47,11 +33,6 @@ def release(request):
 @pytest.fixture(scope="module")
 def model(release):
     return build(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def index(model):
-    return index_of(model)
 
 
 @pytest.fixture
@@ -91,7 +72,7 @@ def test_a_model_with_captured_graphs_is_left_alone(model, index, runner):
         assert "4 sync points" in str(handle), "a refused remove() changes nothing"
         runner.fwd_graph = None  # not captured: nothing is refused
     runner.fwd_graph = object()
-    said = message(lambda: megatron_lowbit.apply(model, index))
+    said = refusal(model, index)
     assert "apply() would not reach the CUDA graphs that decoder.layers.0" in said
 
 
@@ -109,7 +90,7 @@ def test_a_graph_of_whole_training_steps_is_not_reached(model, index, monkeypatc
 def test_graphs_of_training_refuse_gathers(model, index, config):
     megatron_lowbit.apply(model, index).remove()  # nothing else
     model.decoder.layers[0].train()
-    said = message(lambda: megatron_lowbit.apply(model, index, all_gather_bits=6))
+    said = refusal(model, index, all_gather_bits=6)
     model.eval()
     text = "--lowbit-all-gather uses forward pre-hooks, .* refuse in training"
     assert re.search(text, said), said
@@ -119,7 +100,7 @@ def test_graphs_of_training_refuse_gathers(model, index, config):
 def test_graphs_need_a_step_of_warm_up(model, index, config, monkeypatch, impl):
     monkeypatch.setattr(config, "cuda_graph_impl", impl)
     monkeypatch.setattr(config, "cuda_graph_warmup_steps", 0)
-    said = message(lambda: megatron_lowbit.apply(model, index))
+    said = refusal(model, index)
     assert "cuda_graph_warmup_steps is 0" in said
 
 
@@ -140,7 +121,7 @@ def like_eager(
         eager = alike(greedy(dynamic_engine(plain, **engine)))
     clean()
     megatron_lowbit.apply(model, index, **wishes)
-    run = watched(model, engine_of(model, options=steps, **engine))
+    run = watched(model, dynamic_engine(model, **steps, **engine))
     assert run.tokens == eager
     assert run.replays > 0
     assert run.sent_bytes > 0
@@ -167,7 +148,7 @@ def test_graphs_with_gathers_in_low_bits(index, graphs):
 def test_graphs_of_a_head_that_guesses(graphs):
     """It has graphs of its own."""
     plain = with_prediction_head(build(torch.float32).config)
-    index = index_of(plain, "prediction head")
+    index = index_of(plain)
     like_eager(plain, with_prediction_head(graphed().config), index, num_speculative_tokens=1)
 
 
@@ -195,7 +176,7 @@ def test_every_replay_gives_eagers_bits(index, graphs):
     """Megatron's runners, each call once with its graph and once without, on the same input."""
     model = graphed()
     megatron_lowbit.apply(model, index, collective="one-shot")
-    engine = engine_of(model)
+    engine = dynamic_engine(model, **DECODE_ONLY)
     with compared() as seen:
         greedy(engine)
     assert len(seen) >= LAYERS * (NEW_TOKENS - 1)
@@ -214,7 +195,7 @@ def test_graphs_can_be_captured_anew(model, index, graphs):
     clean()
     other = graphed()
     handle = megatron_lowbit.apply(other, index, collective="one-shot")
-    engine = engine_of(other)
+    engine = dynamic_engine(other, **DECODE_ONLY)
     assert "remove() would not reach the CUDA graphs" in message(handle.remove)
     delete_cuda_graphs()
     handle.remove()
@@ -222,7 +203,7 @@ def test_graphs_can_be_captured_anew(model, index, graphs):
     run = watched(other, engine)
     assert (run.tokens, run.replays > 0) == (native, True)
     assert run.sent_bytes == 0, "by collectives of the backend"
-    said = message(lambda: megatron_lowbit.apply(other, index))
+    said = refusal(other, index)
     assert "apply() would not reach the CUDA graphs" in said
     delete_cuda_graphs()
     megatron_lowbit.apply(other, index, collective="two-shot")
@@ -241,6 +222,6 @@ def test_a_capture_refuses_a_sum_that_looks_at_a_value(index, graphs, monkeypatc
     megatron_lowbit.apply(model, index, collective="one-shot")
     monkeypatch.setattr(reducer, "all_reduce", looking)
     with pytest.raises(RuntimeError) as error:
-        engine_of(model)
+        dynamic_engine(model, **DECODE_ONLY)
     expected = "operation not permitted when stream is capturing: aten::item"
     assert str(error.value) == expected

@@ -22,18 +22,16 @@ from engines import (
     assert_carried,
     counted,
     dynamic_engine,
-    features,
     greedy,
     high_level_api,
-    index_of,
     needs,
     static_engine,
     with_prediction_head,
 )
-from graphed_engines import captured_sums, engine_of, graphed, graphs_on_a_cpu, watched
+from graphed_engines import DECODE_ONLY, captured_sums, graphed, graphs_on_a_cpu, watched
 from on_ranks import directory_of_all
 from releases import RELEASES
-from small_gpt import LAYERS, alike, build, low, start_megatron
+from small_gpt import LAYERS, alike, build, index_of, low, start_megatron
 
 import megatron_lowbit
 from megatron_lowbit.comm.policy.policy import Settings
@@ -42,13 +40,7 @@ from megatron_lowbit.comm.policy.tuning import Tuning, this_machine, write_tunin
 from megatron_lowbit.integration.cpu.attention import enable_cpu_engines
 
 pytestmark = pytest.mark.on_ranks(2)
-ENGINES = [
-    pytest.param(engine, marks=pytest.mark.support(name))
-    for engine, name in (
-        (static_engine, "static inference engine"),
-        (dynamic_engine, "dynamic inference engine"),
-    )
-]
+ENGINES = [static_engine, dynamic_engine]
 
 
 @pytest.fixture(scope="module", params=RELEASES)
@@ -67,11 +59,6 @@ def all_of_it(release):
 @pytest.fixture(scope="module")
 def model(release):
     return build(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def index(model):
-    return index_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +88,6 @@ def one_shot(model, index) -> Iterator[list]:
         assert_carried(handle)
 
 
-def test_releases_have_what_is_tested(release):
-    """So that no feature is skipped by mistake."""
-    import megatron.core
-
-    minor = int(megatron.core.__version__.split(".")[1])
-    expected = [
-        (14, "sequence parallelism"),
-        (15, "chunked prefill"),
-        (16, DYNAMIC_INSIDE),
-        (17, "prefix caching"),
-        (17, "speculative decoding"),
-        (19, "MegatronLLM"),
-    ]
-    assert features() == [name for since, name in expected if minor >= since]
-
-
 @pytest.mark.support("dynamic inference engine")
 def test_the_dynamic_engine_on_a_cpu_gives_the_static_engines_tokens(model, native):
     assert greedy(dynamic_engine(model)) == native
@@ -125,20 +96,14 @@ def test_the_dynamic_engine_on_a_cpu_gives_the_static_engines_tokens(model, nati
 
 @pytest.mark.support("static inference engine")
 @pytest.mark.support("dynamic inference engine")
+@pytest.mark.support("error feedback")
 def test_engines_agree_in_low_bits(model, index, native, lossy):
-    with one_shot(model, index):
+    """Every sum of every step is counted and its error carried, as `one_shot` asserts."""
+    with one_shot(model, index) as seen:
         tokens = greedy(dynamic_engine(model))
+    assert seen.count("forward") >= NEW_TOKENS
     assert tokens == lossy != native
     assert greedy(dynamic_engine(model)) == native, "given back"
-
-
-@pytest.mark.support("error feedback")
-def test_every_sum_of_every_step_is_counted_and_its_error_carried(model, index):
-    """As `one_shot` asserts, here and wherever it is used."""
-    with one_shot(model, index) as seen:
-        greedy(static_engine(model))
-        greedy(dynamic_engine(model))
-    assert seen.count("forward") >= 2 * NEW_TOKENS
 
 
 @pytest.mark.support("static engine around a dynamic one")
@@ -157,6 +122,8 @@ def test_the_high_level_api(model, index, lossy):
         assert greedy(high_level_api(model)) == lossy
 
 
+@pytest.mark.support("static inference engine")
+@pytest.mark.support("dynamic inference engine")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tokens_do_not_depend_on_the_batch(model, index, lossy, engine):
     """Nor on the padding to the longest prompt, or to a multiple of 64 tokens."""
@@ -164,11 +131,11 @@ def test_tokens_do_not_depend_on_the_batch(model, index, lossy, engine):
         assert alone(engine(model)) == lossy[:ALONE]
 
 
-@pytest.mark.parametrize("engine", [static_engine, dynamic_engine])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_mlp_in_chunks_of_the_prompt_stands_outside_the_chain(all_of_it, engine):
     """Its second chunk has the shape of the first, and other tokens."""
     model = build(torch.float32, mlp_chunks_for_prefill=2)
-    with low(model, index_of(model, f"chunks in {engine.__name__}")) as handle:
+    with low(model, index_of(model)) as handle:
         tokens = alike(greedy(engine(model)))
         assert alone(engine(model)) == tokens[:ALONE]
         reasons = [status.feedback for status in handle.status()]
@@ -181,7 +148,7 @@ def test_an_mlp_in_chunks_of_the_prompt_stands_outside_the_chain(all_of_it, engi
 def test_bf16(all_of_it):
     """The dynamic engine only: the static one rounds its attention in other places."""
     model = build(torch.bfloat16)
-    index = index_of(model, "bf16")
+    index = index_of(model)
     with one_shot(model, index):
         tokens = alike(greedy(dynamic_engine(model)))
         assert alone(dynamic_engine(model)) == tokens[:ALONE]
@@ -214,7 +181,7 @@ def test_speculative_decoding(release):
     """Guesses cost sums of more tokens a step, and change no token; the heads stay native."""
     needs("speculative decoding")
     model = with_prediction_head(build(torch.float32).config)
-    index = index_of(model, "prediction head")
+    index = index_of(model)
     native = greedy(dynamic_engine(model))
     with low(model, index) as handle:
         assert len([name for name in handle.native if "mtp" in name]) == 2
@@ -296,7 +263,7 @@ def test_graphed_decode(index, lossy, graphs):
     """A step of prefill sums in Python, one of decoding only replays a graph a layer."""
     model = graphed()
     handle = megatron_lowbit.apply(model, index, collective="one-shot")
-    engine = engine_of(model)
+    engine = dynamic_engine(model, **DECODE_ONLY)
     captured = captured_sums(handle)
     assert (captured["calls"], captured["seconds"]) == (SUMS, 0)
     run = watched(model, engine)

@@ -6,23 +6,23 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
-from layer_models import MOE, gpt
-from on_ranks import directory_of_all
+from layer_models import gpt
 from releases import NEWEST
 from small_gpt import (
     HIDDEN,
     LENGTH,
-    VOCAB,
+    MOE,
     assert_alike,
+    in_training,
+    index_of,
     low,
-    make_index,
     message,
+    refusal,
     start_megatron,
     whole_logits,
     whole_vocabulary,
 )
 
-import megatron_lowbit
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.integration.sums import experts
@@ -47,20 +47,10 @@ def build(dispatcher: str, *, sequence_parallel: bool = False):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def name(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(name):
-    dispatcher, sequence_parallel, degrees = CASES[name]
+def model(request):
+    dispatcher, sequence_parallel, degrees = CASES[request.param]
     start_megatron(NEWEST, **degrees)
     return build(dispatcher, sequence_parallel=sequence_parallel)
-
-
-@pytest.fixture(scope="module")
-def index(model, name):
-    return make_index(model, directory_of_all(name))[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +60,7 @@ def native(model) -> torch.Tensor:
 
 def trained(model) -> torch.Tensor:
     """Logits in training, where a router has counts and losses; leaves gradients behind."""
-    from megatron.core import parallel_state
-
-    from megatron_lowbit.model.forward import forward
-
-    # Megatron's buffer for all-gathers: one made in inference mode cannot be written outside it.
-    parallel_state.get_global_memory_buffer().buffer.clear()
-    model.train().zero_grad()
-    mine = forward(model, (torch.arange(LENGTH) * 7 % VOCAB)[None])
+    mine = in_training(model.train())
     generator = torch.Generator().manual_seed(3 + dist.get_rank())
     (mine.float() * torch.randn(mine.shape, generator=generator)).sum().backward()
     model.eval()
@@ -175,7 +158,7 @@ def counts_and_losses(model) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return counts, losses
 
 
-@pytest.mark.parametrize("name", TRAINED, indirect=True)
+@pytest.mark.parametrize("model", TRAINED, indirect=True)
 def test_token_counts_and_auxiliary_losses_stay_native(model, index):
     """Bit-identical where the router sees the same tokens: in the first layer; exact in all."""
     expected_counts, expected_losses = counts_and_losses(model)
@@ -189,7 +172,7 @@ def test_token_counts_and_auxiliary_losses_stay_native(model, index):
         assert layer.sum() == 2 * LENGTH, "two experts for each token"
 
 
-@pytest.mark.parametrize("name", TRAINED, indirect=True)
+@pytest.mark.parametrize("model", TRAINED, indirect=True)
 def test_gradients(model, index):
     expected = gradients(model)
     with low_experts(model, index):
@@ -207,8 +190,7 @@ def test_experts_that_are_whole_on_their_ranks_are_not_summed():
 def test_experts_bits_for_a_dense_model_are_refused():
     start_megatron(NEWEST)
     dense = gpt()
-    index, _ = make_index(dense, directory_of_all("dense"))
-    said = message(lambda: megatron_lowbit.apply(dense, index, experts_bits=4))
+    said = refusal(dense, index_of(dense), experts_bits=4)
     assert "--lowbit-experts has nothing to sum" in said
 
 
@@ -266,7 +248,7 @@ def test_experts_that_split_their_tokens_unevenly():
     start_megatron(NEWEST, 2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
     model = build("alltoall", sequence_parallel=True)
     with uneven_over_gloo():
-        index, _ = make_index(model, directory_of_all("uneven"))
+        index = index_of(model)
         native, expected = run(model), gradients(model)
         with summed_by_codec_bf16(model) as called:
             assert sqnr(native, run(model)) > 60

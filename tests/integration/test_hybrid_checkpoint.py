@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_models import ATTENTION, MLP, SHARED_EXPERTS
+from small_gpt import ATTENTION, MLP, SHARED_EXPERTS
 
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.integration.loops import calibrate_command

@@ -1,33 +1,30 @@
 """`apply` on every kind of layer that Megatron sums in, at TP 2 of the newest release."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import kernel_stand_ins
 import pytest
 import torch
-from chain_oracle import assert_follows_chain
-from layer_models import (
+from chain_oracle import CODECS, check_codecs
+from layer_models import CausalAttention, gpt, hybrid, my_share, whole_sequence
+from releases import NEWEST
+from small_gpt import (
     ATTENTION,
-    DENSE,
+    LENGTH,
     MLP,
     MOE,
     OVERLAP,
+    POINTS,
     SHARED_EXPERTS,
-    CausalAttention,
-    gpt,
-    hybrid,
-)
-from on_ranks import directory_of_all
-from releases import NEWEST
-from small_gpt import (
-    assert_alike,
-    fp32_accumulation,
+    TOKENS,
+    index_of,
     low,
-    make_index,
     message,
     native_calls,
     start_megatron,
     whole_logits,
+    whole_vocabulary,
 )
 
 import megatron_lowbit
@@ -37,7 +34,6 @@ from megatron_lowbit.integration.sums.folded_weights import check_foldable
 from megatron_lowbit.integration.sums.sync_points import find_sync_points
 
 pytestmark = pytest.mark.on_ranks(2)
-CODECS = ["bf16", "rotated-hybrid"]
 SPARSE = [(layer, name) for layer in (1, 2) for name in (ATTENTION, SHARED_EXPERTS)]
 DISPATCHERS = ["layer 1 mlp.token_dispatcher", "layer 2 mlp.token_dispatcher"]
 MLA = {
@@ -66,116 +62,74 @@ MODELS = {
     ),
     "mtp": (
         partial(gpt, mtp_num_layers=2),
-        DENSE,
+        POINTS,
         [f"mtp.layers.{n}.mtp_model_layer.{name}" for n in (0, 1) for name in (ATTENTION, MLP)],
     ),
-    "mla": (partial(gpt, **MLA), DENSE, []),
+    "mla": (partial(gpt, **MLA), POINTS, []),
     "mla_moe": (partial(gpt, **MLA, **MOE), SPARSE, DISPATCHERS),
-    "tied": (TIED, DENSE, []),
-    "tied_sp": (partial(TIED, sequence_parallel=True), DENSE, []),
+    "bias": (partial(gpt, bias=True), POINTS, []),
+    "tied": (TIED, POINTS, []),
+    "tied_sp": (partial(TIED, sequence_parallel=True), POINTS, []),
     "overlap": (partial(gpt, **OVERLAP), SPARSE, DISPATCHERS),
     "overlap_sp": (partial(gpt, **OVERLAP, sequence_parallel=True), SPARSE, DISPATCHERS),
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _megatron():
-    start_megatron(NEWEST)
-    kernel_stand_ins.install()
-
-
 @pytest.fixture(scope="module", params=MODELS)
-def name(request) -> str:
-    return request.param
+def case(release, request) -> SimpleNamespace:
+    kernel_stand_ins.install()
+    build, points, native = MODELS[request.param]
+    model = build()
+    return SimpleNamespace(model=model, index=index_of(model), points=points, native=native)
 
 
-@pytest.fixture(scope="module")
-def points(name) -> list[tuple[int, str]]:
-    return MODELS[name][1]
-
-
-@pytest.fixture(scope="module")
-def native(name) -> list[str]:
-    return MODELS[name][2]
-
-
-@pytest.fixture(scope="module")
-def model(name):
-    return MODELS[name][0]()
-
-
-@pytest.fixture(scope="module")
-def index(model, name):
-    return make_index(model, directory_of_all(name))[0]
-
-
-def test_sync_points_and_what_stays_native(model, index, points, native):
+def test_sync_points_and_what_stays_native(case):
     """Every symbol of a hybrid pattern is a layer; heads and routed experts have their reasons."""
-    with low(model, index, codec="rotated-hybrid") as handle:
-        whole_logits(model)
-        assert sorted((point.layer, point.name) for point in handle.status()) == sorted(points)
-        assert sorted(handle.native) == sorted(native)
+    with low(case.model, case.index, codec="rotated-hybrid") as handle:
+        whole_logits(case.model)
+        assert sorted(handle.native) == sorted(case.native)
         assert all(handle.native.values())
-        assert f"{len(points)} sync points use rotated-hybrid" in str(handle)
-        assert f"{len(native)} stay native" in str(handle)
+        assert f"{len(case.points)} sync points use rotated-hybrid" in str(handle)
+        assert f"{len(case.native)} stay native" in str(handle)
         for point in handle.stats()["sync_points"]:
             assert [choice["calls"] for choice in point["choices"]] == [1], point
-    assert {(n, name) for n, names in index.layers.items() for name in names} == set(points)
+    found = {(n, name) for n, names in case.index.layers.items() for name in names}
+    assert found == set(case.points)
 
 
-def test_sums_are_those_of_the_codec(model, index):
-    """`bf16` gives the fp32 sums' bits, 4 bits lose as they should, and ranks agree."""
-    native, exact, got = whole_logits(model), fp32_accumulation(model), {}
-    for codec in CODECS:
-        with low(model, index, codec=codec):
-            got[codec] = whole_logits(model)
-        assert_alike(got[codec])
-    assert sqnr(exact, got["bf16"]) > 60
-    # Up to 41 dB where errors are carried over five layers.
-    assert 8 < sqnr(exact, got["rotated-hybrid"]) < 45
-    assert torch.equal(whole_logits(model), native)
-
-
-def test_every_kind_of_layer_carries_errors(model, index, points):
-    """Each sum is the specification's; numbers say the same as structure."""
-    for codec in CODECS:
-        with low(model, index, codec=codec) as handle:
-            assert_follows_chain(model, handle, codec)
-            carried = [point.feedback for point in handle.status()]
-    assert carried == ["carried"] * len(points)
-    assert index.manifest["chain"] == {f"layer {n} {name}": "" for n, name in points}
+def test_sums_are_those_of_the_codec_and_carry_errors(case):
+    """In every kind of layer. Up to 41 dB where errors are carried over five layers."""
+    check_codecs(case.model, case.index, case.points, most=45)
 
 
 def all_reduces_and_embeddings(model) -> tuple[int, list[torch.Tensor]]:
     """Of one pass: calls by the name that layers import, and what the embedding gave."""
     embedded: list[torch.Tensor] = []
-    hook = model.embedding.register_forward_hook(
+    with model.embedding.register_forward_hook(
         lambda module, inputs, output: embedded.append(output.detach().clone())
-    )
-    calls = native_calls(model)
-    hook.remove()
-    return calls, embedded
+    ):
+        return native_calls(model), embedded
 
 
-def test_nothing_else_leaves_megatrons_own_sum(model, index, points, native):
+def test_nothing_else_leaves_megatrons_own_sum(case):
     """Embeddings stay bit-identical: tied or not, summed by an all-reduce or, with sequence
     parallelism, a reduce-scatter. Of the all-reduces low bits take the sync points' alone.
     """
-    all_calls, expected = all_reduces_and_embeddings(model)
+    all_calls, expected = all_reduces_and_embeddings(case.model)
     assert expected
-    config = model.config
+    config = case.model.config
     for codec in CODECS:
-        with low(model, index, codec=codec):
-            calls, embedded = all_reduces_and_embeddings(model)
+        with low(case.model, case.index, codec=codec):
+            calls, embedded = all_reduces_and_embeddings(case.model)
         assert all(map(torch.equal, expected, embedded))
         assert len(embedded) == len(expected)
         if not config.sequence_parallel:
             overlapped = 2 if config.moe_shared_expert_overlap else 0  # summed elsewhere, too
-            assert all_calls - calls == len(points) - overlapped
-            assert calls == len(embedded) + sum(name.startswith("mtp.") for name in native)
+            assert all_calls - calls == len(case.points) - overlapped
+            assert calls == len(embedded) + sum(name.startswith("mtp.") for name in case.native)
 
 
-def test_routed_experts_alone_leave_nothing_for_low_bits():
+def test_routed_experts_alone_leave_nothing_for_low_bits(release):
     routed = {**MOE, "moe_shared_expert_intermediate_size": None}
     said = message(lambda: megatron_lowbit.apply(hybrid("E", **routed), "no index"))
     assert said.startswith(
@@ -183,13 +137,13 @@ def test_routed_experts_alone_leave_nothing_for_low_bits():
     )
 
 
-def test_overlapped_shared_experts_cannot_be_folded():
+def test_overlapped_shared_experts_cannot_be_folded(release):
     points, _ = find_sync_points(gpt(**OVERLAP))
     said = message(lambda: check_foldable([], points))
     assert f"layer 1 {SHARED_EXPERTS} is a RowParallelLinear whose partials go" in said
 
 
-def test_fused_shared_experts_are_listed():
+def test_fused_shared_experts_are_listed(release):
     model = gpt(**MOE)
     experts = model.decoder.layers[0].mlp.shared_experts
     experts.config.use_grouped_gemm_for_shared_expert = True
@@ -197,6 +151,41 @@ def test_fused_shared_experts_are_listed():
     assert why == "fused shared experts, which sum inside themselves"
 
 
-def test_layers_that_need_transformer_engine_are_refused():
+def test_layers_that_need_transformer_engine_are_refused(release):
     said = message(lambda: local_stack_spec(gpt().config, "M+D"))
     assert "--hybrid-layer-pattern M+D: layers +, D need --transformer-impl" in said
+
+
+@torch.inference_mode()
+def over_contexts(model) -> torch.Tensor:
+    """Logits of the whole sequence."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group()
+    tokens, places = my_share(TOKENS[0], group), my_share(torch.arange(LENGTH), group)
+    return whole_sequence(whole_vocabulary(model(tokens[None], places[None], None)[0]), group)
+
+
+@pytest.mark.on_ranks(4)
+def test_with_context_parallelism_each_rank_sends_its_own_tokens():
+    """Over its tensor-parallel group alone."""
+
+    def sent() -> tuple[torch.Tensor, torch.Tensor, list[int], str]:
+        model = gpt(attention=CausalAttention)
+        native = over_contexts(model)
+        with low(model, index) as handle:
+            got = over_contexts(model)
+            points = handle.stats()["sync_points"]
+            return native, got, [p["choices"][0]["tokens"] for p in points], str(handle)
+
+    start_megatron(NEWEST, 2)
+    index = index_of(gpt(attention=CausalAttention))
+    native, got, tokens, _ = sent()
+    start_megatron(NEWEST, 2, context_parallel_size=2)
+    native_split, got_split, tokens_split, text = sent()
+    assert sqnr(native, native_split) > 40
+    assert sqnr(got, got_split) > 40
+    assert 8 < sqnr(native, got) < 40
+    assert "one-shot over 2 ranks" in text
+    assert tokens == [LENGTH] * 4
+    assert tokens_split == [LENGTH / 2] * 4

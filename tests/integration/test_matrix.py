@@ -10,31 +10,39 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from chain_oracle import CODECS, check_codecs
 from on_ranks import directory_of_all
 from pipeline_chunks import LAYERS, build_chunks, run_schedule, shaped, with_chunks
 from releases import RELEASES
 from small_gpt import (
+    ATTENTION,
+    MLP,
     MOE,
+    OVERLAP,
+    POINTS,
+    SHARED_EXPERTS,
     assert_alike,
     build,
-    fp32_accumulation,
+    index_of,
     low,
     make_index,
     message,
     native_calls,
     of_all_ranks,
+    refusal,
+    rules,
     start_megatron,
     whole_logits,
 )
 
-import megatron_lowbit
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.calibration.saved_state import Progress
 
 pytestmark = pytest.mark.on_ranks(4)
-CODECS = ("bf16", "rotated-hybrid")
-DENSE = ["self_attention.linear_proj", "mlp.linear_fc2"]
-SHARED = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
+
+
+def points_of(layers, mlp: str = MLP) -> list[tuple[int, str]]:
+    return [(layer, name) for layer in layers for name in (ATTENTION, mlp)]
 
 
 @pytest.fixture(scope="module", params=RELEASES)
@@ -44,68 +52,41 @@ def release(request):
 
 
 @pytest.fixture(scope="module")
-def dense(release):
-    """A dense model, its index, and how its calibration went."""
-    model = build(torch.bfloat16)
-    return model, *make_index(model, directory_of_all("dense"))
-
-
-@pytest.fixture(scope="module")
 def parallel(release):
     """A model with sequence parallelism, and its index."""
     model = build(torch.bfloat16, sequence_parallel=True)
-    return model, make_index(model, directory_of_all("parallel"))[0]
-
-
-def points_of(layers, names: list[str]) -> list[tuple[int, str]]:
-    return sorted((layer, name) for layer in layers for name in names)
-
-
-def points(handle) -> list[tuple[int, str]]:
-    return sorted((status.layer, status.name) for status in handle.status())
-
-
-def collectives(handle) -> set[str]:
-    return {choice["collective"] for choice in handle.stats()["total"]}
-
-
-def check_codecs(model, index, names: list[str], collective: str, **wishes) -> dict:
-    """Sums are equal on all ranks, as exact as they should be, and gone after `remove`."""
-    native, exact, found = whole_logits(model), fp32_accumulation(model), {}
-    layers = range(1, model.config.num_layers + 1)
-    for codec in CODECS:
-        with low(model, index, codec=codec, **wishes) as handle:
-            found[codec] = whole_logits(model)
-            assert points(handle) == points_of(layers, names)
-            assert collectives(handle) == {collective}
-        assert_alike(found[codec])
-    # Only the order of an fp32 sum of two could differ, which has none.
-    assert sqnr(exact, found["bf16"]) > 60
-    assert 8 < sqnr(native, found["rotated-hybrid"]) < 40
-    assert torch.equal(whole_logits(model), native)
-    return {"native": native, **found}
+    return model, index_of(model)
 
 
 @pytest.mark.support("local spec, TP 2")
-def test_local_spec(dense):
-    """All-reduces; of Megatron's own the embedding's is left."""
-    model, index, _ = dense
-    check_codecs(model, index, DENSE, "one-shot")
-    assert native_calls(model) == 5
+def test_local_spec(model, index):
+    check_codecs(model, index, POINTS)
+
+
+@pytest.mark.support("local spec, TP 2")
+def test_only_sync_points_are_replaced_and_given_back(model, index):
+    """Natively the function is called at 2 sync points a layer and in the embedding."""
+    assert native_calls(model) == len(POINTS) + 1
+    before = {key: value for key, value in model.state_dict().items() if value is not None}
     for codec in CODECS:
-        with low(model, index, codec=codec):
-            assert native_calls(model) == 1
+        with low(model, index, codec=codec) as handle:
+            assert native_calls(model) == 1, "the embedding stays native"
+        handle.remove()  # a second time
+        after = {key: value for key, value in model.state_dict().items() if value is not None}
+        assert list(after) == list(before)
+        assert all(torch.equal(value, before[key]) for key, value in after.items())
+    assert native_calls(model) == len(POINTS) + 1
 
 
 @pytest.mark.support("calibration")
-def test_calibration(dense):
+def test_calibration(model):
     """The index of all rows is made on the release itself."""
-    assert dense[2] == Progress(done=5)
+    assert make_index(model, directory_of_all("partial"))[1] == Progress(done=5)
 
 
 @pytest.mark.support("sequence parallel")
 def test_sequence_parallel(parallel):
-    check_codecs(*parallel, DENSE, "reduce-scatter")
+    check_codecs(*parallel, POINTS)
 
 
 @pytest.mark.support("sequence parallel with all-gathers in low bits")
@@ -114,21 +95,47 @@ def test_all_gathers(parallel, codec):
     """They cost a little quality, in `rotated-hybrid` and beside BF16 sums alike."""
     model, index = parallel
     native = whole_logits(model)
+    with low(model, index, codec=codec):
+        plain = whole_logits(model)
     with low(model, index, codec=codec, all_gather_bits=6) as handle:
-        logits = whole_logits(model)
-        assert collectives(handle) == {"reduce-scatter", "all-gather"}
+        logits, stats = whole_logits(model), handle.stats()
     assert_alike(logits)
     assert 8 < sqnr(native, logits) < 40
+    assert not torch.equal(logits, plain)
     assert torch.equal(whole_logits(model), native)
+    assert [choice["collective"] for choice in stats["total"]] == ["reduce-scatter", "all-gather"]
+    assert [choice["calls"] for choice in stats["total"]] == [4, 4]
+    assert [gather["bits_per_value"] < 6.5 for gather in stats["all_gathers"]] == [True] * 4
+
+
+@pytest.mark.support("sequence parallel")
+def test_sequence_parallelism_that_is_switched_off(parallel):
+    """As engines do for decoding: sync points all-reduce then, and nothing is gathered."""
+    model = build(torch.bfloat16, sequence_parallel=True)
+    native = whole_logits(model)
+    with low(model, parallel[1], all_gather_bits=6) as handle:
+        for module in model.modules():
+            if getattr(module, "sequence_parallel", False) is True:
+                module.sequence_parallel = False
+        embedding = model.embedding
+        embedding.scatter_to_sequence_parallel = embedding.reduce_scatter_embeddings = False
+        embedding.word_embeddings.reduce_scatter_embeddings = False
+        model.config.sequence_parallel = False
+        logits = whole_logits(model)
+        assert [choice["collective"] for choice in handle.stats()["total"]] == ["one-shot"]
+    assert_alike(logits)
+    assert 8 < sqnr(native, logits) < 40
 
 
 @pytest.mark.support("MoE with a shared expert")
-def test_experts(release):
+@pytest.mark.parametrize("config", [MOE, OVERLAP], ids=["beside", "overlapped"])
+def test_experts(release, config):
     """A shared expert is a sync point; routed experts stay native and are listed."""
-    model = build(torch.bfloat16, **MOE)
-    index, _ = make_index(model, directory_of_all("experts"))
-    check_codecs(model, index, SHARED, "one-shot")
+    model = build(torch.bfloat16, **config)
+    index = index_of(model)
+    check_codecs(model, index, points_of([1, 2], SHARED_EXPERTS))
     with low(model, index) as handle:
+        assert sorted(handle.native) == [f"layer {n} mlp.token_dispatcher" for n in (1, 2)]
         text = "2 stay native (2: routed experts, summed by the token dispatcher"
         assert text in str(handle)
 
@@ -158,14 +165,12 @@ FUNCTION = "megatron.core.tensor_parallel.mappings.reduce_from_tensor_model_para
     ],
     ids=["forward", "class", "function"],
 )
-def test_doctored_release(dense, monkeypatch, symbol, value, by_apply, by_calibrate):
+def test_doctored_release(model, index, native, monkeypatch, symbol, value, by_apply, by_calibrate):
     """Refused before anything is changed, with the symbol and what it is needed for."""
-    model, index, _ = dense
-    native = whole_logits(model)
     with monkeypatch.context() as patch:
         patch.setattr(symbol, value) if value else patch.delattr(symbol)
-        applying = message(lambda: megatron_lowbit.apply(model, index).remove())
-        calibrating = message(lambda: make_index(model, directory_of_all("doctored")))
+        applying = refusal(model, index)
+        calibrating = message(lambda: index_of(model))
     assert re.search(by_apply, applying, re.DOTALL), applying
     assert re.search(by_calibrate, calibrating), calibrating
     assert torch.equal(whole_logits(model), native)
@@ -187,8 +192,8 @@ def stage(release, request):
     """
     virtual = request.param
     whole = build(torch.bfloat16, num_layers=LAYERS)
-    index, _ = make_index(whole, directory_of_all(f"pipeline {virtual}"))
-    expected = check_codecs(whole, index, DENSE, "one-shot", feedback=False)
+    index = index_of(whole)
+    expected = check_codecs(whole, index, points_of([1, 2, 3, 4]), feedback=False)
     with low(whole, index, fold=True):
         expected["folded"] = whole_logits(whole)
     with with_chunks(whole, index, virtual or 1):
@@ -231,7 +236,7 @@ class TestPipeline:
         """By an index of global layer numbers."""
         with low(stage.chunks, stage.index, codec=codec, feedback=False) as handle:
             check_logits(stage, run_schedule(stage.chunks), codec)
-            assert points(handle) == points_of(stage.layers, DENSE)
+            assert [(p.layer, p.name) for p in handle.status()] == points_of(stage.layers)
             first, second = stage.layers
             assert f"4 sync points of layers {first}, {second} use {codec}" in str(handle)
 
@@ -249,12 +254,10 @@ class TestPipeline:
             assert handle.feedback()["dropped"] == 0
             assert "errors carried between 4 sync points" in str(handle)
 
-    def test_a_rule_leaves_a_stage_native(self, stage, tmp_path):
+    def test_a_rule_leaves_a_stage_native(self, stage):
         """Low bits on the first stage only."""
-        rules = [f'{{"match": "{n}.*", "codec": "native"}}' for n in stage.last_layers]
-        (tmp_path / "rules.json").write_text(f"[{', '.join(rules)}]")
-        wishes = {"recipe": tmp_path / "rules.json", "fold": True}
-        with low(stage.chunks, stage.index, **wishes) as handle:
+        left = ({"match": f"{n}.*", "codec": "native"} for n in stage.last_layers)
+        with low(stage.chunks, stage.index, recipe=rules(*left), fold=True) as handle:
             logits, text = run_schedule(stage.chunks), str(handle)
             where = "of layers {}, {} use".format(*stage.layers)
             if stage.is_last:
@@ -267,12 +270,10 @@ class TestPipeline:
         assert str(handle) == "low-bit communication: removed"
 
     def test_what_goes_wrong_on_one_stage_is_said_on_both(self, stage):
-        def refusal(model, **wishes) -> str:
-            return message(lambda: megatron_lowbit.apply(model, stage.index, **wishes).remove())
-
-        differ = refusal(stage.chunks, bits=3 if dist.get_rank() == 3 else 4)
+        differ = refusal(stage.chunks, stage.index, bits=3 if dist.get_rank() == 3 else 4)
         assert re.search(r"ranks differ in their codec.*\(4 bits\).*\(3 bits\)", differ)
         assert "(found by rank 2)" in differ
         none = torch.nn.Identity()
-        assert "Identity has no Megatron-core transformer layer" in refusal(none)
-        assert refusal(none if stage.is_last else stage.chunks) == "no error", "an empty stage"
+        assert "Identity has no Megatron-core transformer layer" in refusal(none, stage.index)
+        given = none if stage.is_last else stage.chunks
+        assert refusal(given, stage.index) == "no error", "an empty stage"

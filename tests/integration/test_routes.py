@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from chain_models import POINTS, build_chain, chain_of, index_of, reasons, without_chain
 from chain_oracle import assert_follows_chain
-from releases import NEWEST, OLDER
-from small_gpt import low, message, start_megatron, whole_logits
+from small_gpt import low, refusal, whole_logits
 from torch import Tensor, nn
 
 import megatron_lowbit
@@ -20,7 +19,7 @@ from megatron_lowbit.integration.sums import routes
 from megatron_lowbit.integration.sums.sync_points import find_sync_points
 from megatron_lowbit.model.summing import Reducer
 
-in_ranks = pytest.mark.on_ranks(2)
+pytestmark = pytest.mark.on_ranks(2)
 
 
 class DownProjection(nn.Module):
@@ -86,12 +85,6 @@ def registered(*given, in_chain: bool = True) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[OLDER[0], NEWEST])
-def release(request):
-    start_megatron(request.param)
-    return request.param
-
-
 @pytest.fixture
 def fork(release) -> nn.Module:
     """A model one of whose MLPs has the fork's linear."""
@@ -107,11 +100,6 @@ def index(release):
     return without_chain(index_of(build_chain()))
 
 
-def refusal(model, index, **wishes) -> str:
-    return message(lambda: megatron_lowbit.apply(model, index, **wishes))
-
-
-@in_ranks
 def test_a_linear_that_sums_by_itself_is_refused_without_a_route(fork, index):
     said = refusal(fork, index)
     start = "layer 2 mlp.linear_fc2 is a DownProjection, which reduces inside itself"
@@ -119,7 +107,6 @@ def test_a_linear_that_sums_by_itself_is_refused_without_a_route(fork, index):
     assert "register_route" in said
 
 
-@in_ranks
 def test_in_the_chain(fork):
     """Calibrated, checked by numbers, carried, near native, and given back bit for bit."""
     native = whole_logits(fork)
@@ -139,7 +126,6 @@ def test_in_the_chain(fork):
     assert torch.equal(whole_logits(fork), native)
 
 
-@in_ranks
 def test_partials_are_summed_once(fork, index):
     native = whole_logits(fork)
     with registered(DownRoute()):
@@ -149,7 +135,6 @@ def test_partials_are_summed_once(fork, index):
     assert "DownProjection whose partials go another way" in said
 
 
-@in_ranks
 def test_outside_of_the_chain(fork):
     """The carry passes it by, and calibration and inference agree on it."""
     with registered(DownRoute(), in_chain=False):
@@ -162,7 +147,6 @@ def test_outside_of_the_chain(fork):
         assert "in the chain here, and outside" in refusal(fork, index)
 
 
-@in_ranks
 def test_a_subclass_of_megatrons_linear_with_a_forward_of_its_own(index):
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
@@ -190,7 +174,6 @@ def test_a_subclass_of_megatrons_linear_with_a_forward_of_its_own(index):
     assert torch.equal(whole_logits(model), native)
 
 
-@in_ranks
 def test_a_name_that_megatron_has_not(fork):
     linear = build_chain().decoder.layers[1].mlp.linear_fc2
     fork.decoder.layers[1].mlp.down = DownProjection(linear)
@@ -203,7 +186,6 @@ def _raise(*args):
     raise RuntimeError("no such thing")
 
 
-@in_ranks
 @pytest.mark.parametrize(
     ("method", "does", "text"),
     [
@@ -227,7 +209,6 @@ def test_a_route_that_is_wrong_is_named(fork, index, method, does, text):
     assert torch.equal(whole_logits(fork), native)
 
 
-@in_ranks
 @pytest.mark.parametrize("attribute", ["output_size", "weight"])
 def test_a_linear_that_lacks_something_is_refused(fork, index, attribute):
     delattr(fork.decoder.layers[1].mlp.linear_fc2, attribute)
@@ -235,7 +216,6 @@ def test_a_linear_that_lacks_something_is_refused(fork, index, attribute):
         assert f"has no {attribute}" in refusal(fork, index)
 
 
-@in_ranks
 def test_two_routes_that_take_the_same_are_refused(fork, index):
     with registered(DownRoute(), OtherRoute()):
         assert refusal(fork, index) == (

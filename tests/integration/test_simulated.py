@@ -6,19 +6,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from on_ranks import directory_of_all
-from releases import NEWEST
+from releases import RELEASES
 from small_gpt import (
     HIDDEN,
     LAYERS,
     LENGTH,
+    MLP,
     POINTS,
     VOCAB,
     alike,
     assert_alike,
     build,
+    index_of,
     low,
     make_index,
     message,
+    rules,
     start_megatron,
     whole_logits,
 )
@@ -28,7 +31,7 @@ from megatron_lowbit.calibration.calibration_loop import Progress
 from megatron_lowbit.calibration.costs import option_costs
 from megatron_lowbit.calibration.costs.option_costs import measure_options
 from megatron_lowbit.calibration.costs.stored import COSTS, MISSED, SUM_COSTS
-from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.calibration.plan import plan, predicted_divergence, with_feedback
 from megatron_lowbit.calibration.planning import Planner
 from megatron_lowbit.calibration.recipe import Assignment
@@ -38,7 +41,7 @@ from megatron_lowbit.model.forward import logits
 from megatron_lowbit.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.on_ranks(3)
-# Codec, bits, collective.
+# Codec, bits, collective; 0 bits stand for 4 and one sync point without any.
 CASES = [
     ("bf16", None, "one-shot"),
     ("static-hybrid", None, "one-shot"),
@@ -47,21 +50,9 @@ CASES = [
     ("static-hybrid", (4, 6), "two-shot"),
     ("rotated-hybrid", (4, 4), "two-shot"),
     ("rotated-hybrid", (4, 6), "two-shot"),
+    *(("shaped-hybrid", bits, "one-shot") for bits in (1, 2, 4, 0)),
+    *(("shaped-hybrid", bits, "two-shot") for bits in (1, 2, 4, 0, (3, 1), (2, 6))),
 ]
-
-
-@pytest.fixture(scope="module")
-def release():
-    start_megatron(NEWEST)
-    return NEWEST
-
-
-@pytest.fixture(scope="module")
-def calibrated(release):
-    """The index of a model, read back, and how its calibration went."""
-    out = directory_of_all("index")
-    _, progress = make_index(build(torch.bfloat16), out)
-    return read_index(out / "lowbit"), progress
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "sequence parallel"])
@@ -69,7 +60,7 @@ def planner(release, request) -> Planner:
     """In fp32, free of rounding; its options by gradients."""
     sequences = torch.randint(0, VOCAB, (12, LENGTH), generator=torch.Generator().manual_seed(5))
     model = build(torch.float32, sequence_parallel=request.param).eval()
-    index, _ = make_index(model, directory_of_all(f"planner {request.param}"))
+    index = index_of(model)
     summing, _ = find_summing(model, None)
     language_model = LanguageModel(
         logits=lambda tokens: logits(model, tokens),
@@ -140,12 +131,21 @@ def test_a_target_is_met_with_the_fewest_bits(planner):
     alike((recipe, nats))  # agreed to the last bit
 
 
+@pytest.fixture(scope="module")
+def calibrated(model):
+    """The index of a model, read back, and how its calibration went."""
+    out = directory_of_all(f"rank {dist.get_rank()}") / "lowbit"
+    index, progress = make_index(model, directory_of_all("partial"))
+    write_index(index, out)
+    return read_index(out), progress
+
+
 def test_calibrated_index(calibrated):
     index, progress = calibrated
     assert progress == Progress(done=5)
     found = [(layer, name) for layer, points in index.layers.items() for name in points]
     assert sorted(found) == sorted(POINTS)
-    record = index.record(1, "mlp.linear_fc2")
+    record = index.record(1, MLP)
     assert record.minimum.shape == (3, HIDDEN)
     assert (record.minimum < record.mean).all()
     assert (record.mean < record.maximum).all()
@@ -154,12 +154,13 @@ def test_calibrated_index(calibrated):
 
 
 @pytest.fixture(scope="module")
-def real(calibrated) -> dict:
+def real(model, calibrated) -> dict:
     """By case, the logits of real ranks, and what each sync point has sent."""
     index, _ = calibrated
-    model, found = build(torch.bfloat16), {}
+    skip, found = rules({"match": "1.mlp.*", "bits": 0}), {}
     for codec, bits, collective in CASES:
-        with low(model, index, codec=codec, bits=bits, collective=collective) as handle:
+        wishes = {"bits": 4, "recipe": skip} if bits == 0 else {"bits": bits}
+        with low(model, index, codec=codec, collective=collective, **wishes) as handle:
             got = whole_logits(model)
             sent = [_counted(point.traffic) for point in handle.status()]
         found[codec, bits, collective] = got, sent
@@ -178,6 +179,7 @@ def one_process(release, calibrated, real):
     start_megatron(release)
 
 
+@pytest.mark.parametrize("release", RELEASES, indirect=True)
 def test_simulated_ranks_give_the_bits_of_real_ones(calibrated, real, one_process):
     """In one process, from the whole model: the contract of `--simulate-tp`.
 
@@ -189,24 +191,31 @@ def test_simulated_ranks_give_the_bits_of_real_ones(calibrated, real, one_proces
     native = whole_logits(model)
     for case, (expected, sent) in real.items():
         name, bits, collective = case
-        codec = get_codec(name, bits=bits)
-        tables = [index.tables(point.layer, point.name, codec, ranks=3) for point in summing.points]
-        codecs = [codec] * len(tables)
-        # As `apply` does by default.
-        reducers = summing.reducers(codecs, tables, collective, feedback=codec.carries)
+        codecs = [get_codec(name, bits=4 if bits == 0 else bits)] * len(POINTS)
+        if bits == 0:
+            codecs[1] = get_codec(name, bits=0)
+        each = zip(summing.points, codecs, strict=True)
+        tables = [index.tables(point.layer, point.name, codec, ranks=3) for point, codec in each]
+        carries = codecs[0].carries  # by which `apply` decides
+        reducers = summing.reducers(codecs, tables, collective, feedback=carries)
         with summing.using(reducers):
             got = whole_logits(model)
         assert torch.equal(got, expected), case
         assert [_counted(reducer.traffic.total()) for reducer in reducers] == sent, case
         if name == "bf16":
             assert torch.equal(got, native), "simulated native is codec bf16"
+        with summing.using(summing.reducers(codecs, tables, collective)):
+            if bits == 0:
+                assert "sends nothing: it needs error" in message(lambda: whole_logits(model))
+            else:
+                assert torch.equal(whole_logits(model), expected) != carries, case
     assert torch.equal(whole_logits(model), native)
 
 
 def test_simulated_calibration_finds_what_real_ranks_find(calibrated, one_process):
     """Bit for bit at the first sync point; behind it native sums differ by BF16's rounding."""
     (real, _), model = calibrated, one_process
-    index, _ = make_index(model, directory_of_all("simulated"), simulate_tp=3)
+    index = index_of(model, simulate_tp=3)
     assert index.tp_size == 3
     assert index.manifest["chain"] == {f"layer {layer} {name}": "" for layer, name in POINTS}
     for point in POINTS:

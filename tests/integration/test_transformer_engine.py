@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from on_ranks import directory_of_all
 from releases import NEWEST, environment
 from small_gpt import (
     HIDDEN,
@@ -17,18 +16,19 @@ from small_gpt import (
     LENGTH,
     MOE,
     POINTS,
-    VOCAB,
     assert_alike,
     build,
+    gpt_model,
+    in_training,
+    index_of,
     low,
-    make_index,
     message,
+    refusal,
     start_megatron,
     whole_logits,
 )
-from te_models import counting, inference_spec, logits_and_calls, model_of, same_weights, te_spec
+from te_models import counting, inference_spec, logits_and_calls, same_weights, te_spec
 
-import megatron_lowbit
 from megatron_lowbit.integration.sums import transformer_engine as route
 from megatron_lowbit.integration.sums.simulate import find_summing
 from megatron_lowbit.integration.sums.sync_points import (
@@ -38,7 +38,6 @@ from megatron_lowbit.integration.sums.sync_points import (
     fingerprint,
     transformer_layers,
 )
-from megatron_lowbit.model.forward import forward
 
 
 def behind_the_stand_in(release: str, _) -> str:
@@ -49,6 +48,8 @@ def behind_the_stand_in(release: str, _) -> str:
 STAND_IN = Path(__file__).with_name("te_stand_in")
 pytestmark = pytest.mark.on_ranks(2, path=behind_the_stand_in)
 TE = ["te", "te sequence-parallel"]
+INFERENCE = "inference sequence-parallel"
+FC2 = "layer 1 mlp.linear_fc2"
 SPECS = {"te": te_spec, "inference": inference_spec}
 
 
@@ -63,12 +64,12 @@ def release(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=[*TE, "inference sequence-parallel"])
+@pytest.fixture(scope="module", params=[*TE, INFERENCE])
 def pair(release, request):
     """A model, and the local one that has its weights, with an index of it."""
     spec, *scatters = request.param.split()
     local = build(torch.bfloat16, sequence_parallel=bool(scatters))
-    index, _ = make_index(local, directory_of_all(request.param))
+    index = index_of(local)
     return SimpleNamespace(local=local, model=same_weights(local, SPECS[spec]()), index=index)
 
 
@@ -134,8 +135,8 @@ def test_an_index_serves_every_spec(pair):
 
 
 @pytest.mark.parametrize("pair", TE, indirect=True)
-def test_calibration_finds_what_it_finds_in_the_local_spec(pair, request):
-    index, _ = make_index(pair.model, directory_of_all(request.node.name))
+def test_calibration_finds_what_it_finds_in_the_local_spec(pair):
+    index = index_of(pair.model)
     assert index.manifest["chain"] == pair.index.manifest["chain"]
     assert set(index.manifest["chain"].values()) == {""}
     for point in POINTS:
@@ -156,14 +157,8 @@ def test_gradients_are_those_of_the_local_spec(pair):
 
 def gradients_and_calls(model, index) -> tuple[list[torch.Tensor], list[str]]:
     """Of the weights before and in a row-parallel linear, through the low-bit path."""
-    from megatron.core import parallel_state
-
-    # What Megatron keeps there from inference mode takes no gradients.
-    parallel_state.get_global_memory_buffer().buffer.clear()
-    tokens = (torch.arange(LENGTH) * 7 % VOCAB)[None]
-    model.zero_grad()
     with low(model, index), counting() as calls:
-        forward(model, tokens).float().square().mean().backward()
+        in_training(model).float().square().mean().backward()
     mlp = model.decoder.layers[0].mlp
     return [linear.weight.grad.clone() for linear in (mlp.linear_fc1, mlp.linear_fc2)], calls
 
@@ -243,94 +238,88 @@ def test_sequence_parallelism_that_is_switched_off_between_calls(pair):
     assert calls == []
 
 
-@pytest.fixture(scope="module")
-def models(release):
-    """By spec a model, a row-parallel linear of it and its name; tests change them for a while."""
-    te, inference = (
-        same_weights(build(torch.bfloat16, sequence_parallel=True), spec())
-        for spec in SPECS.values()
-    )
-    attention = inference.decoder.layers[1].self_attention
-    return {
-        "te": (te, te.decoder.layers[0].mlp.linear_fc2, "layer 1 mlp.linear_fc2"),
-        "inference": (inference, attention.linear_proj, "layer 2 self_attention.linear_proj"),
-    }
+def fc2_of(pair):
+    return pair.model.decoder.layers[0].mlp.linear_fc2
 
 
-def refusal(model) -> str:
+def unmuted(model) -> str:
+    """Why its sums cannot be had."""
     return message(lambda: find_sync_points(model))
 
 
 @pytest.mark.parametrize(
-    ("spec", "owner", "name", "value", "text"),
+    ("pair", "owner", "name", "value", "text"),
     [
-        ("te", "linear", "ub_overlap_rs_fprop", True, "sums while .*leave out --tp-comm-overlap"),
-        ("te", "config", "fp8", "hybrid", "is padded .* --sequence-parallel"),
-        ("te", "linear", "tp_group", None, "has no tensor-parallel group"),
+        (TE[1], "linear", "ub_overlap_rs_fprop", True, "sums while .*leave out --tp-comm-overlap"),
+        (TE[1], "config", "fp8", "hybrid", "is padded .* --sequence-parallel"),
+        (TE[1], "linear", "tp_group", None, "has no tensor-parallel group"),
         (
-            *("inference", "config", "inference_fuse_tp_communication", True),
+            *(INFERENCE, "config", "inference_fuse_tp_communication", True),
             ".*--inference-fuse-tp-communication",
         ),
-        ("inference", "linear", "apply_bias", True, "adds its bias itself"),
+        (INFERENCE, "linear", "apply_bias", True, "adds its bias itself"),
         # In front of the parameter.
-        ("inference", "linear", "weight", object(), "has its weights as object already"),
+        (INFERENCE, "linear", "weight", object(), "has its weights as object already"),
     ],
+    indirect=["pair"],
 )
-def test_sums_that_cannot_be_muted(models, monkeypatch, spec, owner, name, value, text):
+def test_sums_that_cannot_be_muted(pair, monkeypatch, owner, name, value, text):
     """The first sync point that has them is named."""
-    model, linear, place = models[spec]
+    model, linear, place = pair.model, fc2_of(pair), FC2
     if owner == "config":  # of all linears
         linear, place = linear.config, "layer 1 self_attention.linear_proj"
     with monkeypatch.context() as patch:
         patch.setitem(vars(linear), name, value)
-        assert re.search(f"{place} {text}", refusal(model)), refusal(model)
-    assert refusal(model) == "no error"
+        assert re.search(f"{place} {text}", unmuted(model)), unmuted(model)
+    assert unmuted(model) == "no error"
 
 
-def test_another_transformer_engine(models, monkeypatch):
+@pytest.mark.parametrize("pair", TE[1:], indirect=True)
+def test_another_transformer_engine(pair, monkeypatch):
     """One that has moved what is muted, or has a forward pass that does not read it."""
-    model, linear, _ = models["te"]
+    model, linear = pair.model, fc2_of(pair)
     with monkeypatch.context() as patch:
         patch.delattr(linear, "gemm_bias_unfused_add")
-        text = "layer 1 mlp.linear_fc2 has no gemm_bias_unfused_add.*--transformer-impl local"
-        assert re.search(text, refusal(model)), refusal(model)
+        text = f"{FC2} has no gemm_bias_unfused_add.*--transformer-impl local"
+        assert re.search(text, unmuted(model)), unmuted(model)
     with monkeypatch.context() as patch:
         own = {"forward": lambda self, x: (x, None)}
         patch.setattr(linear, "__class__", type("TunedLinear", (type(linear),), own))
-        text = "layer 1 mlp.linear_fc2 has a forward pass of its own, .* TunedLinear"
-        assert re.search(text, refusal(model)), refusal(model)
+        text = f"{FC2} has a forward pass of its own, .* TunedLinear"
+        assert re.search(text, unmuted(model)), unmuted(model)
     renamed = inspect.getsource(type(linear).__mro__[2]).replace("self.parallel_mode", "self.mode")
     with monkeypatch.context() as patch:
         patch.setattr("inspect.getsource", lambda _: renamed)
         route.reads_in_forward.cache_clear()
         text = r"transformer_engine.*\.Linear\.forward reads no parallel_mode"
-        assert re.search(text, refusal(model)), refusal(model)
+        assert re.search(text, unmuted(model)), unmuted(model)
     route.reads_in_forward.cache_clear()
-    assert refusal(model) == "no error"
+    assert unmuted(model) == "no error"
 
 
-def test_wishes_that_need_the_local_spec(models):
-    model, _, _ = models["te"]
-    index, _ = make_index(model, directory_of_all("wishes"))
-    said = message(lambda: megatron_lowbit.apply(model, index, all_gather_bits=6))
+@pytest.mark.parametrize("pair", TE[1:], indirect=True)
+def test_wishes_that_need_the_local_spec(pair):
+    model = pair.model
+    said = refusal(model, pair.index, all_gather_bits=6)
     assert "--lowbit-all-gather has nothing to gather" in said
     said = message(lambda: find_summing(model, 3))
     assert re.search("--simulate-tp needs the local spec .* is a TERowParallelLinear", said), said
-    assert refusal(model) == "no error"
+    assert unmuted(model) == "no error"
 
 
 def test_an_mlp_that_never_calls_its_linear(release):
-    said = refusal(same_weights(build(torch.bfloat16), te_spec(use_te_op_fuser=True)))
-    text = "layer 1 mlp.linear_fc2 .* TEFusedMLP .*--use-transformer-engine-op-fuser"
+    said = unmuted(same_weights(build(torch.bfloat16), te_spec(use_te_op_fuser=True)))
+    text = f"{FC2} .* TEFusedMLP .*--use-transformer-engine-op-fuser"
     assert re.search(text, said), said
 
 
-def test_a_linear_that_megatron_has_muted_stays_native(models, monkeypatch):
-    model, linear, _ = models["te"]
+@pytest.mark.parametrize("pair", TE[1:], indirect=True)
+def test_a_linear_that_megatron_has_muted_stays_native(pair, monkeypatch):
+    model, linear = pair.model, fc2_of(pair)
     monkeypatch.setattr(linear, "parallel_mode", None)
     _, native = find_sync_points(model)
-    assert list(native) == ["layer 1 mlp.linear_fc2"]
-    assert "already muted by Megatron" in native["layer 1 mlp.linear_fc2"]
+    assert list(native) == [FC2]
+    assert "already muted by Megatron" in native[FC2]
 
 
 @pytest.mark.parametrize("latent", [None, 48])
@@ -340,7 +329,7 @@ def test_grouped_linears_of_routed_experts_stay_native(release, latent):
     if latent and not hasattr(config, "moe_latent_size"):
         pytest.skip("this release has no latent experts")
     config.moe_latent_size = latent
-    model = model_of(config, te_spec(num_experts=4, moe_grouped_gemm=True))
+    model = gpt_model(config, te_spec(num_experts=4, moe_grouped_gemm=True))
     points, native = find_sync_points(model)
     names = ["self_attention.linear_proj", "mlp.shared_experts.linear_fc2"]
     assert [str(point).split()[-1] for point in points] == 2 * names

@@ -2,7 +2,7 @@ from transformer_engine.pytorch import constants, cpp_extensions, distributed, f
 from transformer_engine.pytorch.module.grouped_linear import GroupedLinear
 from transformer_engine.pytorch.module.layernorm_linear import LayerNormLinear
 from transformer_engine.pytorch.module.linear import Linear
-from transformer_engine.pytorch.module.norms import LayerNorm, RMSNorm
+from transformer_engine.pytorch.module.norms import RMSNorm
 
 
 class DotProductAttention:
@@ -12,7 +12,6 @@ class DotProductAttention:
 __all__ = [
     "DotProductAttention",
     "GroupedLinear",
-    "LayerNorm",
     "LayerNormLinear",
     "Linear",
     "RMSNorm",

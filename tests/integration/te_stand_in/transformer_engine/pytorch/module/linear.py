@@ -1,4 +1,5 @@
 import torch
+import torch.distributed as dist
 
 from transformer_engine.pytorch.distributed import (
     allreduce,
@@ -54,21 +55,18 @@ class Linear(TransformerEngineBaseModule):
         in_features,
         out_features,
         sequence_parallel=False,
-        fuse_wgrad_accumulation=False,
         tp_group=None,
         tp_size=1,
-        get_rng_state_tracker=None,
-        rng_tracker_name=None,
         init_method=None,
         bias=True,
         return_bias=False,
         params_dtype=None,
         parallel_mode=None,
         device="cpu",
-        ub_overlap_ag=False,
         ub_overlap_rs=False,
         ub_name=None,
         symmetric_ar_type=None,
+        **unused,
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -76,8 +74,13 @@ class Linear(TransformerEngineBaseModule):
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
         self.symmetric_ar_type = symmetric_ar_type
-        overlap = {"ub_overlap_ag": ub_overlap_ag, "ub_overlap_rs": ub_overlap_rs}
-        self._set_parallelism(parallel_mode, tp_group, tp_size, sequence_parallel, overlap, ub_name)
+        self.tp_size = tp_size if tp_group is None else dist.get_world_size(tp_group)
+        self.tp_group = tp_group
+        self.parallel_mode = parallel_mode
+        self.sequence_parallel = self.tp_size > 1 and sequence_parallel
+        scatters = parallel_mode == "row" and self.sequence_parallel
+        self.ub_overlap_rs_fprop = scatters and ub_overlap_rs
+        self.ub_name = ub_name
         if self.parallel_mode == "column":
             self.out_features //= self.tp_size
         elif self.parallel_mode == "row":

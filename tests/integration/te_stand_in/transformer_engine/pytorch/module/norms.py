@@ -1,7 +1,7 @@
 import torch
 
 
-class _Norm:
+class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self,
         normalized_shape=None,
@@ -15,11 +15,3 @@ class _Norm:
         assert not zero_centered_gamma
         shape = hidden_size if normalized_shape is None else normalized_shape
         super().__init__(shape, eps=eps, dtype=params_dtype, device=device)
-
-
-class RMSNorm(_Norm, torch.nn.RMSNorm):
-    pass
-
-
-class LayerNorm(_Norm, torch.nn.LayerNorm):
-    pass
