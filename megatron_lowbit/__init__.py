@@ -16,6 +16,7 @@ CUDA, Triton nor Megatron:
 
 from importlib import import_module
 
+from megatron_lowbit import _moved
 from megatron_lowbit._version import __version__
 
 _EXPORTS = {
@@ -31,6 +32,7 @@ _EXPORTS = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
+_moved.install()
 
 
 def __getattr__(name: str):

@@ -4,12 +4,15 @@ Run this file alone to print its sizes: ``python tests/test_house.py``.
 """
 
 import ast
+import warnings
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import megatron_lowbit
+from megatron_lowbit import _moved
 
 PACKAGE = Path(megatron_lowbit.__file__).parent
 MOST_MODULES = 14
@@ -112,6 +115,36 @@ def test_file_names_are_told_apart_by_themselves():
     """But for kernels that are the same on CPUs and GPUs."""
     names = Counter(p.name for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
     assert {name for name, count in names.items() if count > 1} <= {"rotated.py", "carrying.py"}
+
+
+@pytest.mark.parametrize("old", _moved.MODULES)
+def test_a_moved_module_is_found_with_a_warning_that_names_the_new_one(old):
+    new = f"megatron_lowbit.{_moved.MODULES[old]}"
+    with pytest.warns(FutureWarning, match=f"is now {new};"):
+        # Afresh, as the first import alone warns.
+        spec = _moved._Finder().find_spec(f"megatron_lowbit.{old}")
+        module = spec.loader.create_module(spec)
+        spec.loader.exec_module(module)
+    name = next(name for name, value in vars(import_module(new)).items() if callable(value))
+    assert getattr(module, name) is getattr(import_module(new), name)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [(module, *pair) for module, names in _moved.NAMES.items() for pair in names.items()],
+)
+def test_a_renamed_name_is_found_with_a_warning_that_names_the_new_one(module, old, new):
+    where = import_module(f"megatron_lowbit.{module}")
+    own = new.rpartition(".")
+    there = import_module(f"megatron_lowbit.{own[0]}") if own[0] else where
+    with pytest.warns(FutureWarning, match=rf"\.{old} is now .*\.{new};"):
+        assert getattr(where, old) is getattr(there, own[2])
+
+
+def test_a_module_that_never_was_is_not_found():
+    with warnings.catch_warnings(), pytest.raises(ModuleNotFoundError):
+        warnings.simplefilter("error")
+        import_module("megatron_lowbit.comm.chooser")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.costs.stored import options_of
 from megatron_lowbit.calibration.plan import Option, Options
 from megatron_lowbit.calibration.recipe import Assignment, Key, Recipe
@@ -282,3 +283,6 @@ def select_bf16_index(ranges: Tensor, count: int) -> Tensor:
     summed = ranges.double().sum(dim=0)
     chosen = torch.argsort(summed, descending=True, stable=True)[:count]
     return chosen.sort().values.to(torch.int32)
+
+
+__getattr__ = renamed(__name__)

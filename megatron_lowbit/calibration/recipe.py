@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.codecs import CALIBRATED_CODEC, Codec, codec_names, get_codec
 from megatron_lowbit.codecs.bf16 import Bf16
 from megatron_lowbit.errors import LowbitError
@@ -204,3 +205,6 @@ def _both_bits(assignment: Assignment) -> tuple[int, int]:
     """Of partials and of sums."""
     codec = assignment.make()
     return codec.bits, codec.sum_bits
+
+
+__getattr__ = renamed(__name__)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron_lowbit._moved import renamed
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -135,3 +137,6 @@ class Clock:
             self._events[1].synchronize()
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return 0.0 if self._on_gpu else self._stop - self._start
+
+
+__getattr__ = renamed(__name__)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.calibration.recipe import (
@@ -206,3 +207,6 @@ def _recipe(
     keys = [(layer, point) for layer, points in index.layers.items() for point in points]
     origin = "one codec, the calibration index's recipe set aside" if index.recipe else "one codec"
     return dict.fromkeys(keys, Assignment(name, bits)), origin
+
+
+__getattr__ = renamed(__name__)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lowbit._moved import renamed
 from megatron_lowbit.comm.hierarchical import Nodes
 from megatron_lowbit.comm.policy.timings import (
     BF16_BYTES,
@@ -132,3 +133,6 @@ def _spans(decide: Callable[[int], Decision]) -> str:
             parts.append(name if last is None else f"{name} from {size_text(1 << exponent)}")
         last = name
     return ", ".join(parts)
+
+
+__getattr__ = renamed(__name__)
