@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.layout import row_bytes
 from megatron_lowbit.kernels.triton.launching import new_payload
-from megatron_lowbit.kernels.triton.rotated_launching import Carried, launch_encode, launch_reduce
+from megatron_lowbit.kernels.triton.rotated_launching import launch_encode, launch_reduce
 
 
 @torch.library.custom_op(
@@ -48,18 +48,9 @@ def encode_with_carry(
     """
     if width != scale.numel() or block != width & -width:
         raise LowbitError("a folded weight's error is rotated: it cannot be carried on")
-    return launch_encode(
-        partial,
-        width=width,
-        center=center,
-        scale=scale,
-        bf16_index=bf16_index,
-        block=block,
-        thresholds=thresholds,
-        bits=bits,
-        body_bytes=body_bytes,
-        carry=Carried(taken, given, bounded, largest, decode_scale, levels),
-    )
+    encoding = (center, scale, bf16_index, block, thresholds, bits, body_bytes)
+    carry = (taken, given, bounded, largest)
+    return launch_encode(partial, width, *encoding, carry, decode_scale, levels)
 
 
 @encode_with_carry.register_fake
@@ -93,22 +84,11 @@ def reduce_encode_with_carry(
     sum_body_bytes: int,
 ) -> Tensor:
     """`rotated.reduce_encode` with error feedback of the sum, which is turned back for it."""
-    return launch_reduce(
-        payloads,
-        hidden=scale.numel(),
-        kept=bf16_index.numel(),
-        levels=levels,
-        bits=bits,
-        body_bytes=body_bytes,
-        thresholds=thresholds,
-        sum_bits=sum_bits,
-        sum_body_bytes=sum_body_bytes,
-        center=center,
-        scale=scale,
-        bf16_index=bf16_index,
-        block=block,
-        carry=Carried(taken, given, bounded, largest, decode_scale, sum_levels),
-    )
+    hidden, kept = scale.numel(), bf16_index.numel()
+    received, written = (levels, bits, body_bytes), (thresholds, sum_bits, sum_body_bytes)
+    turning, carry = (center, scale, bf16_index, block), (taken, given, bounded, largest)
+    summed = (*received, *written, *turning)
+    return launch_reduce(payloads, hidden, kept, *summed, carry, decode_scale, sum_levels)
 
 
 @reduce_encode_with_carry.register_fake

@@ -43,29 +43,66 @@ def write_kept(
 
 
 @triton.jit
-def store_sum(
-    total,
+def _values(
+    payload,
+    kept,
+    levels,
+    scale,
     feature,
     inside,
-    payloads,
-    rank_stride,
-    ranks,
-    bf16_index,
-    kept,
-    out,
-    out_column_stride,
     BODY_BYTES: tl.constexpr,
-    KEPT: tl.constexpr,
-    NATIVE: tl.constexpr,
+    BITS: tl.constexpr,
+    LOG_TILE: tl.constexpr,
 ):
-    """Put a token's sum in place: its body, and the BF16 features summed here.
+    """fp32 [1 << LOG_TILE]: a rank's body, what its codes stand for times its own scales.
 
-    Args:
-        total: fp32 [1 << LOG_TILE], the sum of the body.
-        feature: As from `features`.
-        inside: As from `features`.
-        out: fp32, fp16 or the bits of BF16, `out_column_stride` apart.
+    By levels that is a level times the token's scale; without an integer, and NaN for the lowest.
     """
+    if levels is None:
+        half: tl.constexpr = 1 << (BITS - 1)
+        codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
+        values = tl.where(codes >= half, codes - 2 * half, codes).to(tl.float32)
+        values = tl.where(codes == half, float("nan"), values)
+    else:
+        values = parts.row_values(payload, kept, levels, BODY_BYTES, BITS, LOG_TILE)
+    return values * tl.load(scale + feature, mask=inside, other=0.0)
+
+
+@triton.jit
+def _decode_sum(
+    payloads,  # uint8 [ranks, tokens, row bytes]
+    rank_stride,
+    row_stride,
+    ranks,
+    center,  # fp32 [hidden]: of the sum, or None
+    scale,  # fp32 [ranks, hidden]
+    body_index,  # int64 [BODY]
+    bf16_index,  # int64 [kept]
+    kept,
+    levels,  # fp32 [2**BITS], or None
+    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
+    out_row_stride,
+    out_column_stride,
+    HIDDEN: tl.constexpr,
+    BODY: tl.constexpr,
+    KEPT: tl.constexpr,
+    BODY_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    payloads += token * row_stride
+    out += token * out_row_stride
+    feature, inside = features(body_index, BODY, LOG_TILE)
+    total = _values(payloads, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
+    row = payloads
+    for _ in range(1, ranks):
+        row += rank_stride
+        scale += HIDDEN
+        total += _values(row, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
+    if center is not None:
+        total += tl.load(center + feature, mask=inside, other=0.0)
     parts.store_floats(out + feature * out_column_stride, total, inside, NATIVE)
     if KEPT:
         floats = payloads + BODY_BYTES + BODY_BYTES % 2
@@ -117,29 +154,24 @@ def launch_encode(
 
 
 def launch_decode_sum(
-    kernel: Any,
     out: Tensor,
     payloads: Tensor,
     row_bytes: int,
+    *,
+    center: Tensor | None = None,
     scale: Tensor,
     body_index: Tensor,
     bf16_index: Tensor,
-    *more: object,
-    **constants: int,
+    levels: Tensor | None = None,
+    bits: int,
+    body_bytes: int,
 ) -> None:
     """Sum payloads of `row_bytes` a row into `out`.
 
     Args:
-        kernel: Takes payloads, their strides of ranks and rows, their number, scale, body index,
-            BF16 index and its length, out and its two strides, and `more`.
-        out: BF16, fp16 or fp32 ``[tokens, hidden]``, any strides.
-        payloads: ``uint8 [ranks, tokens, row_bytes]``.
-        row_bytes: See above.
         scale: fp32 ``[at least ranks, hidden]``, contiguous.
-        body_index: int64 ``[hidden - k]``, contiguous.
-        bf16_index: int64 ``[k]``, contiguous.
-        more: Other arguments of the kernel.
-        constants: Its constants, but those of the shapes.
+        levels: None: codes are signed integers.
+        bits: 2 to 8.
 
     Raises:
         LowbitError: A tensor has another shape or type, or too many features.
@@ -155,15 +187,16 @@ def launch_decode_sum(
         )
     target = as_bits(out)
     launch(
-        kernel,
+        _decode_sum,
         tokens,
         tile,
         payloads,
         *(payloads, *payloads.stride()[:2], ranks),
-        *(scale, body_index, bf16_index, kept, target, *target.stride(), *more),
+        *(center, scale, body_index, bf16_index, kept, levels, target, *target.stride()),
         HIDDEN=hidden,
         BODY=body_index.numel(),
         KEPT=power_of_two(kept),
-        NATIVE=is_compiled(kernel),
-        **constants,
+        BODY_BYTES=body_bytes,
+        BITS=bits,
+        NATIVE=is_compiled(_decode_sum),
     )

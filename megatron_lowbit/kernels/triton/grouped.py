@@ -107,8 +107,3 @@ def decode_sum_into(
         **_constants(tile, hidden, format, group, bits, body_bytes),
         NATIVE=is_compiled(kernels.decode_sum),
     )
-
-
-@decode_sum_into.register_fake
-def _(out, payloads, hidden, format, group, bits, body_bytes, row_bytes):
-    return None

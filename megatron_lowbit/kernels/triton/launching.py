@@ -13,8 +13,8 @@ from megatron_lowbit.kernels.switches import BUTTERFLIES, SWITCH, rotation
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A row is in the registers of one program: 64 fp32 values a thread of 16 warps.
 LARGEST_HIDDEN = 1 << 15
-# What kernels take in place of a carry: nothing taken, nothing given, no count, no bound.
-NO_CARRY = (None, 0, 0, None, 0, 0, None, 0.0)
+# `taken`, `given`, `bounded` and `largest` of a call without error feedback.
+NO_CARRY = (None, None, None, 0.0)
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def check_partial(partial: Tensor, hidden: int) -> Tensor:
 
 
 def carry_arguments(
+    tokens: int,
+    hidden: int,
     taken: Tensor | None,
     given: Tensor | None,
     bounded: Tensor | None,
     largest: float,
-    tokens: int,
-    hidden: int,
 ) -> tuple:
     """A carry as kernels take it: with strides, BF16 as its bits.
 

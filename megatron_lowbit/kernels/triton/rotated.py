@@ -49,17 +49,8 @@ def encode(
     body_bytes: int,
 ) -> Tensor:
     """Write a partial into a payload."""
-    return launch_encode(
-        partial,
-        width=width,
-        center=center,
-        scale=scale,
-        bf16_index=bf16_index,
-        block=block,
-        thresholds=thresholds,
-        bits=bits,
-        body_bytes=body_bytes,
-    )
+    encoding = (center, scale, bf16_index, block, thresholds, bits, body_bytes)
+    return launch_encode(partial, width, *encoding)
 
 
 @encode.register_fake
@@ -111,12 +102,8 @@ def decode_sum_into(
         BITS=bits,
         NATIVE=is_compiled(kernels.decode_sum),
         DOT=dot_type(kernels.decode_sum),
+        token=None,
     )
-
-
-@decode_sum_into.register_fake
-def _(out, payloads, center, scale, bf16_index, block, levels, bits, body_bytes):
-    return None
 
 
 @torch.library.custom_op("megatron_lowbit::rotated_reduce_encode", mutates_args=())
@@ -132,17 +119,8 @@ def reduce_encode(
     sum_body_bytes: int,
 ) -> Tensor:
     """Sum the partials of all ranks and write the sum into a payload, without turning it back."""
-    return launch_reduce(
-        payloads,
-        hidden=hidden,
-        kept=kept,
-        levels=levels,
-        bits=bits,
-        body_bytes=body_bytes,
-        thresholds=thresholds,
-        sum_bits=sum_bits,
-        sum_body_bytes=sum_body_bytes,
-    )
+    received, written = (levels, bits, body_bytes), (thresholds, sum_bits, sum_body_bytes)
+    return launch_reduce(payloads, hidden, kept, *received, *written)
 
 
 @reduce_encode.register_fake

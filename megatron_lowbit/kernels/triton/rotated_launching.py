@@ -1,10 +1,9 @@
 """The launches that `rotated` and `carrying` share: the kernels' arguments, in one place.
 
-Without a carry a kernel gets none of what only a carry needs. Arguments are those of the public
-functions, which say what they are and check nothing themselves.
+Without a carry, which is `taken`, `given`, `bounded` and `largest`, a kernel gets none of what only
+a carry needs. Arguments are those of the public functions, which say what they are and check
+nothing themselves.
 """
-
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,33 +24,8 @@ from megatron_lowbit.kernels.triton.launching import (
 )
 
 
-class Carried(NamedTuple):
-    """What a carry adds to a call.
-
-    Attributes:
-        taken: As for `carrying.encode_with_carry`.
-        given: Likewise.
-        bounded: Likewise.
-        largest: Likewise.
-        decode_scale: Likewise.
-        levels: Of what is written, likewise.
-    """
-
-    taken: Tensor | None
-    given: Tensor | None
-    bounded: Tensor | None
-    largest: float
-    decode_scale: Tensor
-    levels: Tensor
-
-    def arguments(self, tokens: int, hidden: int) -> tuple:
-        """As kernels take them, but for the tables."""
-        return carry_arguments(self.taken, self.given, self.bounded, self.largest, tokens, hidden)
-
-
 def launch_encode(
     partial: Tensor,
-    *,
     width: int,
     center: Tensor | None,
     scale: Tensor,
@@ -60,21 +34,23 @@ def launch_encode(
     thresholds: Tensor,
     bits: int,
     body_bytes: int,
-    carry: Carried | None = None,
+    carry: tuple = NO_CARRY,
+    decode_scale: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """`rotated.encode`, or `carrying.encode_with_carry`: the payload."""
     hidden, kept = scale.numel(), bf16_index.numel()
     tile, search = Tile.of(hidden), cells(thresholds)
     values = check_partial(partial, width)
     payload = new_payload(partial, len(partial), row_bytes(body_bytes, kept + 1))
-    carried = NO_CARRY if carry is None else carry.arguments(len(partial), hidden)
+    carried = carry_arguments(len(partial), hidden, *carry)
     launch(
         kernels.encode,
         len(partial),
         tile,
         partial,
-        *(values, *values.stride(), *carried, center, scale, carry and carry.decode_scale),
-        *(bf16_index, kept, search.table, carry and carry.levels, payload, payload.shape[1]),
+        *(values, *values.stride(), *carried, center, scale, decode_scale),
+        *(bf16_index, kept, search.table, levels, payload, payload.shape[1]),
         HIDDEN=hidden,
         LOG_BLOCK=block.bit_length() - 1,
         KEPT=power_of_two(kept),
@@ -84,13 +60,13 @@ def launch_encode(
         CELLS=len(search.table),
         NATIVE=is_compiled(kernels.encode),
         DOT=dot_type(kernels.encode),
+        token=None,
     )
     return payload
 
 
 def launch_reduce(
     payloads: Tensor,
-    *,
     hidden: int,
     kept: int,
     levels: Tensor,
@@ -103,25 +79,27 @@ def launch_reduce(
     scale: Tensor | None = None,
     bf16_index: Tensor | None = None,
     block: int = 1,
-    carry: Carried | None = None,
+    carry: tuple = NO_CARRY,
+    decode_scale: Tensor | None = None,
+    sum_levels: Tensor | None = None,
 ) -> Tensor:
     """`rotated.reduce_encode`, or `carrying.reduce_encode_with_carry`: the payload.
 
-    The sum is turned back for a carry only: without one it needs none of `center` to `block`.
+    The sum is turned back for a carry only: without one it needs nothing from `center` on.
     """
     tile, search = Tile.of(hidden), cells(thresholds)
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, _ = payloads.shape
     payload = new_payload(payloads, tokens, row_bytes(sum_body_bytes, kept + 1))
-    carried = NO_CARRY if carry is None else carry.arguments(tokens, hidden)
+    carried = carry_arguments(tokens, hidden, *carry)
     launch(
         kernels.reduce_encode,
         tokens,
         tile,
         payloads,
         *(payloads, *payloads.stride()[:2], ranks, *carried),
-        *(center, scale, carry and carry.decode_scale, bf16_index, kept, levels, search.table),
-        *(carry and carry.levels, payload, payload.shape[1]),
+        *(center, scale, decode_scale, bf16_index, kept, levels, search.table),
+        *(sum_levels, payload, payload.shape[1]),
         HIDDEN=hidden,
         LOG_BLOCK=block.bit_length() - 1,
         KEPT=power_of_two(kept),
@@ -132,6 +110,7 @@ def launch_reduce(
         STEPS=search.steps,
         CELLS=len(search.table),
         NATIVE=is_compiled(kernels.reduce_encode),
-        DOT="" if carry is None else dot_type(kernels.reduce_encode),
+        DOT="" if decode_scale is None else dot_type(kernels.reduce_encode),
+        token=None,
     )
     return payload

@@ -60,75 +60,6 @@ def _encode(
     )
 
 
-@triton.jit
-def _values(
-    payload,
-    kept,
-    levels,
-    scale,
-    feature,
-    inside,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    """fp32 [1 << LOG_TILE]: a rank's body, each level times the token's scale, then its own."""
-    values = parts.row_values(payload, kept, levels, BODY_BYTES, BITS, LOG_TILE)
-    return values * tl.load(scale + feature, mask=inside, other=0.0)
-
-
-@triton.jit
-def _decode_sum(
-    payloads,  # uint8 [ranks, tokens, row bytes]
-    rank_stride,
-    row_stride,
-    ranks,
-    scale,  # fp32 [ranks, hidden]
-    body_index,  # int64 [BODY]
-    bf16_index,  # int64 [kept]
-    kept,
-    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
-    out_row_stride,
-    out_column_stride,
-    center,  # fp32 [hidden]: of the sum, or None
-    levels,  # fp32 [2**BITS]
-    HIDDEN: tl.constexpr,
-    BODY: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    payloads += token * row_stride
-    out += token * out_row_stride
-    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
-    total = _values(payloads, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
-    row = payloads
-    for _ in range(1, ranks):
-        row += rank_stride
-        scale += HIDDEN
-        total += _values(row, kept, levels, scale, feature, inside, BODY_BYTES, BITS, LOG_TILE)
-    if center is not None:
-        total += tl.load(center + feature, mask=inside, other=0.0)
-    gathered.store_sum(
-        total,
-        feature,
-        inside,
-        payloads,
-        rank_stride,
-        ranks,
-        bf16_index,
-        kept,
-        out,
-        out_column_stride,
-        BODY_BYTES,
-        KEPT,
-        NATIVE,
-    )
-
-
 @torch.library.custom_op("megatron_lowbit::scaled_encode", mutates_args=())
 def encode(
     partial: Tensor,
@@ -190,15 +121,14 @@ def decode_sum_into(
         bits: 2 to 6.
     """
     gathered.launch_decode_sum(
-        _decode_sum,
-        *(out, payloads, row_bytes(body_bytes, bf16_index.numel() + 1)),
-        *(scale, body_index, bf16_index),
-        *(center, levels),
-        BODY_BYTES=body_bytes,
-        BITS=bits,
+        out,
+        payloads,
+        row_bytes(body_bytes, bf16_index.numel() + 1),
+        center=center,
+        scale=scale,
+        body_index=body_index,
+        bf16_index=bf16_index,
+        levels=levels,
+        bits=bits,
+        body_bytes=body_bytes,
     )
-
-
-@decode_sum_into.register_fake
-def _(out, payloads, center, scale, body_index, bf16_index, levels, bits, body_bytes):
-    return None

@@ -52,84 +52,6 @@ def _encode(
         parts.pack_bytes(tl.where(inside, codes, 0), payload, BODY_BYTES, BITS, LOG_TILE)
 
 
-@triton.jit
-def _sum_row(
-    payloads,
-    rank_stride,
-    ranks,
-    scale,
-    feature,
-    inside,
-    HIDDEN: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    """fp32 [1 << LOG_TILE]: a token's body in rank order, each rank's by its own steps."""
-    total = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
-    total *= tl.load(scale + feature, mask=inside, other=0.0)
-    for _ in range(1, ranks):
-        payloads += rank_stride
-        scale += HIDDEN
-        values = _values(payloads, BODY_BYTES, BITS, LOG_TILE)
-        total += values * tl.load(scale + feature, mask=inside, other=0.0)
-    return total
-
-
-@triton.jit
-def _values(payload, BODY_BYTES: tl.constexpr, BITS: tl.constexpr, LOG_TILE: tl.constexpr):
-    """fp32 of the codes of a row: integers, and NaN for the lowest."""
-    half: tl.constexpr = 1 << (BITS - 1)
-    codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
-    values = tl.where(codes >= half, codes - 2 * half, codes).to(tl.float32)
-    return tl.where(codes == half, float("nan"), values)
-
-
-@triton.jit
-def _decode_sum(
-    payloads,  # uint8 [ranks, tokens, row bytes]
-    rank_stride,
-    row_stride,
-    ranks,
-    scale,  # fp32 [ranks, hidden]
-    body_index,  # int64 [BODY]
-    bf16_index,  # int64 [kept]
-    kept,
-    out,  # fp32, fp16 or the bits of BF16 [tokens, hidden]
-    out_row_stride,
-    out_column_stride,
-    HIDDEN: tl.constexpr,
-    BODY: tl.constexpr,
-    KEPT: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    payloads += token * row_stride
-    out += token * out_row_stride
-    feature, inside = gathered.features(body_index, BODY, LOG_TILE)
-    total = _sum_row(
-        payloads, rank_stride, ranks, scale, feature, inside, HIDDEN, BODY_BYTES, BITS, LOG_TILE
-    )
-    gathered.store_sum(
-        total,
-        feature,
-        inside,
-        payloads,
-        rank_stride,
-        ranks,
-        bf16_index,
-        kept,
-        out,
-        out_column_stride,
-        BODY_BYTES,
-        KEPT,
-        NATIVE,
-    )
-
-
 @torch.library.custom_op("megatron_lowbit::static_encode", mutates_args=())
 def encode(
     partial: Tensor,
@@ -178,13 +100,13 @@ def decode_sum_into(
         scale: fp32 ``[at least ranks, hidden]``, contiguous.
         bits: 3 to 8.
     """
-    row = row_bytes(body_bytes, bf16_index.numel())
-    tables = (scale, body_index, bf16_index)
     gathered.launch_decode_sum(
-        _decode_sum, out, payloads, row, *tables, BODY_BYTES=body_bytes, BITS=bits
+        out,
+        payloads,
+        row_bytes(body_bytes, bf16_index.numel()),
+        scale=scale,
+        body_index=body_index,
+        bf16_index=bf16_index,
+        bits=bits,
+        body_bytes=body_bytes,
     )
-
-
-@decode_sum_into.register_fake
-def _(out, payloads, scale, body_index, bf16_index, bits, body_bytes):
-    return None

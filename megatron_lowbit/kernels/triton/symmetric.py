@@ -2,7 +2,7 @@
 
 For GPUs of one node and messages whose time is latency: a rank writes its payload's rows into its
 peers' memory (`peer_memory`), meets them (`parts.barrier`), and sums what they have written. The
-rows are those of `parts.rows`, so the bits are those of the codec and of the collectives over
+rows are those of `rotated_kernels`, so the bits are those of the codec and of the collectives over
 torch.distributed.
 
 The result may be put where the partial is. Calls of a group must come in the same order on all

@@ -1,18 +1,17 @@
-"""The programs of `symmetric`: rows of `parts.rows` with the sending between them.
+"""The programs of `symmetric`: those of `rotated_kernels` with the sending between them.
 
 A token belongs to one program on all ranks, so programs meet only those of their own number, and
 each reads only what such programs wrote. A program reads a token's partial before it writes the
-token's sum.
+token's sum. They unpack tuples, which Triton does from 3.3 on: symmetric memory needs a later one
+anyway (`peer_memory.FIRST_TRITON`).
 """
 
 import triton
 import triton.language as tl
 
+from megatron_lowbit.kernels.triton import rotated_kernels as rotated
 from megatron_lowbit.kernels.triton.parts import barrier as barrier
-from megatron_lowbit.kernels.triton.parts import reduce as reduce
-from megatron_lowbit.kernels.triton.parts import rows as rows
 from megatron_lowbit.kernels.triton.parts import sending as sending
-from megatron_lowbit.kernels.triton.parts.sending import row_of as row_of
 
 
 @triton.jit
@@ -72,56 +71,25 @@ def one_shot(
     own = tl.load(peers + rank) + half
     for token in range(program, tokens, PROGRAMS):
         place = tl.cast(rank * tokens + token, tl.int64) * ROW
-        rows.encode_row(
-            row_of(partial, token, partial_row_stride),
-            partial_column_stride,
-            None if taken is None else row_of(taken, token, taken_row_stride),
-            taken_column_stride,
-            None if given is None else row_of(given, token, given_row_stride),
-            given_column_stride,
-            bounded,
-            largest,
-            center,
-            encode_scale,
-            decode_scale,
-            encode_index,
-            kept,
-            cells,
-            levels,
-            sending.as_bytes(own + place),
-            HIDDEN,
-            LOG_BLOCK,
-            KEPT,
-            BODY_BYTES,
-            BITS,
-            STEPS,
-            CELLS,
-            NATIVE,
-            LOG_TILE,
-            DOT,
+        rotated.encode(
+            *(partial, partial_row_stride, partial_column_stride),
+            *(taken, taken_row_stride, taken_column_stride),
+            *(given, given_row_stride, given_column_stride, bounded, largest),
+            *(center, encode_scale, decode_scale, encode_index, kept, cells, levels),
+            *(sending.as_bytes(own + place), 0),
+            *(HIDDEN, LOG_BLOCK, KEPT, BODY_BYTES, BITS, STEPS, CELLS, NATIVE, LOG_TILE, DOT),
+            token=token,
         )
         sending.send_row(peers, rank, ranks, half + place, ROW, WORDS)
     barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
     for token in range(program, tokens, PROGRAMS):
-        rows.decode_row(
-            sending.as_bytes(own + tl.cast(token, tl.int64) * ROW),
-            tl.cast(tokens, tl.int64) * ROW,
-            ranks,
-            center_sum,
-            decode_scale,
-            index,
-            kept,
-            levels,
-            row_of(out, token, out_row_stride),
-            out_column_stride,
-            HIDDEN,
-            LOG_SUM_BLOCK,
-            KEPT,
-            BODY_BYTES,
-            BITS,
-            NATIVE,
-            LOG_TILE,
-            DOT,
+        received = sending.as_bytes(own + tl.cast(token, tl.int64) * ROW)
+        rotated.decode_sum(
+            *(received, tl.cast(tokens, tl.int64) * ROW, 0, ranks),
+            *(center_sum, decode_scale, index, kept, levels),
+            *(out, out_row_stride, out_column_stride),
+            *(HIDDEN, LOG_SUM_BLOCK, KEPT, BODY_BYTES, BITS, NATIVE, LOG_TILE, DOT),
+            token=token,
         )
     tl.store(calls + program, call + 1)
 
@@ -204,71 +172,57 @@ def two_shot(
             token = sending.token_of(place, owner, tokens, chunk, ranks)
             if token < tokens:
                 theirs = tl.load(peers + owner) + half
-                rows.encode_row(
-                    row_of(partial, token, partial_row_stride),
-                    partial_column_stride,
-                    None if taken is None else row_of(taken, token, taken_row_stride),
-                    taken_column_stride,
-                    None if given is None else row_of(given, token, given_row_stride),
-                    given_column_stride,
-                    bounded,
-                    largest,
-                    center,
-                    encode_scale,
-                    decode_scale,
-                    encode_index,
-                    kept,
-                    cells,
-                    levels,
-                    sending.as_bytes(theirs + tl.cast(rank * share + place, tl.int64) * ROW),
-                    HIDDEN,
-                    LOG_BLOCK,
-                    KEPT,
-                    BODY_BYTES,
-                    BITS,
-                    STEPS,
-                    CELLS,
-                    NATIVE,
-                    LOG_TILE,
-                    DOT,
+                rotated.encode(
+                    *(partial, partial_row_stride, partial_column_stride),
+                    *(taken, taken_row_stride, taken_column_stride),
+                    *(given, given_row_stride, given_column_stride, bounded, largest),
+                    *(center, encode_scale, decode_scale, encode_index, kept, cells, levels),
+                    *(sending.as_bytes(theirs + tl.cast(rank * share + place, tl.int64) * ROW), 0),
+                    *(
+                        HIDDEN,
+                        LOG_BLOCK,
+                        KEPT,
+                        BODY_BYTES,
+                        BITS,
+                        STEPS,
+                        CELLS,
+                        NATIVE,
+                        LOG_TILE,
+                        DOT,
+                    ),
+                    token=token,
                 )
     barrier.meet(peers, rank, ranks, 2 * call + 1, polls, late, PEERS, TRAP, NATIVE)
     sums = tl.cast(ranks * share, tl.int64) * ROW  # where they begin in a half
     for place in range(program, share, PROGRAMS):
         token = sending.token_of(place, rank, tokens, chunk, ranks)
         if token < tokens:
+            received = sending.as_bytes(own + tl.cast(place, tl.int64) * ROW)
             row = sums + tl.cast(token, tl.int64) * SUM_ROW
-            reduce.reduce_row(
-                sending.as_bytes(own + tl.cast(place, tl.int64) * ROW),
-                tl.cast(share, tl.int64) * ROW,
-                ranks,
-                None if sum_taken is None else row_of(sum_taken, place, sum_taken_row_stride),
-                sum_taken_column_stride,
-                None if sum_given is None else row_of(sum_given, place, sum_given_row_stride),
-                sum_given_column_stride,
-                sum_bounded,
-                sum_largest,
-                center_sum,
-                encode_scale,
-                decode_scale,
-                index,
-                kept,
-                levels,
-                sum_cells,
-                sum_levels,
-                sending.as_bytes(own + row),
-                HIDDEN,
-                LOG_SUM_BLOCK,
-                KEPT,
-                BODY_BYTES,
-                BITS,
-                SUM_BODY_BYTES,
-                SUM_BITS,
-                SUM_STEPS,
-                SUM_CELLS,
-                NATIVE,
-                LOG_TILE,
-                DOT,
+            rotated.reduce_encode(
+                *(received, tl.cast(share, tl.int64) * ROW, 0, ranks),
+                *(sum_taken, sum_taken_row_stride, sum_taken_column_stride),
+                *(
+                    sum_given,
+                    sum_given_row_stride,
+                    sum_given_column_stride,
+                    sum_bounded,
+                    sum_largest,
+                ),
+                *(
+                    center_sum,
+                    encode_scale,
+                    decode_scale,
+                    index,
+                    kept,
+                    levels,
+                    sum_cells,
+                    sum_levels,
+                ),
+                *(sending.as_bytes(own + row), 0),
+                *(HIDDEN, LOG_SUM_BLOCK, KEPT, BODY_BYTES, BITS, SUM_BODY_BYTES, SUM_BITS),
+                *(SUM_STEPS, SUM_CELLS, NATIVE, LOG_TILE, DOT),
+                token=place,
             )
             sending.send_row(peers, rank, ranks, half + row, SUM_ROW, WORDS)
     barrier.meet(peers, rank, ranks, 2 * call + 2, polls, late, PEERS, TRAP, NATIVE)
@@ -276,24 +230,11 @@ def two_shot(
         for owner in range(ranks):
             token = sending.token_of(place, owner, tokens, chunk, ranks)
             if token < tokens:
-                rows.decode_row(
-                    sending.as_bytes(own + sums + tl.cast(token, tl.int64) * SUM_ROW),
-                    0,
-                    1,
-                    center_sum,
-                    decode_scale,
-                    index,
-                    kept,
-                    sum_levels,
-                    row_of(out, token, out_row_stride),
-                    out_column_stride,
-                    HIDDEN,
-                    LOG_SUM_BLOCK,
-                    KEPT,
-                    SUM_BODY_BYTES,
-                    SUM_BITS,
-                    NATIVE,
-                    LOG_TILE,
-                    DOT,
+                rotated.decode_sum(
+                    *(sending.as_bytes(own + sums + tl.cast(token, tl.int64) * SUM_ROW), 0, 0, 1),
+                    *(center_sum, decode_scale, index, kept, sum_levels),
+                    *(out, out_row_stride, out_column_stride),
+                    *(HIDDEN, LOG_SUM_BLOCK, KEPT, SUM_BODY_BYTES, SUM_BITS, NATIVE, LOG_TILE, DOT),
+                    token=token,
                 )
     tl.store(calls + program, call + 1)

@@ -28,12 +28,6 @@ def send_row(peers, rank, ranks, place, ROW: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def row_of(rows_at, row, row_stride):
-    """Where a row of a tensor begins. Not for None, which Triton 3.6 cannot return."""
-    return rows_at + tl.cast(row, tl.int64) * row_stride
-
-
-@triton.jit
 def token_of(place, owner, tokens, chunk, ranks):
     """The token at a place of an owner's share, as `comm.transport` shares chunks; or `tokens`.
 
