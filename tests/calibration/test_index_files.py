@@ -314,6 +314,7 @@ _RECIPE = "recipe.points.1.mlp.linear_fc2"
         (f"{_RECIPE}.bits", 9, "no 9-bit version"),
         (f"{_RECIPE}.codec", "native", "unknown codec 'native'"),
         (f"{_RECIPE}.extra", 1, "Extra inputs"),
+        (_RECIPE, {"bits": 4}, "codec: Field required"),
         ("recipe.options[0].bits_per_value", -1.0, "greater than or equal to 0"),
         ("recipe.options[0].bits_per_value", "4", "valid number"),
         ("recipe.points.²", {}, "match pattern"),

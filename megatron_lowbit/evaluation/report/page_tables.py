@@ -38,7 +38,7 @@ def comparison(file: ResultFile, found: list[Comparison]) -> Table:
     head += ["loss ratio", "KL ratio"]
     rows = []
     for one in found:
-        ratios = [ratio(one.loss_ratio), ratio(one.kl_ratio)]
+        ratios = [ratio(one.ratio(metric)) for metric in ("delta_nll", "kl")]
         where = [one.text.name, one.variant.collective]
         rows.append([*where, *_quality(file, one.result), *(["", ""] if one.is_paper else ratios)])
         if one.paper is not None and not one.is_paper:
@@ -85,7 +85,7 @@ def task_differences(file: ResultFile) -> Table:
         for codec, results in _by_codec(file)
     ]
     caption = f"{file.label}: difference from native on the same items, in points of accuracy."
-    return Table(caption, head, rows)
+    return Table(caption, head, rows, is_folded=True)
 
 
 def _by_codec(file: ResultFile) -> list[tuple[str, list[TaskResult | None]]]:
@@ -189,7 +189,7 @@ def recipe(points: list[RecipePoint]) -> Table:
         for one in runs(points)
     ]
     head = ["sync point", "layers", "codec", "bits", "BF16 features"]
-    return Table("The recipe in full.", head, rows)
+    return Table("The recipe in full.", head, rows, is_folded=True)
 
 
 def raw(file: ResultFile, text: Text) -> Table:

@@ -170,12 +170,7 @@ def _label(axes: Axes, spots: list[_Spot]) -> None:
 def _legend(made, evaluations: list[Evaluation]) -> None:
     """Colours and markers that occur, above the panels."""
     variants = [v for one in evaluations for v in one.variants if v.name != _REFERENCE]
-    seen = {style.family_of(variant.name) for variant in variants}
-    handles = [
-        Line2D([], [], color=family.color, marker="o", linewidth=0, label=family.title)
-        for family in style.FAMILIES
-        if family.name in seen
-    ]
+    handles = style.family_dots(variant.name for variant in variants)
     for collective in dict.fromkeys(variant.collective for variant in variants):
         face = style.MUTED if collective == "one-shot" else style.PAPER
         marker = _MARKERS.get(collective, "D")
