@@ -15,7 +15,6 @@ from megatron_lowbit.benchmark.prediction.hardware import (
     MODELS,
     NODE_SIZE,
     payload_bytes,
-    setup,
 )
 from megatron_lowbit.benchmark.prediction.prediction import (
     BATCHES,
@@ -72,10 +71,12 @@ def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
 def _map(ax, link: str, bits: tuple[int, int]) -> set[str]:
     """One link: a cell for each size and number of ranks; the collectives that win anywhere."""
     seen = set()
+    payload = payload_bytes(_MODEL.hidden, bits)
     ranks = [n for n in TP_SIZES if LINKS[link].inside is not None or n <= NODE_SIZE]
     for y, n in enumerate(ranks):
         for x, count in enumerate(_SIZES):
-            seen.add(_cell(ax, x, y, _seconds(link, n, count, bits)))
+            seconds = times(link, Message(count // BF16_BYTES, n, *payload))
+            seen.add(_cell(ax, x, y, seconds))
     ax.set_xlim(-0.5, len(_SIZES) - 0.5)
     ax.set_ylim(-0.5, len(ranks) - 0.5)
     ticks = range(0, len(_SIZES), 3)
@@ -121,11 +122,6 @@ def _title(link: str) -> str:
         return title
     nics = f"{found.nics} NIC{'s' if found.nics > 1 else ''}"
     return f"{title}\nabove the line: nodes of {NODE_SIZE}, {found.inside} inside, {nics} a node"
-
-
-def _seconds(link: str, ranks: int, count: int, bits: tuple[int, int]) -> dict[str, float]:
-    message = Message(count // BF16_BYTES, ranks, *payload_bytes(_MODEL.hidden, bits))
-    return times(message, setup(link, ranks, message))
 
 
 def _explain(figure, bits: tuple[int, int], seen: set[str]) -> None:
