@@ -3,12 +3,11 @@
 matplotlib is needed for this alone.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lowbit.benchmark.plots import check_plot
+from megatron_lowbit.benchmark.plots import check_plot, save
 from megatron_lowbit.benchmark.prediction.cost_model import Message
 from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
@@ -26,7 +25,6 @@ from megatron_lowbit.benchmark.prediction.prediction import (
 )
 from megatron_lowbit.benchmark.prediction.prediction_report import size
 from megatron_lowbit.comm.policy.timings import BF16_BYTES
-from megatron_lowbit.files import write_atomic
 
 # Safe for colour-blind readers (Okabe and Ito); native is grey.
 _COLORS = ("#b8b8b8", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -63,9 +61,7 @@ def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
     for ax in axes[len(links) :]:
         ax.set_axis_off()
     _explain(figure, bits, seen)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=110)
-    write_atomic(path, drawn.getvalue())
+    save(figure, path, dpi=110)
 
 
 def _map(ax, link: str, bits: tuple[int, int]) -> set[str]:
