@@ -34,13 +34,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best codec within the budget on one text, by one collective, and the paper's method.
+    """The codec of the least KL within the budget on one text, by one collective, and its result.
 
-    Attributes:
-        text: The text.
-        variant: The best: the one of the least KL.
-        result: Its result.
-        paper: The result of the paper's method, by the same collective within the same budget.
+    Beside it the result of the paper's method, by the same collective within the same budget.
     """
 
     text: Text

@@ -90,13 +90,7 @@ def most_extreme(points: list[PointRanges], count: int) -> list[PointRanges]:
 class RecipePoint:
     """What one sync point travels in; None is what the codec leaves no choice about.
 
-    Attributes:
-        layer: From 1, over all pipeline stages.
-        name: Such as ``mlp.linear_fc2``.
-        codec: By its name.
-        bits: Of partials.
-        bf16_features: How many.
-        sum_bits: Of sums, if they have others.
+    Bits are those of partials, `sum_bits` those of sums, if they have others.
     """
 
     layer: int
@@ -116,16 +110,6 @@ class RecipePoint:
 Setting = tuple[str, int | str | None, int | None]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Layers that follow each other, in which one kind of sync point has one setting."""
-
-    name: str
-    first: int
-    last: int
-    setting: Setting
-
-
 def recipe_points(index: CalibrationIndex) -> list[RecipePoint]:
     """The recipe, by layer; empty where there is none."""
     points = []
@@ -135,13 +119,15 @@ def recipe_points(index: CalibrationIndex) -> list[RecipePoint]:
     return points
 
 
-def runs(points: list[RecipePoint]) -> list[Run]:
-    """The recipe in as few lines as it takes."""
-    found: list[Run] = []
+def runs(points: list[RecipePoint]) -> list[tuple[str, list[int], Setting]]:
+    """The recipe in as few lines as it takes.
+
+    A kind of sync point, layers that follow each other, and the one setting that it has in them.
+    """
+    found = []
     for name in dict.fromkeys(point.name for point in points):
         mine = enumerate(point for point in points if point.name == name)
         # Layers that follow each other are as far from their places.
         for (setting, _), run in groupby(mine, lambda one: (one[1].setting, one[1].layer - one[0])):
-            layers = [point.layer for _, point in run]
-            found.append(Run(name, layers[0], layers[-1], setting))
+            found.append((name, [point.layer for _, point in run], setting))
     return found

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from megatron_lowbit.evaluation.evaluation_schema import PointError
+from megatron_lowbit.evaluation.evaluation_schema import PointError, SyncPoints
 from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.findings import CodecError, codec_errors
@@ -78,10 +78,8 @@ def _bands(axes: Axes, points: list[PointRanges]) -> None:
     axes.set_yscale("log")
 
 
-def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
+def draw_sqnr(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR over layers: a column a kind of sync point, all tokens above, the worst below."""
-    measured = file.data.sync_points
-    assert measured is not None, "the page asks only where they were measured"
     errors = [error for error in codec_errors(measured) if error.codec != _REFERENCE]
     if not errors:
         return None
@@ -111,10 +109,8 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
         )
 
 
-def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
+def draw_stream(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR of the residual stream behind each sync point, in call order."""
-    measured = file.data.sync_points
-    assert measured is not None, "the page asks only where they were measured"
     variants = [v for v in measured.points[0].stream_sqnr if v != _REFERENCE]
     if not variants:
         return None

@@ -160,10 +160,11 @@ def _ranges(points: list[PointRanges]) -> list[Block | None]:
 def _errors(files: list[ResultFile]) -> list[Block | None]:
     blocks: list[Block | None] = []
     for number, file in enumerate(files, 1):
-        if file.data.sync_points and file.data.sync_points.points:
-            blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file))
-            blocks.append(plot_layers.draw_stream(f"stream-{number}", file))
-            blocks.append(page_tables.errors(file))
+        measured = file.data.sync_points
+        if measured and measured.points:
+            blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file, measured))
+            blocks.append(plot_layers.draw_stream(f"stream-{number}", file, measured))
+            blocks.append(page_tables.errors(file, measured))
     return blocks
 
 
