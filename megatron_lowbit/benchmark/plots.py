@@ -1,9 +1,10 @@
-"""What all plots of benchmarks need: found out before the work, and not after it."""
+"""What all plots of benchmarks need: what lacks is found out before the work, and not after it."""
 
+import io
 from pathlib import Path
 
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import check_output
+from megatron_lowbit.files import check_output, write_atomic
 
 _ENDINGS = (".png", ".svg", ".pdf")
 
@@ -27,3 +28,10 @@ def check_plot(path: Path, flag: str = "--plot") -> None:
     if path.suffix not in _ENDINGS:
         raise LowbitError(f"{flag} {path}: give a name that ends in {', '.join(_ENDINGS)}")
     check_output(path, flag)
+
+
+def save(figure, path: Path, **how) -> None:
+    """Write a figure, whole or not at all; the ending of `path` says the format."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], **how)
+    write_atomic(path, drawn.getvalue())

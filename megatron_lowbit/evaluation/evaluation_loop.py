@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.comm.traffic import Counters, Traffic
 from megatron_lowbit.evaluation.journal import Entry, Journal
 from megatron_lowbit.evaluation.measures.measure import NATIVE, Measure, Record
 from megatron_lowbit.model.language_model import LanguageModel
 
-_Done = dict[tuple[str, int], Entry]
 _ADDED = ("values", "payload_bytes", "sent_bytes")  # over sync points, which all see all tokens
 _COUNTED = ("tokens", *_ADDED)
 
@@ -78,7 +78,7 @@ def evaluate(
     """
     finished = {(entry.measure, entry.unit): entry for entry in done}
     rank, ranks = dist.get_rank(dp_group), dist.get_world_size(dp_group)
-    mine: _Done = {}
+    mine: dict[tuple[str, int], Entry] = {}
     for measure in measures:
         todo = [n for n in range(len(measure)) if (measure.name, n) not in finished]
         for number in track(measure.name, measure.unit)(todo[rank::ranks]):
@@ -86,7 +86,9 @@ def evaluate(
             mine[measure.name, number] = entry
             if journal:
                 journal.add(entry)
-    everything = finished | _of_all_ranks(mine, dp_group)
+    everything = finished
+    for part in gather_values(mine, group=dp_group):
+        everything |= part
     summaries = {
         measure.name: measure.summarize(
             [everything[measure.name, number].record for number in range(len(measure))]
@@ -115,7 +117,8 @@ def _run_unit(
         for name, counted in more.items():
             traffic[name] |= {key: traffic[name][key] + counted[key] for key in _ADDED}
     # By way of JSON, so that an entry is the same whether it comes from here or from a journal.
-    return Entry.from_json(Entry(measure.name, number, record, traffic).to_json())
+    entry = Entry(measure=measure.name, unit=number, record=record, traffic=traffic)
+    return Entry.from_json(entry.to_json())
 
 
 def _counted(traffic: list[Traffic]) -> dict[str, int]:
@@ -125,12 +128,6 @@ def _counted(traffic: list[Traffic]) -> dict[str, int]:
         total.add(one.total())
     total.tokens = traffic[0].total().tokens
     return {key: getattr(total, key) for key in _COUNTED}
-
-
-def _of_all_ranks(mine: _Done, dp_group: dist.ProcessGroup | None) -> _Done:
-    parts: list[_Done] = [{}] * dist.get_world_size(dp_group)
-    dist.all_gather_object(parts, mine, group=dp_group)
-    return {key: entry for part in parts for key, entry in part.items()}
 
 
 def _traffic(entries: Iterable[Entry], variants: list[Variant]) -> dict[str, Counters]:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -21,7 +20,6 @@ from pydantic import Field
 
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.evaluation.measures.measure import Record
 from megatron_lowbit.files import write_atomic
 from megatron_lowbit.json_files import check_regular, digest, parse_json, read_json
 from megatron_lowbit.model.stages import WHOLE, Stages
@@ -30,8 +28,7 @@ from megatron_lowbit.schema import Exact, Sha256, validated
 _IDENTITY = "identity.json"
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Exact):
     """One finished unit.
 
     Attributes:
@@ -42,13 +39,13 @@ class Entry:
     """
 
     measure: str
-    unit: int
-    record: Record
+    unit: Annotated[int, Field(ge=0)]
+    record: dict[str, dict[str, Any]]
     traffic: dict[str, dict[str, int]]
 
     def to_json(self) -> str:
         """One line, with a checksum: a flipped bit would go unseen into the results."""
-        content = asdict(self)
+        content = self.model_dump()
         return json.dumps({**content, "sha256": digest(content)})
 
     @classmethod
@@ -61,11 +58,7 @@ class Entry:
         return cls(**content)
 
 
-class _Line(Exact):
-    measure: str
-    unit: Annotated[int, Field(ge=0)]
-    record: dict[str, dict[str, Any]]
-    traffic: dict[str, dict[str, int]]
+class _Line(Entry):
     sha256: Sha256
 
 

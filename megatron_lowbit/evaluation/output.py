@@ -26,10 +26,7 @@ class Setting:
     """What was evaluated.
 
     Attributes:
-        model: Its name.
-        tp_size: Ranks that a sum is over.
-        simulated: Whether they were simulated.
-        index_sha256: Of the index.
+        tp_size: Ranks that a sum is over, simulated or not.
         sync_points: How many there are.
         hidden: Values of a token at a sync point.
         collectives: Variant -> its collective.
@@ -53,13 +50,10 @@ class Setting:
 def summary(
     setting: Setting, measures: Mapping[str, Sequence[Measure]], evaluation: Evaluation
 ) -> dict:
-    """The content of the output.
+    """The content of the output; `measures` are by its keys.
 
-    Args:
-        setting: What was evaluated.
-        measures: Key of the output -> its measures; of ``sync_points`` there is one at most, of
-            ``long_context`` a long text and the needles in it, or none.
-        evaluation: The results of all of them.
+    Of ``sync_points`` there is one at most, of ``long_context`` a long text and the needles in it,
+    or none.
     """
     results = {
         key: [evaluation.summaries[measure.name] for measure in group]

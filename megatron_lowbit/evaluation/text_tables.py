@@ -6,11 +6,7 @@ from megatron_lowbit.text_table import markdown
 
 
 def tables(summary: dict) -> Iterator[str]:
-    """A table with its title for each thing that was measured.
-
-    Args:
-        summary: The whole JSON output.
-    """
+    """A table with its title for each thing that was measured."""
     for text in summary["texts"]:
         yield _titled(summary, f"{text['tokens']} tokens of {text['name']}", _text(summary, text))
     if summary["tasks"]:

@@ -1,20 +1,6 @@
 """Variants by their names in the results, on the sync points of a model.
 
-    rotated-hybrid            a codec
-    rotated-hybrid-3          with other bits
-    rotated-hybrid-4+6        with bits of partials and bits of sums: two-shot
-    recipe                    the index's recipe: bits and BF16 features by sync point; planned anew
-                              at its bits if it was planned for feedback and has none here
-    recipe-3.2                the recipe planned anew, for a budget of 3.2 bits a value
-    int4, int4-random         the paper's baselines, made from static-hybrid: no BF16 index; as many
-                              BF16 features, chosen at random
-    NAME@feedback             any with errors carried to the next sync point (`codecs.carry`)
-    NAME@two-shot             any of these in two-shot, sums in the bits of the partials, or in
-                              those that a recipe has for them
-    NAME@folded               any with a rotation, folded into the weights; not among the
-                              errors by sync point, whose native partials it has not
-
-All but those with ``+`` or ``@two-shot`` are one-shot.
+What a name can say is on the page (megatron_lowbit/evaluation/README.md, "Variants").
 """
 
 import random
@@ -77,16 +63,23 @@ class Named:
 
     def prepare(self, index: CalibrationIndex, summing: Summing) -> list[tuple]:
         """The codec of each sync point of this stage, and its tables."""
+        recipe: Recipe = {}
         if self.codec is None:
             recipe = self._recipe(index, summing.everywhere)
             if self.has_feedback and summing.stages.count > 1:  # as serving does at a stage's end
                 recipe = with_strong_ends(recipe, summing.points)
-            at = bind(_by_recipe, recipe)
-        elif self.base in _BASELINES:
-            at = bind(_with_features, _BASELINES[self.base], self.codec)
-        else:
-            at = bind(_uniform, self.codec)
-        return [at(index, point, summing.ranks) for point in summing.points]
+        return [self._at(index, point, summing.ranks, recipe) for point in summing.points]
+
+    def _at(
+        self, index: CalibrationIndex, point: Point, ranks: int, recipe: Recipe
+    ) -> tuple[Codec, Tables]:
+        if self.codec is None:
+            assignment = index.assigned(recipe, point)
+            return assignment.make(), index.tables_at(point, assignment, ranks)
+        codec = self.codec
+        if self.base in _BASELINES:
+            return codec, _with_features(_BASELINES[self.base], codec, index, point, ranks)
+        return codec, index.tables(point.layer, point.name, codec, ranks=ranks, device=point.device)
 
     def _recipe(self, index: CalibrationIndex, points: Sequence[Placed]) -> Recipe:
         options, own = index.options(), index.recipe  # raises where there is no recipe
@@ -187,29 +180,15 @@ class Variants:
         return self.summing.watching(watch)
 
 
-def _uniform(
-    codec: Codec, index: CalibrationIndex, point: Point, ranks: int
-) -> tuple[Codec, Tables]:
-    device = point.device
-    return codec, index.tables(point.layer, point.name, codec, ranks=ranks, device=device)
-
-
-def _by_recipe(
-    recipe: Recipe, index: CalibrationIndex, point: Point, ranks: int
-) -> tuple[Codec, Tables]:
-    assignment = index.assigned(recipe, point)
-    return assignment.make(), index.tables_at(point, assignment, ranks)
-
-
 def _with_features(
     choose, codec: Codec, index: CalibrationIndex, point: Point, ranks: int
-) -> tuple[Codec, Tables]:
-    """`codec` with the calibrated statistics and another BF16 index."""
+) -> Tables:
+    """Of `codec` with the calibrated statistics and another BF16 index."""
     count = len(index.bf16_index(point.layer, point.name, codec))
     features = torch.tensor(choose(index, point, count), dtype=torch.int64)
     statistics = index.record(point.layer, point.name).statistics(ranks)
     tables = codec.tables(index.hidden, bf16_index=features, statistics=statistics)
-    return codec, tables.to(point.device)
+    return tables.to(point.device)
 
 
 def _random_features(index: CalibrationIndex, point: Point, count: int) -> list[int]:

@@ -203,7 +203,7 @@ def test_a_case_that_is_off_once_is_measured_again(monkeypatch, capsys):
 @on_each_rank(2)
 def test_all_ranks_take_the_same_figures(rank):
     codec, group = get_codec(), dist.group.WORLD
-    found = probe(codec, codec.tables(256), group, agree=group, device=torch.device("cpu"))
+    found = probe(codec, codec.tables(256), group, torch.device("cpu"))
     require_equal("figures", found)
     assert all(0 <= value < float("inf") for value in vars(found).values())
     assert 1e7 < found.bandwidth < 1e12

@@ -249,6 +249,7 @@ _POINT = "recipe/points/1/mlp.linear_fc2"
         (f"{_POINT}/bits", [4], "is neither"),
         (f"{_POINT}/bits", 9, "no 9-bit version"),
         (f"{_POINT}/codec", "native", "unknown codec 'native'"),
+        (_POINT, {"bits": 4}, "codec: Field required"),
         (_POINT, {"codec": "mp3"}, "unknown codec 'mp3'"),
         (f"{_POINT}/extra", 1, "Extra inputs"),
         ("recipe/options/0/bits_per_value", -1.0, "greater than or equal to 0"),

@@ -13,7 +13,6 @@ import report_sample as sample
 from json_places import changed
 from processes import python
 
-from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.evaluation import report
@@ -23,7 +22,7 @@ for _package in ("jinja2", "matplotlib", "pydantic"):
 
 from megatron_lowbit.evaluation.report import page, style  # noqa: E402
 from megatron_lowbit.evaluation.report.findings import codec_errors, compare  # noqa: E402
-from megatron_lowbit.evaluation.report.index_reader import PointRanges, most_extreme  # noqa: E402
+from megatron_lowbit.evaluation.report.index_reader import most_extreme, point_ranges  # noqa: E402
 from megatron_lowbit.evaluation.report.results import read_results  # noqa: E402
 from megatron_lowbit.evaluation.report.sections import all_sections  # noqa: E402
 
@@ -92,19 +91,11 @@ def _texts_only() -> dict:
     return _few(**EMPTY | {"texts": _few()["texts"], "sync_points": None})
 
 
-def _points(index: CalibrationIndex) -> list[PointRanges]:
-    return [
-        PointRanges(layer, name, record.ranges.sum(dim=0), record.bf16_index)
-        for layer, records in index.layers.items()
-        for name, record in records.items()
-    ]
-
-
 def _page(tmp_path: Path, *contents: dict, **manifest) -> Page:
     files = [sample.write(one, tmp_path / f"{i}.json") for i, one in enumerate(contents)]
     index = sample.index(layers=4, **manifest)
     index.manifest.setdefault("sha256", "0" * 64)
-    sections = all_sections(index.manifest, _points(index), read_results(files), "the command")
+    sections = all_sections(index, read_results(files), "the command")
     return Page(page.render("a title", sections))
 
 
@@ -200,7 +191,7 @@ def test_headline_is_the_ratio_of_the_given_numbers(tmp_path):
         "loss of static-hybrid." in text
     )
     (comparison,) = compare(read_results([tmp_path / "0.json"])[0].data)
-    assert comparison.kl_ratio.stderr == pytest.approx(0.025)
+    assert comparison.ratio("kl").stderr == pytest.approx(0.025)
 
 
 def test_headline_says_so_when_the_paper_wins(tmp_path):
@@ -276,16 +267,10 @@ def test_outliers_by_their_multiple_of_the_median():
     index = sample.index(layers=3)
     record = index.layers[2]["mlp.linear_fc2"]
     record.maximum[:, 7] = 500.0
-    (first,) = most_extreme(_points(index), 1)
+    (first,) = most_extreme(point_ranges(index), 1)
     feature, widest, times = first.outlier
     assert (first.layer, first.name, feature, widest) == (2, "mlp.linear_fc2", 7, 3000.0)
     assert times == pytest.approx(first.left)  # feature 7 is not in the BF16 index
-
-
-def test_a_recipe_that_cannot_be_read(tmp_path):
-    with pytest.raises(LowbitError, match=r"recipe\.points\.1\.mlp\.linear_fc2\.codec: Field"):
-        entry = {"bits": 4, "bf16_features": 4}
-        _page(tmp_path, _texts_only(), recipe={"points": {"1": {"mlp.linear_fc2": entry}}})
 
 
 @pytest.mark.parametrize("name", [r"$\bad{$", "$x$", "a$b", r"\frac{1}", "<b>&amp;", "日本 🙂"])

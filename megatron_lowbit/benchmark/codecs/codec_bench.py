@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_lowbit import kernels
 from megatron_lowbit.benchmark.codecs.codec_cases import (
     Case,
-    Results,
     cases,
     check_close,
     check_equal,
@@ -117,12 +116,12 @@ def _measure(plan, shape, name: str, codec: Codec, partials: list[Tensor], bandw
     module = codec.kernels(partials[0], tables)
     rows = []
     for case in cases(codec, tables, partials):
-        plain = _unhelped(case.call)
+        plain = kernels.disabled()(case.call)
         expected = tuple(result.clone() for result in plain(*case.given))
         calls = {"torch": _rotating(plain, case.given)}
         what = f"{name} {case.name} at {shape[0]} x {shape[1]}"
         for path, way in _ways(module, case).items():
-            call = _by(way, case.call)
+            call = switches.rotating_by(way)(case.call)
             if way == switches.TENSOR_CORES:
                 exact = torch.stack(partials).sum(dim=0, dtype=torch.float64)
                 check_close(call(*case.given), expected, codec, tables, exact, what)
@@ -149,22 +148,6 @@ def _ways(module: ModuleType | None, case: Case) -> dict[str, str]:
     if case.rotates and select.can_rotate_on_tensor_cores(module):
         ways["tensor-cores"] = switches.TENSOR_CORES
     return ways
-
-
-def _by(way: str, call: Callable[..., Results]) -> Callable[..., Results]:
-    def rotated(*given: Tensor) -> Results:
-        with switches.rotating_by(way):
-            return call(*given)
-
-    return rotated
-
-
-def _unhelped(call: Callable[..., Results]) -> Callable[..., Results]:
-    def plain(*given: Tensor) -> Results:
-        with kernels.disabled():
-            return call(*given)
-
-    return plain
 
 
 def _rotating(call: Callable[..., object], given: tuple[Tensor, ...]) -> Call:

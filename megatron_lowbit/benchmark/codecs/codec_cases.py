@@ -166,10 +166,14 @@ def make_partials(shape: tuple[int, int], ranks: int, device: torch.device) -> l
 
 def make_tables(codec: Codec, partials: list[Tensor]) -> Tables:
     """Tables as a calibration on the first tokens of these partials makes them."""
-    statistics = Statistics.of(torch.stack([x[:_PERIOD].cpu() for x in partials]))
-    assert statistics.ranges is not None, "`of` has made all"
-    hidden = partials[0].shape[1]
-    count = codec.default_bf16_features(hidden)
-    index = statistics.ranges.sum(dim=0).argsort(descending=True)[:count]
-    tables = codec.tables(hidden, bf16_index=index, statistics=statistics)
+    tables = own_tables(codec, torch.stack([x[:_PERIOD].cpu() for x in partials]))
     return tables.to(partials[0].device)
+
+
+def own_tables(codec: Codec, partials: Tensor) -> Tables:
+    """Tables as a calibration on partials ``[ranks, tokens, hidden]`` makes them."""
+    statistics, hidden = Statistics.of(partials), partials.shape[-1]
+    assert statistics.ranges is not None, "`of` has made all"
+    widest = statistics.ranges.sum(dim=0).argsort(descending=True)
+    index = widest[: codec.default_bf16_features(hidden)]
+    return codec.tables(hidden, bf16_index=index, statistics=statistics)

@@ -6,14 +6,16 @@ token's result depends on that token alone, one period's sum is enough to check 
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lowbit.codecs import Codec, Statistics, Tables, get_codec
+from megatron_lowbit.benchmark.codecs.codec_cases import own_tables
+from megatron_lowbit.codecs import Codec, Tables, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank, require_equal
-from megatron_lowbit.comm.feedback.chain import Chain
+from megatron_lowbit.comm.feedback.chain import Chain, Step
 from megatron_lowbit.comm.simulated import simulated_all_reduce
 from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.errors import LowbitError
@@ -50,14 +52,7 @@ class Partials:
 
     def tables(self, codec: Codec) -> Tables:
         """Tables as a calibration on these very partials makes them."""
-        statistics = Statistics.of(torch.stack(self.base))
-        assert statistics.ranges is not None, "`of` has made all"
-        count = codec.default_bf16_features(self.hidden)
-        return codec.tables(
-            self.hidden,
-            bf16_index=statistics.ranges.sum(dim=0).argsort(descending=True)[:count],
-            statistics=statistics,
-        )
+        return own_tables(codec, torch.stack(self.base))
 
 
 def simulate(
@@ -74,29 +69,33 @@ def simulate(
     Of a first call with error feedback, which takes nothing yet, the same, but where sums are sent:
     those are then encoded anew. Nothing of hierarchical, which nobody simulates with feedback.
     """
-    out = torch.empty_like(base[0])
-    if feedback and collective == "two-shot":
-        steps = [Chain().step(0, x, tables.hidden, gives=True, needs=False) for x in base]
-        partials, traffic = torch.stack(base), Traffic()
-        return simulated_all_reduce(
-            partials, tables, codec=codec, collective=collective, traffic=traffic, steps=steps
-        )
     if feedback and collective == "hierarchical":
         return None
-    if collective in ("one-shot", "reduce-scatter"):
-        return _one_shot(base, tables, codec, out)
-    if collective == "two-shot":
-        return _two_shot(base, tables, codec, out)
-    assert collective == "hierarchical" and node_size is not None, collective
+    if collective == "hierarchical":
+        assert node_size is not None, collective
+        return _two_levels(torch.stack(base).float().split(node_size), tables, codec).bfloat16()
+    assert collective in ("one-shot", "two-shot", "reduce-scatter"), collective
+    if collective != "two-shot":
+        return _sum(torch.stack(base), tables, codec, "one-shot")
+    steps = [Chain().step(0, x, tables.hidden, gives=True, needs=False) for x in base]
+    return _sum(torch.stack(base), tables, codec, "two-shot", steps if feedback else ())
+
+
+def _two_levels(nodes: Sequence[Tensor], tables: Tables, codec: Codec) -> Tensor:
+    """BF16 inside the nodes, whose fp32 partials ``[ranks, tokens, hidden]`` are given."""
     inside = get_codec("bf16")
-    plain = inside.tables(tables.hidden, device=out.device)
-    sums = [
-        _one_shot(base[first : first + node_size], plain, inside, torch.empty_like(out).float())
-        for first in range(0, len(base), node_size)
-    ]
-    between = _one_shot if len(sums) <= 2 else _two_shot
-    total = between(sums, tables.of_nodes(len(sums)), codec, torch.empty_like(out).float())
-    return _one_shot([total], plain, inside, out)
+    plain = inside.tables(tables.hidden, device=nodes[0].device)
+    sums = torch.stack([_sum(node, plain, inside, "one-shot") for node in nodes])
+    between = "one-shot" if len(sums) <= 2 else "two-shot"
+    return _sum(sums, tables.of_nodes(len(sums)), codec, between)
+
+
+def _sum(
+    partials: Tensor, tables: Tables, codec: Codec, collective: str, steps: Sequence[Step] = ()
+) -> Tensor:
+    return simulated_all_reduce(
+        partials, tables, codec=codec, collective=collective, traffic=Traffic(), steps=steps
+    )
 
 
 def sqnr_floor(codec: Codec) -> float:
@@ -151,19 +150,6 @@ def _check_local(got, exact, start, expected, floor, case) -> None:
             f"wrong result of {case}: noise is 1/{ratio:.1f} of the signal's power on rank "
             f"{dist.get_rank()}, at least {floor:.0f} dB are expected"
         )
-
-
-def _one_shot(base: list[Tensor], tables: Tables, codec: Codec, out: Tensor) -> Tensor:
-    return codec.decode_sum(_encode(base, tables, codec), tables, out=out)
-
-
-def _two_shot(base: list[Tensor], tables: Tables, codec: Codec, out: Tensor) -> Tensor:
-    rows = codec.reduce_encode(_encode(base, tables, codec), tables)
-    return codec.for_sum().decode_sum(rows[None], codec.sum_tables(tables), out=out)
-
-
-def _encode(base: list[Tensor], tables: Tables, codec: Codec) -> Tensor:
-    return torch.stack([codec.encode(x, tables, rank=rank) for rank, x in enumerate(base)])
 
 
 def _normal(rank: int, tokens: int, hidden: int) -> Tensor:

@@ -8,6 +8,7 @@ checked (`benchmark.collectives.correctness`); a wrong result ends the sweep wit
 import contextlib
 import json
 import os
+import pickle
 import platform
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def run(plan: Plan, *, quiet: bool = False) -> Measured:
         ranks = emulated_links(plan.ranks, parse_rate(plan.link))
     with tempfile.TemporaryDirectory(prefix="lowbit-sweep-") as name, ranks as started:
         directory = Path(name)
-        write_plan(plan, directory / "plan.json")
+        (directory / "plan").write_bytes(pickle.dumps(plan))
         command = [sys.executable, "-m", __spec__.name, name, "quiet" if quiet else "say"]
         try:
             started.run(command, env={"PYTHONPATH": import_path()})
@@ -235,27 +236,11 @@ def _progress(plan: Plan, measured: Measured) -> str:
     return text
 
 
-def write_plan(plan: Plan, path: Path) -> None:
-    """Write `plan` for the ranks that are to measure it."""
-    path.write_text(json.dumps(asdict(plan), default=str))
-
-
-def read_plan(path: Path) -> Plan:
-    """What `write_plan` wrote."""
-    content = json.loads(path.read_bytes())
-    content["variants"] = tuple(Variant(**variant) for variant in content["variants"])
-    content["sizes"] = tuple(content["sizes"])
-    content["tuned"] = tuple(content["tuned"])
-    for name in ("tuning", "write_tuning"):
-        content[name] = content[name] and Path(content[name])
-    return Plan(**content)
-
-
 def _rank() -> None:
     """One of the processes that `run` starts."""
     directory, quiet = Path(sys.argv[1]), sys.argv[2] == "quiet"
     try:
-        plan = read_plan(directory / "plan.json")
+        plan = pickle.loads((directory / "plan").read_bytes())
         with process_group() as device:
             measured = measure(plan, device=device, quiet=quiet)
     except LowbitError as error:

@@ -1,13 +1,12 @@
 """A plot of a sweep: speedup against message size, a panel per number of ranks and link."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.benchmark.collectives.sweep_report import by_variant
+from megatron_lowbit.benchmark.plots import save
 from megatron_lowbit.comm.policy.timings import size_text
-from megatron_lowbit.files import write_atomic
 
 # Colour says the codec, marker and dash the collective. Ours is strong, the others are light; the
 # colours (Okabe and Ito) can be told apart without red and green.
@@ -46,9 +45,7 @@ def draw(rows: list[dict], path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("message, bytes of BF16")
     _legend(figure, handles)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", bbox_inches="tight")
-    write_atomic(path, buffer.getvalue())
+    save(figure, path, bbox_inches="tight")
 
 
 def _panel(axes, rows: list[dict], title: str, names: list[str]) -> dict:

@@ -29,7 +29,7 @@ _SUMS = 3  # the first takes nothing, the second takes and gives
 
 def group_lines(group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """Measure and describe a group; call it on every rank."""
-    machine, link = this_machine(group), probe_link(group, agree=group, device=device)
+    machine, link = this_machine(group), probe_link(group, device)
     memory = open_symmetric_memory(group, device)
     return [
         f"ranks    {dist.get_world_size(group)}, {machine['backend']} on {machine['device']}",

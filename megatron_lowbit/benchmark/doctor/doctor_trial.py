@@ -8,7 +8,6 @@ slower, and *missed* where they would have been faster.
 """
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from megatron_lowbit.benchmark.doctor.doctor_advice import Pass
 from megatron_lowbit.benchmark.doctor.doctor_run import BITS, HIDDEN, examine_links
 from megatron_lowbit.codecs import DEFAULT_CODEC
 from megatron_lowbit.comm.policy.timings import MARGIN, NATIVE, size_text
-from megatron_lowbit.files import ROOT
+from megatron_lowbit.files import import_path
 
 SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
     (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
@@ -94,12 +93,11 @@ def try_out(link: str | None, ranks: int) -> list[Verdict]:
         LowbitError: Links cannot be emulated here, or a rank failed.
     """
     started = emulated_links(ranks, parse_rate(link)) if link else plain_ranks(ranks)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory(prefix="lowbit-doctor-") as directory, started as group:
         out = Path(directory) / "verdicts.json"
         cli.say(f"\n{link or 'loopback'}, {ranks} ranks")
         argv = [sys.executable, "-m", __name__, str(out), link or "loopback"]
-        group.run(argv, env={"PYTHONPATH": path})
+        group.run(argv, env={"PYTHONPATH": import_path()})
         return [Verdict(**one) for one in json.loads(out.read_text())]
 
 

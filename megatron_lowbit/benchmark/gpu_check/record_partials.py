@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_lowbit import cli
+from megatron_lowbit.benchmark.codecs.codec_cases import own_tables
 from megatron_lowbit.benchmark.gpu_check.gpu_stages import PARTIALS
 from megatron_lowbit.benchmark.gpu_check.saved_partials import (
     BITS,
@@ -23,7 +24,7 @@ from megatron_lowbit.benchmark.gpu_check.saved_partials import (
     metadata,
     tensors,
 )
-from megatron_lowbit.codecs import Statistics, Tables, get_codec
+from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import check_output, in_checkout, write_atomic
 from megatron_lowbit.kernels.switches import disabled
@@ -53,7 +54,8 @@ def make(names: list[str], calibrated: list[Tensor], partials: list[Tensor]) -> 
         calibrated: Floating point ``[ranks, tokens, hidden]`` of each, for its tables.
         partials: BF16 ``[ranks, tokens, hidden]`` of each, as many tokens in all.
     """
-    saved = Saved(names, partials, [_tables(values) for values in calibrated], [])
+    codec = get_codec(CODEC, bits=BITS)
+    saved = Saved(names, partials, [own_tables(codec, values) for values in calibrated], [])
     with disabled():
         digests = [digest(made) for made in chain(saved, torch.device("cpu"))]
     return Saved(names, saved.partials, saved.tables, digests)
@@ -77,15 +79,6 @@ def write(saved: Saved, path: Path) -> None:
     ranks, tokens, hidden = saved.partials[0].shape
     what = f"{len(saved.names)} sync points, {ranks} ranks, {tokens} x {hidden}"
     cli.say(f"written: {path}, {what}, {len(data) / 1e6:.1f} MB")
-
-
-def _tables(values: Tensor) -> Tables:
-    codec, statistics = get_codec(CODEC, bits=BITS), Statistics.of(values)
-    hidden = values.shape[-1]
-    assert statistics.ranges is not None, "`of` has made all"
-    largest = statistics.ranges.sum(dim=0).argsort(descending=True)
-    index = largest[: codec.default_bf16_features(hidden)]
-    return codec.tables(hidden, bf16_index=index, statistics=statistics)
 
 
 def _recorded(checkpoint: Path, texts: Sequence[Path]) -> tuple[list[str], list[list[Tensor]]]:

@@ -8,7 +8,6 @@ the second (`Message`), and the figures of one machine (`Costs`):
     two-shot   2 l + pipe(send = (N-1)/N (b + s) v / B,    work = v (enc + enc/N + 2 dec + turn))
     hierarchical   a BF16 reduce-scatter and all-gather inside the node, and one-shot or two-shot of
                    v / L values between N/L nodes of L ranks
-    reduce-scatter l + pipe(send = (N-1)/N b v / B,        work = v (enc + dec + turn/N))
 
     pipe(send, work) = max(send', work') + min(send', work') / chunks
     send'            = send + (chunks - 1) * transfers * per_transfer
@@ -77,11 +76,6 @@ def native(m: Message, c: Costs) -> float:
     return c.native_latency + 2 * m.ring * BF16_BYTES * m.values / c.native_bandwidth
 
 
-def native_reduce_scatter(m: Message, c: Costs) -> float:
-    """Seconds of the backend's BF16 reduce-scatter: half an all-reduce."""
-    return native(m, c) / 2
-
-
 def one_shot(m: Message, c: Costs) -> float:
     """Seconds of one-shot."""
     send = (m.ranks - 1) * m.partial_bytes * m.values / c.bandwidth
@@ -94,13 +88,6 @@ def two_shot(m: Message, c: Costs) -> float:
     send = m.ring * (m.partial_bytes + m.sum_bytes) * m.values / c.bandwidth
     work = m.values * (c.encode * (1 + 1 / m.ranks) + 2 * c.decode + c.turn)
     return 2 * c.latency + _pipe(send, work, m, c, transfers=2)
-
-
-def reduce_scatter(m: Message, c: Costs) -> float:
-    """Seconds of the low-bit reduce-scatter."""
-    send = m.ring * m.partial_bytes * m.values / c.bandwidth
-    work = m.values * (c.encode + c.decode + c.turn / m.ranks)
-    return c.latency + _pipe(send, work, m, c)
 
 
 def hierarchical(
@@ -126,10 +113,8 @@ def hierarchical(
 
 FORMULAS: dict[str, Callable[[Message, Costs], float]] = {
     "native": native,
-    "native reduce-scatter": native_reduce_scatter,
     "one-shot": one_shot,
     "two-shot": two_shot,
-    "reduce-scatter": reduce_scatter,
 }
 
 

@@ -68,12 +68,6 @@ class Link:
     inside: str | None = None
     nics: int = 1
 
-    def layout(self, ranks: int) -> str:
-        """How so many ranks are joined, in words."""
-        if self.inside is None or ranks <= NODE_SIZE:
-            return "one node" if self.inside is None else "one rank a node"
-        return f"{ranks // NODE_SIZE} nodes of {NODE_SIZE}"
-
 
 _NET = (5.0e-6, 2.7e-6)  # [N]: NET
 _TCP = (25e-6, 25e-6)  # assumed: TCP through the kernel, both ends
@@ -144,21 +138,21 @@ def payload_bytes(hidden: int, bits: tuple[int, int]) -> tuple[float, float]:
     return codec.row_bytes(tables) / hidden, codec.for_sum().row_bytes(tables) / hidden
 
 
-def setup(name: str, ranks: int, message: Message) -> Setup:
-    """The figures of `ranks` joined by the link `name`, for payloads as those of `message`.
+def setup(name: str, message: Message) -> Setup:
+    """The figures of the link `name` for the ranks and payloads of `message`.
 
     Raises:
         LowbitError: The link does not join so many ranks.
     """
-    link = LINKS[name]
+    link, ranks = LINKS[name], message.ranks
     if link.inside is None and ranks > NODE_SIZE:
         raise LowbitError(
             f"{name} joins up to {NODE_SIZE} ranks here: for {ranks} choose a network, "
             f"{', '.join(networks())}"
         )
     if link.inside is None or ranks <= NODE_SIZE:
-        return Setup(_one_level(link, ranks, message))
-    return _two_levels(link, ranks, message)
+        return Setup(_one_level(link, message))
+    return _two_levels(link, message)
 
 
 def networks() -> list[str]:
@@ -166,8 +160,9 @@ def networks() -> list[str]:
     return [name for name, link in LINKS.items() if link.inside is not None]
 
 
-def _one_level(link: Link, ranks: int, message: Message) -> Costs:
+def _one_level(link: Link, message: Message) -> Costs:
     """All ranks alike: one node, or a node each."""
+    ranks = message.ranks
     hops = 2 * (ranks - 1) if link.inside is None else 2 * math.log2(ranks)
     ring = (ranks - 1) * link.ring_hop
     native = _native_latency(hops * link.tree_hop, ring)
@@ -176,10 +171,11 @@ def _one_level(link: Link, ranks: int, message: Message) -> Costs:
     return _costs(link.card, message, link.bandwidth, ring, link.bandwidth, native)
 
 
-def _two_levels(net: Link, ranks: int, message: Message) -> Setup:
+def _two_levels(net: Link, message: Message) -> Setup:
     """Nodes of 8 behind shared NICs."""
     assert net.inside is not None, "a network joins nodes"
-    node, size, nodes = LINKS[net.inside], NODE_SIZE, ranks // NODE_SIZE
+    ranks, size, node = message.ranks, NODE_SIZE, LINKS[net.inside]
+    nodes = ranks // size
     share = net.bandwidth * net.nics / size
     # NCCL's rings cross each node's border once, on every NIC: the narrower of both counts. Between
     # two nodes its trees carry the tensor across once, not 2 (N - 1) / N times.

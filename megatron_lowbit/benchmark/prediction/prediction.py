@@ -14,7 +14,6 @@ from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
     MODELS,
     NODE_SIZE,
-    Setup,
     payload_bytes,
     setup,
 )
@@ -110,8 +109,9 @@ def possible(link: str, model: str, tp: int) -> bool:
     return tp <= MODELS[model].heads and (LINKS[link].inside is not None or tp <= NODE_SIZE)
 
 
-def times(message: Message, costs: Setup) -> dict[str, float]:
-    """Seconds of one all-reduce by each collective that is possible."""
+def times(link: str, message: Message) -> dict[str, float]:
+    """Seconds of one all-reduce over `link` by each collective that is possible."""
+    costs = setup(link, message)
     seconds = {
         name: cost_model.FORMULAS[name](message, costs.flat)
         for name in ("native", "one-shot", "two-shot")
@@ -133,7 +133,6 @@ def _passes(link: str, model: str, tp: int, bits: tuple[int, int]) -> Iterator[R
     payload = payload_bytes(shape.hidden, bits)
     for phase, tokens in PASSES:
         values = tokens * shape.hidden
-        message = Message(values, tp, *payload)
-        seconds = times(message, setup(link, tp, message))
+        seconds = times(link, Message(values, tp, *payload))
         size = BF16_BYTES * values
         yield Row(link, model, tp, phase, tokens, size, shape.sync_points, seconds)

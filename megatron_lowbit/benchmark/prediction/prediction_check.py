@@ -116,7 +116,7 @@ def _rows(sizes: Sequence[int]) -> list[dict]:
     tables = codec.tables(_HIDDEN, bf16_index=kept)
     group, row = dist.group.WORLD, codec.row_bytes(tables) / _HIDDEN
     assert group is not None, "the ranks have started it"
-    costs = probe(codec, tables, group, agree=group, device=torch.device("cpu"))
+    costs = probe(codec, tables, group, torch.device("cpu"))
     rows = []
     for size in sizes:
         x = torch.randn(size // BF16_BYTES // _HIDDEN, _HIDDEN).bfloat16()

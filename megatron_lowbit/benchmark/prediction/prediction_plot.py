@@ -3,19 +3,17 @@
 matplotlib is needed for this alone.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lowbit.benchmark.plots import check_plot
+from megatron_lowbit.benchmark.plots import check_plot, save
 from megatron_lowbit.benchmark.prediction.cost_model import Message
 from megatron_lowbit.benchmark.prediction.hardware import (
     LINKS,
     MODELS,
     NODE_SIZE,
     payload_bytes,
-    setup,
 )
 from megatron_lowbit.benchmark.prediction.prediction import (
     BATCHES,
@@ -27,7 +25,6 @@ from megatron_lowbit.benchmark.prediction.prediction import (
 )
 from megatron_lowbit.benchmark.prediction.prediction_report import size
 from megatron_lowbit.comm.policy.timings import BF16_BYTES
-from megatron_lowbit.files import write_atomic
 
 # Safe for colour-blind readers (Okabe and Ito); native is grey.
 _COLORS = ("#b8b8b8", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -64,18 +61,18 @@ def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
     for ax in axes[len(links) :]:
         ax.set_axis_off()
     _explain(figure, bits, seen)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:], dpi=110)
-    write_atomic(path, drawn.getvalue())
+    save(figure, path, dpi=110)
 
 
 def _map(ax, link: str, bits: tuple[int, int]) -> set[str]:
     """One link: a cell for each size and number of ranks; the collectives that win anywhere."""
     seen = set()
+    payload = payload_bytes(_MODEL.hidden, bits)
     ranks = [n for n in TP_SIZES if LINKS[link].inside is not None or n <= NODE_SIZE]
     for y, n in enumerate(ranks):
         for x, count in enumerate(_SIZES):
-            seen.add(_cell(ax, x, y, _seconds(link, n, count, bits)))
+            seconds = times(link, Message(count // BF16_BYTES, n, *payload))
+            seen.add(_cell(ax, x, y, seconds))
     ax.set_xlim(-0.5, len(_SIZES) - 0.5)
     ax.set_ylim(-0.5, len(ranks) - 0.5)
     ticks = range(0, len(_SIZES), 3)
@@ -121,11 +118,6 @@ def _title(link: str) -> str:
         return title
     nics = f"{found.nics} NIC{'s' if found.nics > 1 else ''}"
     return f"{title}\nabove the line: nodes of {NODE_SIZE}, {found.inside} inside, {nics} a node"
-
-
-def _seconds(link: str, ranks: int, count: int, bits: tuple[int, int]) -> dict[str, float]:
-    message = Message(count // BF16_BYTES, ranks, *payload_bytes(_MODEL.hidden, bits))
-    return times(message, setup(link, ranks, message))
 
 
 def _explain(figure, bits: tuple[int, int], seen: set[str]) -> None:

@@ -38,29 +38,21 @@ _SLOTS = 3
 _CODEC_VALUES = 1 << 20
 
 
-def probe(
-    codec: Codec,
-    tables: Tables,
-    group: dist.ProcessGroup,
-    *,
-    agree: dist.ProcessGroup,
-    device: torch.device,
-) -> Costs:
-    """Measure; call it on every rank of `agree`.
+def probe(codec: Codec, tables: Tables, group: dist.ProcessGroup, device: torch.device) -> Costs:
+    """Measure; call it on every rank of `group`.
 
     Args:
         codec: The same on every rank.
         tables: Of one sync point.
         group: The ranks that will communicate.
-        agree: The ranks that must come to the same figures: `group`, or a group of such groups.
         device: Where the partials are.
 
     Returns:
         The same figures on every rank.
     """
-    link = probe_link(group, agree=agree, device=device)
+    link = probe_link(group, device)
     figures = _codec_seconds(codec, tables, group, device)
-    call, encode, decode, turn = _mean(figures, agree, device)
+    call, encode, decode, turn = _mean(figures, group, device)
     return Costs(
         latency=link.latency + call,
         bandwidth=link.bandwidth,
@@ -89,11 +81,9 @@ class LinkFigures(NamedTuple):
     native_bandwidth: float
 
 
-def probe_link(
-    group: dist.ProcessGroup, *, agree: dist.ProcessGroup, device: torch.device
-) -> LinkFigures:
+def probe_link(group: dist.ProcessGroup, device: torch.device) -> LinkFigures:
     """Measure what joins the ranks of `group`; arguments and result as those of `probe`."""
-    step, byte, native, native_byte = _mean(_link_seconds(group, device), agree, device)
+    step, byte, native, native_byte = _mean(_link_seconds(group, device), group, device)
     return LinkFigures(step, 1 / byte, native, 1 / native_byte)
 
 

@@ -10,7 +10,6 @@ import io
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.lines import Line2D
 
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.labels import Point, label_points
@@ -43,7 +42,6 @@ def read_rows(page: str) -> list[Point]:
 
 def draw(points: list[Point]) -> bytes:
     """The picture as SVG. Lines join the recipes, which differ in their budget of bits only."""
-    names = {point.text for point in points}
     recipes = [p for p in points if style.family_of(p.text) == "recipe"]
     lines = [
         sorted((p.x, p.y) for p in recipes if p.text.endswith("@feedback") == carries)
@@ -62,9 +60,8 @@ def draw(points: list[Point]) -> bytes:
             "KL against bits: lower and further left is better (one-shot, prose, simulated TP 3)"
         )
         axes.margins(x=0.06)
-        families = [f for f in style.FAMILIES if f.name in map(style.family_of, names)]
-        dots = [Line2D([], [], color=f.color, marker="o", linewidth=0) for f in families]
-        axes.legend(dots, [f.title for f in families], loc="upper right")
+        dots = style.family_dots(point.text for point in points)
+        axes.legend(handles=dots, loc="upper right")
         style.log_axis(axes)
         style.freeze(made)
         label_points(axes, points, lines, size=8)

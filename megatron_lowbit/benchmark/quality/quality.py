@@ -34,16 +34,15 @@ _SHORT = ("bf16", PAPER, "rotated-hybrid", "shaped-hybrid", OURS, OURS_TWO_SHOT,
 _TASKS = (PAPER, "shaped-hybrid", OURS, OURS_TWO_SHOT)
 
 
-def _peers() -> tuple[str, ...]:
-    """Each peer one-shot and, where that is how it sends, two-shot."""
-    two_shot = [name for name, peer in PEERS.items() if peer.collective == "two-shot"]
-    return (*PEERS, *(f"{name}@two-shot" for name in two_shot))
-
-
-def _at_their_bits() -> tuple[str, ...]:
-    """Our recipes at the bits of the peers that take more than 4.2, one-shot and two-shot."""
-    budgets = ("4.5", "5", "8")
-    return tuple(f"recipe-{bits}{way}" for bits in budgets for way in ("", "@two-shot"))
+# Each peer one-shot and, where that is how it sends, two-shot.
+_PEERS = (
+    *PEERS,
+    *(f"{name}@two-shot" for name, peer in PEERS.items() if peer.collective == "two-shot"),
+)
+# Our recipes at the bits of the peers that take more than 4.2.
+_AT_THEIR_BITS = tuple(
+    f"recipe-{bits}{way}" for bits in ("4.5", "5", "8") for way in ("", "@two-shot")
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def steps(tokens: int, limit: int) -> list[Step]:
     tried = ("rotated-hybrid", "shaped-hybrid", *CANDIDATES)
     return [
         Step("tp3", 3, _OWN, KINDS, length),
-        Step("tp3-peers", 3, (*_peers(), *_at_their_bits()), KINDS, length),
+        Step("tp3-peers", 3, (*_PEERS, *_AT_THEIR_BITS), KINDS, length),
         Step("tp8", 8, _SHORT, KINDS, length),
         Step("tp3-candidates", 3, tried, ("prose",), length),
         Step("tp3-tasks", 3, _TASKS, (), ("--tasks", "all", "--limit", str(limit))),

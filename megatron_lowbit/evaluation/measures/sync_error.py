@@ -109,12 +109,7 @@ class SyncError:
 
 
 class _Meter:
-    """The scores of one sequence.
-
-    Args:
-        count: How many sync points there are.
-        first: The number of this stage's first one.
-    """
+    """The scores of one sequence, at `count` sync points; this stage's begin at `first`."""
 
     def __init__(self, count: int, first: int):
         self._unknown, self._first = [math.nan] * count, first
@@ -159,9 +154,6 @@ def extremes(points: list[dict]) -> list[str]:
 
     A variant with error feedback sends there what the last sync point missed, too: of its sums only
     those that are not finite are named.
-
-    Args:
-        points: Of `SyncError.summarize`.
     """
     lines = []
     for variant in points[0]["sqnr"] if points else ():

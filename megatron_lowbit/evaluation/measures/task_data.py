@@ -30,18 +30,13 @@ SEED = 1234  # of the order of the items, so of which are taken under a limit
 _WITHOUT_QUESTION = 1_000_000
 
 
-@dataclass(frozen=True)
-class _Source:
-    directory: str
-    metric: str
-
-
+# Task -> where the package has it, and its metric.
 _SOURCES = {
-    "arc-easy": _Source("arc_easy/test_rc_5shot", "acc_norm"),
-    "arc-challenge": _Source("arc_challenge/test_rc_5shot", "acc_norm"),
-    "winogrande": _Source("winogrande/rc_0shot", "acc"),
-    "hellaswag": _Source("hellaswag/rc_0shot", "acc_norm"),
-    "boolq": _Source("boolq/rc_0shot", "acc"),
+    "arc-easy": ("arc_easy/test_rc_5shot", "acc_norm"),
+    "arc-challenge": ("arc_challenge/test_rc_5shot", "acc_norm"),
+    "winogrande": ("winogrande/rc_0shot", "acc"),
+    "hellaswag": ("hellaswag/rc_0shot", "acc_norm"),
+    "boolq": ("boolq/rc_0shot", "acc"),
 }
 TASKS = list(_SOURCES)
 
@@ -65,13 +60,9 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's items.
+    """A task's items in a fixed random order, with the customary metric, ``acc`` or ``acc_norm``.
 
-    Attributes:
-        name: As users type it.
-        metric: The customary one, ``acc`` or ``acc_norm``.
-        items: In a fixed random order.
-        sha256: Of the file's bytes.
+    The digest is of the file's bytes.
     """
 
     name: str
@@ -93,10 +84,10 @@ def read_task(name: str, *, limit: int | None = None) -> TaskData:
     """
     if name not in _SOURCES:
         raise LowbitError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-    source = _SOURCES[name]
-    items, data = read_requests(source.directory, _items, what=f"task {name}")
+    directory, metric = _SOURCES[name]
+    items, data = read_requests(directory, _items, what=f"task {name}")
     random.Random(SEED).shuffle(items)
-    return TaskData(name, source.metric, items[:limit], hashlib.sha256(data).hexdigest())
+    return TaskData(name, metric, items[:limit], hashlib.sha256(data).hexdigest())
 
 
 def read_requests(directory: str, parse: Callable[[str], list], *, what: str) -> tuple[list, bytes]:

@@ -29,11 +29,7 @@ _METRICS = ("acc", "acc_norm")
 
 
 class Task:
-    """A `Measure` of one task; its scores are the log-likelihoods of an item's choices, in nats.
-
-    Args:
-        data: The items.
-    """
+    """A `Measure` of one task; its scores are the log-likelihoods of an item's choices, in nats."""
 
     unit = "item"
 

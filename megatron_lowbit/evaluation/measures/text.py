@@ -7,10 +7,10 @@ negative log-likelihood and KL divergence are in nats a token, with standard err
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_lowbit.evaluation.measures.measure import NATIVE, Record, Scores
+from megatron_lowbit.evaluation.measures.uncertainty import mean, stderr
 from megatron_lowbit.model import logits as lm
 from megatron_lowbit.model.language_model import LanguageModel
 
@@ -25,21 +25,11 @@ class Text:
     unit = "sequence"
 
     def __init__(self, label: str, sequences: Tensor, *, sha256: str):
-        """Measure on `sequences`.
-
-        Args:
-            label: What the text is called in the results.
-            sequences: int64 ``[n, seq_length + 1]``.
-            sha256: Of the text.
-        """
+        """Measure on `sequences`, int64 ``[n, seq_length + 1]``, of a text called `label`."""
         self.name = f"text {label}"
         self._label, self._sequences = label, sequences
-        tokens, seq_length = sequences[:, 1:].numel(), sequences.shape[1] - 1
-        self.identity: dict[str, Any] = {
-            "sha256": sha256,
-            "tokens": tokens,
-            "seq_length": seq_length,
-        }
+        tokens, length = sequences[:, 1:].numel(), sequences.shape[1] - 1
+        self.identity: Any = {"sha256": sha256, "tokens": tokens, "seq_length": length}
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -61,43 +51,32 @@ class Text:
 
     def summarize(self, records: list[Record]) -> dict:
         """Perplexities, and each variant's distance from native."""
-        tokens = torch.tensor([r[NATIVE]["tokens"] for r in records], dtype=torch.float64)
-        native_nll = _column(records, NATIVE, "nll")
-        variants = [name for name in records[0] if name != NATIVE]
         return {
             "name": self._label,
             **self.identity,
-            "native": {"perplexity": _perplexity(native_nll, tokens)},
-            "results": [_result(records, name, native_nll, tokens) for name in variants],
+            "native": {"perplexity": math.exp(mean(_per_token(records, NATIVE, "nll")))},
+            "results": [_result(records, name) for name in records[0] if name != NATIVE],
         }
 
 
-def _result(records: list[Record], name: str, native_nll: Tensor, tokens: Tensor) -> dict:
-    nll, kl = _column(records, name, "nll"), _column(records, name, "kl")
-    total = tokens.sum()
+def _result(records: list[Record], name: str) -> dict:
+    nll, native = (_per_token(records, one, "nll") for one in (name, NATIVE))
+    loss = [new - old for new, old in zip(nll, native, strict=True)]
+    kl = _per_token(records, name, "kl")
     return {
         "variant": name,
-        "perplexity": _perplexity(nll, tokens),
-        "delta_nll": ((nll - native_nll).sum() / total).item(),
-        "delta_nll_stderr": _standard_error((nll - native_nll) / tokens),
-        "kl": (kl.sum() / total).item(),
-        "kl_stderr": _standard_error(kl / tokens),
-        "top1": (_column(records, name, "agree").sum() / total).item(),
+        "perplexity": math.exp(mean(nll)),
+        "delta_nll": mean(loss),
+        "delta_nll_stderr": stderr(loss),
+        "kl": mean(kl),
+        "kl_stderr": stderr(kl),
+        "top1": mean(_per_token(records, name, "agree")),
     }
 
 
-def _column(records: list[Record], name: str, key: str) -> Tensor:
-    """fp64 ``[sequences]``."""
-    return torch.tensor([record[name][key] for record in records], dtype=torch.float64)
-
-
-def _perplexity(nll: Tensor, tokens: Tensor) -> float:
-    return math.exp(nll.sum() / tokens.sum())
-
-
-def _standard_error(values: Tensor) -> float | None:
-    """Of the mean over sequences; None for a single one."""
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+def _per_token(records: list[Record], name: str, score: str) -> list[float]:
+    """By sequence, all of which have as many tokens."""
+    return [record[name][score] / record[NATIVE]["tokens"] for record in records]
 
 
 def _sum(values: Tensor) -> float:

@@ -38,14 +38,8 @@ def ratio_stderr(
 
     To first order ``value / reference`` moves by ``(d_value - ratio d_reference) / reference``. The
     covariance follows from the error of the paired difference:
-    ``2 cov = var(value) + var(reference) - var(value - reference)``.
-
-    Args:
-        value: A mean.
-        reference: Another mean over the same items.
-        value_error: Standard error of `value`.
-        reference_error: Standard error of `reference`.
-        difference_error: Standard error of the mean of the per-item differences.
+    ``2 cov = var(value) + var(reference) - var(value - reference)``. All errors are standard
+    errors, `difference_error` that of the mean of the per-item differences.
     """
     if value_error is None or reference_error is None or difference_error is None:
         return None

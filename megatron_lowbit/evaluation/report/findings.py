@@ -34,13 +34,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The best codec within the budget on one text, by one collective, and the paper's method.
+    """The codec of the least KL within the budget on one text, by one collective, and its result.
 
-    Attributes:
-        text: The text.
-        variant: The best: the one of the least KL.
-        result: Its result.
-        paper: The result of the paper's method, by the same collective within the same budget.
+    Beside it the result of the paper's method, by the same collective within the same budget.
     """
 
     text: Text
@@ -53,34 +49,21 @@ class Comparison:
         """Whether the paper's method itself is the best."""
         return self.paper is self.result
 
-    @property
-    def loss_ratio(self) -> Ratio | None:
-        """The best's loss over that of the paper's method."""
+    def ratio(self, metric: str) -> Ratio | None:
+        """The best's ``delta_nll`` or ``kl`` over that of the paper's method.
+
+        None where it is the paper's method, or either is missing or not above zero.
+        """
         if self.paper is None or self.is_paper:
             return None
-        return ratio(
-            self.result.delta_nll,
-            self.result.delta_nll_stderr,
-            self.paper.delta_nll,
-            self.paper.delta_nll_stderr,
-        )
-
-    @property
-    def kl_ratio(self) -> Ratio | None:
-        """The best's KL over that of the paper's method."""
-        if self.paper is None or self.is_paper:
+        above, below = getattr(self.result, metric), getattr(self.paper, metric)
+        if above is None or below is None or above <= 0 or below <= 0:
             return None
-        return ratio(self.result.kl, self.result.kl_stderr, self.paper.kl, self.paper.kl_stderr)
-
-
-def ratio(above: Number, above_error: Number, below: Number, below_error: Number) -> Ratio | None:
-    """`above` / `below`; None where either is missing or not above zero."""
-    if above is None or below is None or above <= 0 or below <= 0:
-        return None
-    value = above / below
-    if above_error is None or below_error is None:
-        return Ratio(value, None)
-    return Ratio(value, value * math.hypot(above_error / above, below_error / below))
+        errors = [getattr(one, f"{metric}_stderr") for one in (self.result, self.paper)]
+        value = above / below
+        if None in errors:
+            return Ratio(value, None)
+        return Ratio(value, value * math.hypot(errors[0] / above, errors[1] / below))
 
 
 def compare(evaluation: Evaluation) -> list[Comparison]:

@@ -6,26 +6,15 @@ and number of BF16 features.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_lowbit.calibration.validation.index_schema import Assigned
-from megatron_lowbit.schema import LayerKey, Name, Strict, validated
+from megatron_lowbit.calibration.index import CalibrationIndex
+from megatron_lowbit.evaluation.evaluation_schema import PointError
 
-
-class _Placed(Protocol):
-    """Whatever has a layer and a name."""
-
-    @property
-    def layer(self) -> int: ...
-
-    @property
-    def name(self) -> str: ...
-
-
-Point = TypeVar("Point", bound=_Placed)
 LEVELS = (0.5, 0.9, 0.99, 1.0)
 LEVEL_NAMES = ("median", "90 %", "99 %", "max")
 
@@ -72,6 +61,18 @@ class PointRanges:
         return float(body.max()) / median if median > 0 else float("inf")
 
 
+Point = TypeVar("Point", "PointRanges", "RecipePoint", PointError)
+
+
+def point_ranges(index: CalibrationIndex) -> list[PointRanges]:
+    """The features of all sync points."""
+    return [
+        PointRanges(layer, name, record.ranges.sum(dim=0), record.bf16_index)
+        for layer, records in index.layers.items()
+        for name, record in records.items()
+    ]
+
+
 def by_kind(points: list[Point]) -> dict[str, list[Point]]:
     """Sync points by their name, each list by layer; attention before MLP, as in a layer."""
     kinds: dict[str, list[Point]] = {}
@@ -85,25 +86,11 @@ def most_extreme(points: list[PointRanges], count: int) -> list[PointRanges]:
     return sorted(points, key=lambda point: point.outlier[2], reverse=True)[:count]
 
 
-class _Recipe(Strict):
-    points: dict[LayerKey, dict[Name, Assigned]]
-
-
-class _Manifest(Strict):
-    recipe: _Recipe | None = None
-
-
 @dataclass(frozen=True)
 class RecipePoint:
     """What one sync point travels in; None is what the codec leaves no choice about.
 
-    Attributes:
-        layer: From 1, over all pipeline stages.
-        name: Such as ``mlp.linear_fc2``.
-        codec: By its name.
-        bits: Of partials.
-        bf16_features: How many.
-        sum_bits: Of sums, if they have others.
+    Bits are those of partials, `sum_bits` those of sums, if they have others.
     """
 
     layer: int
@@ -123,48 +110,24 @@ class RecipePoint:
 Setting = tuple[str, int | str | None, int | None]
 
 
-@dataclass(frozen=True)
-class Run:
-    """Layers that follow each other, in which one kind of sync point has one setting."""
+def recipe_points(index: CalibrationIndex) -> list[RecipePoint]:
+    """The recipe, by layer; empty where there is none."""
+    points = []
+    for (layer, name), one in sorted((index.recipe or {}).items()):
+        bits, of_sums = one.bits if isinstance(one.bits, tuple) else (one.bits, None)
+        points.append(RecipePoint(layer, name, one.codec, bits, one.bf16_features, of_sums))
+    return points
 
-    name: str
-    first: int
-    last: int
-    setting: Setting
 
+def runs(points: list[RecipePoint]) -> list[tuple[str, list[int], Setting]]:
+    """The recipe in as few lines as it takes.
 
-def read_recipe(manifest: dict[str, Any]) -> list[RecipePoint]:
-    """The recipe of a manifest, by layer; empty where it has none.
-
-    Raises:
-        LowbitError: It has one that cannot be read; the message names the key.
+    A kind of sync point, layers that follow each other, and the one setting that it has in them.
     """
-    recipe = validated(_Manifest, manifest, "the calibration index's manifest").recipe
-    if recipe is None:
-        return []
-    points = [
-        _point(int(layer), name, entry)
-        for layer, of_layer in recipe.points.items()
-        for name, entry in of_layer.items()
-    ]
-    return sorted(points, key=lambda point: (point.layer, point.name))
-
-
-def _point(layer: int, name: str, entry: Assigned) -> RecipePoint:
-    bits, of_sums = entry.bits if isinstance(entry.bits, list) else (entry.bits, None)
-    return RecipePoint(layer, name, entry.codec, bits, entry.bf16_features, of_sums)
-
-
-def runs(points: list[RecipePoint]) -> list[Run]:
-    """The recipe in as few lines as it takes."""
-    found: list[Run] = []
+    found = []
     for name in dict.fromkeys(point.name for point in points):
-        for point in (point for point in points if point.name == name):
-            last = found[-1] if found else None
-            if last and (last.name, last.last, last.setting) == (
-                name, point.layer - 1, point.setting,
-            ):  # fmt: skip
-                found[-1] = Run(name, last.first, point.layer, point.setting)
-            else:
-                found.append(Run(name, point.layer, point.layer, point.setting))
+        mine = enumerate(point for point in points if point.name == name)
+        # Layers that follow each other are as far from their places.
+        for (setting, _), run in groupby(mine, lambda one: (one[1].setting, one[1].layer - one[0])):
+            found.append((name, [point.layer for _, point in run], setting))
     return found

@@ -21,6 +21,7 @@ _DISTANCES = (5, 8, 12, 17, 23, 30, 38, 47, 57, 70)  # points from the marker to
 _ANGLES = (0, 180, 35, -35, 145, -145, 60, -60, 120, -120, 90, -90)  # degrees
 _NEAR = 8  # points: beyond, a line leads from the label to its point
 _MARKER = 4.0  # half of a marker and some air, points
+_SIZE = 7.5  # of letters
 _AIR = 1.5  # around a label, points
 
 
@@ -36,7 +37,7 @@ class Point:
 
 
 def label_points(
-    axes: Axes, points: list[Point], curves: list[list[tuple[float, float]]], *, size: float = 7.5
+    axes: Axes, points: list[Point], curves: list[list[tuple[float, float]]], *, size: float = _SIZE
 ) -> None:
     """Label points; the figure must be frozen.
 
@@ -70,18 +71,15 @@ def label_points(
         _write(axes, points[number], box, end if distance > _NEAR else None, size)
 
 
-def label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, size: float = 7.5) -> None:
+def label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Label lines at the right edge, in a column; the figure must be frozen.
 
-    Args:
-        axes: Where.
-        ends: Of each line the height at its right end, in data, its colour and its label.
-        size: Of the letters.
+    Of each line `ends` has the height at its right end, in data, its colour and its label.
     """
     unit = axes.figure.dpi / 72
     x = axes.get_xlim()[1]
     wanted = np.array([axes.transData.transform((x, y))[1] for y, _, _ in ends])
-    placed = _spread(wanted, (size + 2.2) * unit)
+    placed = _spread(wanted, (_SIZE + 2.2) * unit)
     edge = axes.bbox.x1
     inverted = axes.figure.transFigure.inverted()
     for (_, color, text), height, at in zip(ends, wanted, placed, strict=True):
@@ -90,7 +88,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, str, str]], *, size: float = 
         )
         axes.figure.add_artist(Line2D([left, right], [low, high], color=color, linewidth=0.7))
         axes.figure.text(
-            *inverted.transform((edge + 12 * unit, at)), text, fontsize=size, va="center_baseline"
+            *inverted.transform((edge + 12 * unit, at)), text, fontsize=_SIZE, va="center_baseline"
         )
 
 

@@ -38,12 +38,14 @@ class Table:
         head: The columns.
         rows: Text, in as many columns; where the first is a codec, it gets its family's colour.
         words: The last column is words, not a number.
+        is_folded: The reader unfolds it: it is long, and seldom wanted.
     """
 
     caption: str
     head: list[str]
     rows: list[list[str]]
     words: bool = False
+    is_folded: bool = False
 
     def is_text(self, column: int) -> bool:
         """Whether a column is to be aligned as text."""
@@ -62,14 +64,7 @@ class Paragraph:
     look: Literal["plain", "heading", "lead", "warning", "code"] = "plain"
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A table that the reader unfolds: long, and seldom wanted."""
-
-    table: Table
-
-
-Block = Paragraph | Table | Folded | Plot
+Block = Paragraph | Table | Plot
 
 
 @dataclass(frozen=True)

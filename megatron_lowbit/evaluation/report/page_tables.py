@@ -6,6 +6,7 @@ from megatron_lowbit.evaluation.evaluation_schema import (
     LongContext,
     Number,
     PointError,
+    SyncPoints,
     TaskResult,
     Text,
     TextResult,
@@ -38,7 +39,7 @@ def comparison(file: ResultFile, found: list[Comparison]) -> Table:
     head += ["loss ratio", "KL ratio"]
     rows = []
     for one in found:
-        ratios = [ratio(one.loss_ratio), ratio(one.kl_ratio)]
+        ratios = [ratio(one.ratio(metric)) for metric in ("delta_nll", "kl")]
         where = [one.text.name, one.variant.collective]
         rows.append([*where, *_quality(file, one.result), *(["", ""] if one.is_paper else ratios)])
         if one.paper is not None and not one.is_paper:
@@ -85,7 +86,7 @@ def task_differences(file: ResultFile) -> Table:
         for codec, results in _by_codec(file)
     ]
     caption = f"{file.label}: difference from native on the same items, in points of accuracy."
-    return Table(caption, head, rows)
+    return Table(caption, head, rows, is_folded=True)
 
 
 def _by_codec(file: ResultFile) -> list[tuple[str, list[TaskResult | None]]]:
@@ -116,12 +117,11 @@ def outliers(points: list[PointRanges]) -> Table:
     return Table(f"The {len(rows)} sync points with the most extreme outliers.", head, rows)
 
 
-def errors(file: ResultFile) -> Table:
+def errors(file: ResultFile, measured: SyncPoints) -> Table:
     """SQNR by codec: the median, the worst, and every sync point that stands out."""
     head = ["codec", "median, dB", "worst sync point", "worst token", "standing out: layer (dB)"]
     rows = []
-    assert file.data.sync_points is not None, "the page asks only where they were measured"
-    for error in codec_errors(file.data.sync_points):
+    for error in codec_errors(measured):
         worst = f"{error.worst.sqnr[error.codec]:.1f} dB: {_point(error.worst)}"
         token = NONE
         if error.worst_token:
@@ -184,12 +184,12 @@ def generation(file: ResultFile, measured: Generation) -> Table:
 def recipe(points: list[RecipePoint]) -> Table:
     """The recipe, layers with the same setting in one row."""
     rows = [
-        [one.name, f"{one.first}" if one.first == one.last else f"{one.first}-{one.last}"]
-        + ["all" if value is None else str(value) for value in one.setting]
-        for one in runs(points)
+        [name, f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"]
+        + ["all" if value is None else str(value) for value in setting]
+        for name, layers, setting in runs(points)
     ]
     head = ["sync point", "layers", "codec", "bits", "BF16 features"]
-    return Table("The recipe in full.", head, rows)
+    return Table("The recipe in full.", head, rows, is_folded=True)
 
 
 def raw(file: ResultFile, text: Text) -> Table:

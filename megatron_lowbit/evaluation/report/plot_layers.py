@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from megatron_lowbit.evaluation.evaluation_schema import PointError
+from megatron_lowbit.evaluation.evaluation_schema import PointError, SyncPoints
 from megatron_lowbit.evaluation.measures.sync_error import BELOW_MEDIAN_DB, LOW_DB
 from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.findings import CodecError, codec_errors
@@ -78,10 +78,8 @@ def _bands(axes: Axes, points: list[PointRanges]) -> None:
     axes.set_yscale("log")
 
 
-def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
+def draw_sqnr(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR over layers: a column a kind of sync point, all tokens above, the worst below."""
-    measured = file.data.sync_points
-    assert measured is not None, "the page asks only where they were measured"
     errors = [error for error in codec_errors(measured) if error.codec != _REFERENCE]
     if not errors:
         return None
@@ -111,10 +109,8 @@ def draw_sqnr(name: str, file: ResultFile) -> style.Plot | None:
         )
 
 
-def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
+def draw_stream(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR of the residual stream behind each sync point, in call order."""
-    measured = file.data.sync_points
-    assert measured is not None, "the page asks only where they were measured"
     variants = [v for v in measured.points[0].stream_sqnr if v != _REFERENCE]
     if not variants:
         return None
@@ -122,17 +118,11 @@ def draw_stream(name: str, file: ResultFile) -> style.Plot | None:
         axes = made.subplots()
         made.get_layout_engine().set(rect=_beside(variants))
         ends: list[tuple[float, str, str]] = []
-        seen: dict[str, int] = {}
-        for variant in variants:
+        for variant, dash in zip(variants, _dashes(variants), strict=True):
             values = [point.stream_sqnr.get(variant) for point in measured.points]
             curve = [(n, value) for n, value in enumerate(values, 1) if value is not None]
-            if not curve:
-                continue
-            family, color = style.family_of(variant), style.color_of(variant)
-            seen[family] = seen.get(family, -1) + 1
-            dash = _DASHES[seen[family] % len(_DASHES)]
-            axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.2, linestyle=dash)
-            ends.append((curve[-1][1], color, variant))
+            if curve:
+                ends.append(_line(axes, curve, variant, dash))
         axes.set_xlabel("sync point, in call order")
         axes.set_ylabel("SQNR of the stream, dB")
         style.freeze(made)
@@ -155,7 +145,8 @@ def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError],
     """Draw a line a codec; give the labels of their ends."""
     key = "sqnr" if what == _ALL else "worst_token_sqnr"
     ends = []
-    for error, dash in zip(errors, _dashes(errors), strict=True):
+    dashes = _dashes([error.codec for error in errors])
+    for error, dash in zip(errors, dashes, strict=True):
         curve = [
             (point.layer, value)
             for point in points
@@ -163,25 +154,29 @@ def _error_lines(axes: Axes, points: list[PointError], errors: list[CodecError],
         ]
         if not curve:
             continue
+        ends.append(_line(axes, curve, error.codec, dash))
         color = style.color_of(error.codec)
-        axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.2, linestyle=dash)
         for layer, value in curve:
             if what == _ALL and value < error.median - BELOW_MEDIAN_DB:
                 axes.plot(layer, value, "o", color=color, mfc="none", markersize=8, clip_on=False)
-        ends.append((curve[-1][1], color, error.codec))
     axes.axhline(LOW_DB, color=style.MUTED, linewidth=1.1, linestyle=(0, (2, 2)), zorder=1)
     return ends
 
 
-def _dashes(errors: list[CodecError]) -> list:
+def _line(
+    axes: Axes, curve: list[tuple[int, float]], codec: str, dash: object
+) -> tuple[float, str, str]:
+    """Draw a codec's line; give the label of its end."""
+    color = style.color_of(codec)
+    axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.2, linestyle=dash)
+    return curve[-1][1], color, codec
+
+
+def _dashes(codecs: list[str]) -> list:
     """A dash for each codec: another one for each of a family, the plain line for its first."""
-    seen: dict[str, int] = {}
-    dashes = []
-    for error in errors:
-        family = style.family_of(error.codec)
-        dashes.append(_DASHES[seen.get(family, 0) % len(_DASHES)])
-        seen[family] = seen.get(family, 0) + 1
-    return dashes
+    families = [style.family_of(codec) for codec in codecs]
+    before = [families[:place].count(family) for place, family in enumerate(families)]
+    return [_DASHES[count % len(_DASHES)] for count in before]
 
 
 def draw_recipe(name: str, points: list[RecipePoint]) -> style.Plot:

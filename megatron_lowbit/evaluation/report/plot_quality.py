@@ -1,6 +1,5 @@
 """Loss and KL against bits per value: a figure a text, a row an evaluation."""
 
-import math
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -10,7 +9,6 @@ from megatron_lowbit.evaluation.evaluation_schema import (
     Evaluation,
     Number,
     Text,
-    TextResult,
     Variant,
 )
 from megatron_lowbit.evaluation.report import style
@@ -36,12 +34,7 @@ class _Spot:
 
 
 def draw(name: str, panels: list[tuple[ResultFile, Text]]) -> style.Plot:
-    """The plot of one text: rows of panels, loss left and KL right, all with the same axes.
-
-    Args:
-        name: Of the plot.
-        panels: The evaluations that measured the text, and their results on it.
-    """
+    """The plot of one text: loss left and KL right, all with the same axes, a row an evaluation."""
     with style.figure(0.8 + 3.9 * len(panels)) as made:
         grid = made.subplots(len(panels), 2, sharex=True, sharey="col", squeeze=False)
         for line, (file, text) in zip(grid, panels, strict=True):
@@ -170,12 +163,7 @@ def _label(axes: Axes, spots: list[_Spot]) -> None:
 def _legend(made, evaluations: list[Evaluation]) -> None:
     """Colours and markers that occur, above the panels."""
     variants = [v for one in evaluations for v in one.variants if v.name != _REFERENCE]
-    seen = {style.family_of(variant.name) for variant in variants}
-    handles = [
-        Line2D([], [], color=family.color, marker="o", linewidth=0, label=family.title)
-        for family in style.FAMILIES
-        if family.name in seen
-    ]
+    handles = style.family_dots(variant.name for variant in variants)
     for collective in dict.fromkeys(variant.collective for variant in variants):
         face = style.MUTED if collective == "one-shot" else style.PAPER
         marker = _MARKERS.get(collective, "D")
@@ -213,16 +201,9 @@ def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
 def _hidden(evaluation: Evaluation, text: Text) -> list[str]:
     """Results that the plot cannot show, in words."""
     return [
-        f"{result.variant} ({word} {_value(value)})"
+        f"{result.variant} ({word} {'not finite' if value is None else f'{value:.4f}'})"
         for word, metric in (("loss", "delta_nll"), ("KL", "kl"))
         for result in text.results
-        if _is_hidden(value := getattr(result, metric), result)
+        if result.variant != _REFERENCE
+        and ((value := getattr(result, metric)) is None or value <= _LEAST)
     ]
-
-
-def _is_hidden(value: Number, result: TextResult) -> bool:
-    return result.variant != _REFERENCE and (value is None or value <= _LEAST)
-
-
-def _value(value: Number) -> str:
-    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"

@@ -41,7 +41,6 @@ def main(argv: list[str]) -> None:
 
     report.require()
     from megatron_lowbit.calibration.index_files import read_index
-    from megatron_lowbit.evaluation.report.index_reader import PointRanges
     from megatron_lowbit.evaluation.report.page import check_destination, write_report
     from megatron_lowbit.evaluation.report.results import read_results
     from megatron_lowbit.evaluation.report.sections import all_sections
@@ -49,13 +48,8 @@ def main(argv: list[str]) -> None:
     check_destination(options.output)
     files = read_results(options.results)
     index = read_index(options.index)
-    points = [
-        PointRanges(layer, name, record.ranges.sum(dim=0), record.bf16_index)
-        for layer, records in index.layers.items()
-        for name, record in records.items()
-    ]
     command = shlex.join(["python", "-m", "megatron_lowbit", "report", *argv])
-    sections = all_sections(index.manifest, points, files, command)
+    sections = all_sections(index, files, command)
     models = ", ".join(dict.fromkeys(file.data.model for file in files))
     title = f"{models}: low-bit communication against native BF16"
     for path in write_report(title, sections, options.output):

@@ -17,13 +17,9 @@ from megatron_lowbit.schema import validated
 
 @dataclass(frozen=True)
 class ResultFile:
-    """An evaluation and where it was read from.
+    """An evaluation, and the file that it was read from, as the user named it.
 
-    Attributes:
-        path: As the user named it.
-        date: When the file was written, UTC.
-        label: Of the evaluation; with the file's name, where two evaluations have the same.
-        data: What it says.
+    Its label has the file's name, where two evaluations have the same; its date is in UTC.
     """
 
     path: Path

@@ -4,40 +4,31 @@ import json
 import re
 from typing import Any
 
+from megatron_lowbit.calibration.index import CalibrationIndex
 from megatron_lowbit.evaluation.evaluation_schema import Text
 from megatron_lowbit.evaluation.report import page_tables, plot_layers, plot_quality, plot_tasks
 from megatron_lowbit.evaluation.report.findings import BUDGET, PAPER, Comparison, Ratio, compare
-from megatron_lowbit.evaluation.report.index_reader import PointRanges, read_recipe
-from megatron_lowbit.evaluation.report.page import (
-    NOT_MEASURED,
-    Block,
-    Folded,
-    Paragraph,
-    Section,
+from megatron_lowbit.evaluation.report.index_reader import (
+    PointRanges,
+    point_ranges,
+    recipe_points,
 )
+from megatron_lowbit.evaluation.report.page import NOT_MEASURED, Block, Paragraph, Section
 from megatron_lowbit.evaluation.report.results import ResultFile
 
 
-def all_sections(
-    manifest: dict[str, Any], points: list[PointRanges], files: list[ResultFile], command: str
-) -> list[Section]:
-    """The page.
-
-    Args:
-        manifest: Of the index.
-        points: The ranges of its sync points.
-        files: The evaluations.
-        command: That makes this page again.
-    """
+def all_sections(index: CalibrationIndex, files: list[ResultFile], command: str) -> list[Section]:
+    """The page; `command` makes it again."""
+    manifest = index.manifest
     return [
         _headline(files, manifest),
         _section("quality", "Loss and KL against bits", _quality(files)),
         _section("tasks", "Tasks", _tasks(files)),
-        _section("ranges", "Ranges of the features, by layer", _ranges(points)),
+        _section("ranges", "Ranges of the features, by layer", _ranges(point_ranges(index))),
         _section("sqnr", "Quantization error, by sync point", _errors(files)),
         _section("long-context", "Long context", _long_context(files)),
         _section("generation", "Generation", _generation(files)),
-        _section("recipe", "Recipe of the calibration index", _recipe(manifest)),
+        _section("recipe", "Recipe of the calibration index", _recipe(index)),
         _section("numbers", "All numbers", _numbers(files)),
         _section("origin", "Where this comes from", _origin(manifest, files, command)),
     ]
@@ -111,7 +102,7 @@ def _sentence(group: list[Comparison]) -> str:
         return f"On {where} {start}, the paper's method, is the best."
     if paper is None or any(one.paper is None for one in group):
         return f"On {where} {start} is the best; {PAPER} was not measured by this collective."
-    kl, loss = (_times([getattr(one, key) for one in group]) for key in ("kl_ratio", "loss_ratio"))
+    kl, loss = (_times([one.ratio(metric) for one in group]) for metric in ("kl", "delta_nll"))
     return f"On {where} {start} has {kl} the KL and {loss} the loss of {paper.variant}."
 
 
@@ -158,7 +149,7 @@ def _tasks(files: list[ResultFile]) -> list[Block | None]:
     return [
         plot_tasks.draw_tasks("tasks", measured),
         *(page_tables.tasks(file) for file in measured),
-        *(Folded(page_tables.task_differences(file)) for file in measured),
+        *(page_tables.task_differences(file) for file in measured),
     ]
 
 
@@ -169,10 +160,11 @@ def _ranges(points: list[PointRanges]) -> list[Block | None]:
 def _errors(files: list[ResultFile]) -> list[Block | None]:
     blocks: list[Block | None] = []
     for number, file in enumerate(files, 1):
-        if file.data.sync_points and file.data.sync_points.points:
-            blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file))
-            blocks.append(plot_layers.draw_stream(f"stream-{number}", file))
-            blocks.append(page_tables.errors(file))
+        measured = file.data.sync_points
+        if measured and measured.points:
+            blocks.append(plot_layers.draw_sqnr(f"sqnr-{number}", file, measured))
+            blocks.append(plot_layers.draw_stream(f"stream-{number}", file, measured))
+            blocks.append(page_tables.errors(file, measured))
     return blocks
 
 
@@ -190,11 +182,10 @@ def _generation(files: list[ResultFile]) -> list[Block | None]:
     return [page_tables.generation(file, one) for file in files for one in file.data.generation]
 
 
-def _recipe(manifest: dict[str, Any]) -> list[Block | None]:
-    points = read_recipe(manifest)
-    if points:
-        return [plot_layers.draw_recipe("recipe", points), Folded(page_tables.recipe(points))]
-    codec = manifest["codec"]
+def _recipe(index: CalibrationIndex) -> list[Block | None]:
+    if points := recipe_points(index):
+        return [plot_layers.draw_recipe("recipe", points), page_tables.recipe(points)]
+    codec = index.manifest["codec"]
     return [
         Paragraph(
             "The calibration index has no recipe: it gives every sync point the same, "

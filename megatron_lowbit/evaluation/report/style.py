@@ -4,9 +4,10 @@ A figure is drawn once, in the colours of a light page. The PNG keeps them; in t
 a CSS variable of the page, so that the same plot is readable on a dark one.
 """
 
+import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, MUTED, GRID, PAPER = "#1b1b1a", "#6a6a65", "#e3e3de", "#ffffff"
@@ -105,6 +107,16 @@ def color_of(codec: str) -> str:
     return _BY_NAME[family_of(codec)].color
 
 
+def family_dots(codecs: Iterable[str]) -> list[Line2D]:
+    """For a legend: a dot for each family that one of `codecs` is of."""
+    seen = {family_of(codec) for codec in codecs}
+    return [
+        Line2D([], [], color=family.color, marker="o", linewidth=0, label=family.title)
+        for family in FAMILIES
+        if family.name in seen
+    ]
+
+
 @contextmanager
 def figure(height: float) -> Iterator[Figure]:
     """A figure of the page's width and `height` inches, to be drawn and finished in the block."""
@@ -158,8 +170,4 @@ def _svg(made: Figure, name: str, caption: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = text.replace("url(#", f"url(#{name}-")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(caption)}" ', 1)
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(caption)}" ', 1)
