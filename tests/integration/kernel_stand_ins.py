@@ -22,25 +22,22 @@ class RMSNorm(torch.nn.Module):
         self.eps, self.group_size = eps, group_size or hidden_size
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, **kwargs))
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        gated = x.float() if z is None else x.float() * F.silu(z.float())
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        gated = x.float() * F.silu(z.float())
         groups = gated.unflatten(-1, (-1, self.group_size))
         normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
         return (normed.flatten(-2) * self.weight.float()).to(x.dtype)
 
 
-def mamba_chunk_scan_combined(
-    x, dt, A, B, C, chunk_size, *, D=None, z=None, dt_bias=None, dt_softplus=False, **kwargs
-):
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, *, D, dt_bias, dt_softplus, **kwargs):
     """The selective scan, a token at a time: ``h = exp(dt A) h + dt B x; y = C h + D x``.
 
-    x ``[b, l, heads, p]``, dt ``[b, l, heads]``, A ``[heads]``, B and C ``[b, l, groups, n]``.
+    x ``[b, l, heads, p]``, dt ``[b, l, heads]``, A and D ``[heads]``, B and C
+    ``[b, l, groups, n]``.
     """
-    assert not {name for name, value in kwargs.items() if value is not None} - {
-        "return_final_states"
-    }, kwargs
-    dt = dt.float() + (0 if dt_bias is None else dt_bias.float())
-    dt = F.softplus(dt) if dt_softplus else dt
+    assert dt_softplus
+    assert not any(kwargs.values()), kwargs
+    dt = F.softplus(dt.float() + dt_bias)
     repeat = x.shape[2] // B.shape[2]
     B, C = (t.float().repeat_interleave(repeat, dim=2) for t in (B, C))
     state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1], dtype=torch.float32)
@@ -50,12 +47,8 @@ def mamba_chunk_scan_combined(
         update = (dt[:, t, :, None] * x[:, t].float())[..., None] * B[:, t, :, None]
         state = decay * state + update
         steps.append((state * C[:, t, :, None]).sum(-1))
-    y = torch.stack(steps, dim=1)
-    if D is not None:
-        y = y + x.float() * (D.float() if D.ndim == 2 else D.float()[:, None])
-    y = y if z is None else y * F.silu(z.float())
-    y = y.to(x.dtype)
-    return (y, state) if kwargs.get("return_final_states") else y
+    y = torch.stack(steps, dim=1) + x.float() * D.float()[:, None]
+    return y.to(x.dtype)
 
 
 def l2norm(x: Tensor, dim: int = -1, eps: float = 1e-6) -> Tensor:

@@ -95,9 +95,10 @@ def test_all_gathers(parallel, codec):
     """They cost a little quality, in `rotated-hybrid` and beside BF16 sums alike."""
     model, index = parallel
     native = whole_logits(model)
-    with low(model, index, codec=codec):
+    wishes = {"codec": codec, "collective": "two-shot"}
+    with low(model, index, **wishes):
         plain = whole_logits(model)
-    with low(model, index, codec=codec, all_gather_bits=6) as handle:
+    with low(model, index, **wishes, all_gather_bits=6) as handle:
         logits, stats = whole_logits(model), handle.stats()
     assert_alike(logits)
     assert 8 < sqnr(native, logits) < 40
