@@ -12,7 +12,7 @@ Kernels know nothing of codecs. Codecs run their own plain torch where there are
 a call leaves all of them out.
 
 What a function of a family says nothing else of is here. Tables are contiguous, on the device of
-the tensors. Partials, sums and carries may have any strides in Triton.
+the tensors. Partials, sums and carries may have any strides.
 
     partial         floating point ``[tokens, width]``; in Triton BF16, fp16 or fp32
     payloads        ``uint8 [ranks, tokens, row_bytes]``

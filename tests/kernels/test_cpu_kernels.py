@@ -168,6 +168,7 @@ def test_any_strides(dtype):
         _check(codec, [view], tables)
     if dtype in DTYPES:  # of payloads and sums, too
         hard_cases.check_strides(codec.name, dtype, "cpu")
+        hard_cases.check_carry_strides(dtype, "cpu")
 
 
 @needs_kernel

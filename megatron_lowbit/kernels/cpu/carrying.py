@@ -53,14 +53,14 @@ def encode_with_carry(
 
     Args:
         partial: As for `encode`, without a folded weight.
-        given: Its rows are contiguous.
     """
     scale, index = encoding["scale"], encoding["bf16_index"]
     hidden, kept = scale.numel(), index.numel()
     partial = readable(partial, encoding["width"])
     tokens = len(partial)
     payload = _payload(tokens, encoding["body_bytes"], kept)
-    carry_of = _carries(taken, given, bounded, largest)
+    room = _room_for(given)
+    carry_of = _carries(taken, room, bounded, largest)
     call = function("encode_with_carry")
     settings: tuple = (hidden, encoding["block"], pointer(encoding["center"]), scale.data_ptr())
     settings += (decode_scale.data_ptr(), index.data_ptr(), kept)
@@ -73,6 +73,8 @@ def encode_with_carry(
         return call(*begin, *settings, payload[first:].data_ptr(), carry_of(first))
 
     run_rows(part, tokens, hidden)
+    if room is not given:
+        given.copy_(room)
     return payload
 
 
@@ -101,7 +103,8 @@ def reduce_encode_with_carry(
     payloads = check_payloads(payloads, row_bytes(body_bytes, kept + 1))
     ranks, tokens, row = payloads.shape
     payload = _payload(tokens, sum_body_bytes, kept)
-    carry_of = _carries(taken, given, bounded, largest)
+    room = _room_for(given)
+    carry_of = _carries(taken, room, bounded, largest)
     call = function("reduce_encode_with_carry")
     settings: tuple = (hidden, block, pointer(center), scale.data_ptr(), decode_scale.data_ptr())
     settings += (bf16_index.data_ptr(), kept, levels.data_ptr(), bits, body_bytes)
@@ -113,11 +116,19 @@ def reduce_encode_with_carry(
         return call(*begin, *settings, payload[first:].data_ptr(), carry_of(first))
 
     run_rows(part, tokens, hidden * ranks)
+    if room is not given:
+        given.copy_(room)
     return payload
 
 
 def _payload(tokens: int, body_bytes: int, kept: int) -> Tensor:
     return torch.empty((tokens, row_bytes(body_bytes, kept + 1)), dtype=torch.uint8)
+
+
+def _room_for(given: Tensor) -> Tensor:
+    """Where C can write the error: `given`, or what is to be copied there."""
+    is_plain = given.stride(1) == 1 and (given.stride(0) >= given.shape[1] or len(given) < 2)
+    return given if is_plain else torch.empty(given.shape, dtype=given.dtype)
 
 
 def _carries(
