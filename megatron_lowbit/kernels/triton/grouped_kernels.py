@@ -31,57 +31,39 @@ def encode(
     token = tl.program_id(0).to(tl.int64)  # offsets may pass 2**31
     partial += token * row_stride
     payload += token * row_bytes
-    _, place = _places(GROUP, LOG_TILE)
+    group, place = _places(GROUP, LOG_TILE)
     inside = place < HIDDEN
     values = parts.load_floats(partial + place * column_stride, inside)
     if FORMAT == "bf16":
         parts.store_bytes(payload + 2 * place, parts.wire_bits(values), inside, 2)
     else:
-        _write(values, payload, HIDDEN, GROUP, FORMAT, BITS, BODY_BYTES, SCALE_BYTES, LOG_TILE)
-
-
-@triton.jit
-def _write(
-    values,
-    payload,
-    HIDDEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    BODY_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    LOG_TILE: tl.constexpr,
-):
-    """Write codes and numbers of fp32 [groups, GROUP], zero from HIDDEN on."""
-    group, place = _places(GROUP, LOG_TILE)
-    inside = place < HIDDEN
-    numbers = payload + BODY_BYTES
-    groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
-    real = group < groups
-    affine: tl.constexpr = FORMAT == "affine" or FORMAT == "spikes"
-    if affine and HIDDEN % GROUP:  # zeros are no extremes: the last group goes on as it ended
-        last = tl.sum(tl.sum(tl.where(place == HIDDEN - 1, values, 0.0), axis=1), axis=0)
-        values = tl.where(inside, values, last)
-    if FORMAT == "nvfp4":
-        values = _divide_by_token(values, numbers)
-        numbers += 4
-    if FORMAT == "absmax-rotated":
-        values = _butterflies(values, 0.5, HIDDEN, GROUP, LOG_TILE)
-    if FORMAT == "spikes":
-        values = spikes.write(values, numbers + 4 * groups, group, groups)
-    low, high = formats.extremes(values, FORMAT)
-    bits = formats.encode_scale(low, high, FORMAT, BITS)
-    parts.store_bytes(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
-    if affine:
-        zero = parts.bf16_bits(low)
-        parts.store_bytes(numbers + 2 * (groups + group), zero, real, 2)
-        values -= (zero << 16).to(tl.float32, bitcast=True)[:, None]
-    step = formats.decode_scale(bits, FORMAT, BITS)
-    usable = (tl.abs(step) < float("inf")) & (step != 0)
-    steps = tl.div_rn(values, tl.where(usable, step, 1.0)[:, None])
-    codes = formats.to_codes(tl.where(usable[:, None], steps, 0.0), FORMAT, BITS)
-    codes = tl.reshape(tl.where(inside, codes, 0), [1 << LOG_TILE])
-    parts.pack_bytes(codes, payload, BODY_BYTES, BITS, LOG_TILE)
+        numbers = payload + BODY_BYTES
+        groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
+        real = group < groups
+        affine: tl.constexpr = FORMAT == "affine" or FORMAT == "spikes"
+        if affine and HIDDEN % GROUP:  # zeros are no extremes: the last group goes on as it ended
+            last = tl.sum(tl.sum(tl.where(place == HIDDEN - 1, values, 0.0), axis=1), axis=0)
+            values = tl.where(inside, values, last)
+        if FORMAT == "nvfp4":
+            values = _divide_by_token(values, numbers)
+            numbers += 4
+        if FORMAT == "absmax-rotated":
+            values = _butterflies(values, 0.5, HIDDEN, GROUP, LOG_TILE)
+        if FORMAT == "spikes":
+            values = spikes.write(values, numbers + 4 * groups, group, groups)
+        low, high = formats.extremes(values, FORMAT)
+        bits = formats.encode_scale(low, high, FORMAT, BITS)
+        parts.store_bytes(numbers + SCALE_BYTES * group, bits, real, SCALE_BYTES)
+        if affine:
+            zero = parts.bf16_bits(low)
+            parts.store_bytes(numbers + 2 * (groups + group), zero, real, 2)
+            values -= (zero << 16).to(tl.float32, bitcast=True)[:, None]
+        step = formats.decode_scale(bits, FORMAT, BITS)
+        usable = (tl.abs(step) < float("inf")) & (step != 0)
+        steps = tl.div_rn(values, tl.where(usable, step, 1.0)[:, None])
+        codes = formats.to_codes(tl.where(usable[:, None], steps, 0.0), FORMAT, BITS)
+        codes = tl.reshape(tl.where(inside, codes, 0), [1 << LOG_TILE])
+        parts.pack_bytes(codes, payload, BODY_BYTES, BITS, LOG_TILE)
 
 
 @triton.jit
@@ -164,36 +146,20 @@ def _values(
     else:
         codes = parts.unpack(payload, BODY_BYTES, BITS, LOG_TILE)
         steps = formats.from_codes(codes, FORMAT, BITS)
-        steps = tl.reshape(steps, [(1 << LOG_TILE) // GROUP, GROUP])
+        values = tl.reshape(steps, [(1 << LOG_TILE) // GROUP, GROUP])
         numbers = payload + BODY_BYTES
-        values = _scaled(steps, numbers, group, HIDDEN, GROUP, FORMAT, BITS, SCALE_BYTES)
-    return values
-
-
-@triton.jit
-def _scaled(
-    values,
-    numbers,
-    group,
-    HIDDEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    BITS: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-):
-    """What values in units of the step stand for, by the numbers of their groups."""
-    groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
-    real = group < groups
-    of_token = 1.0
-    if FORMAT == "nvfp4":
-        of_token = parts.load_bytes(numbers, None, 4).to(tl.float32, bitcast=True)
-        numbers += 4
-    bits = parts.load_bytes(numbers + SCALE_BYTES * group, real, SCALE_BYTES)
-    values *= formats.decode_scale(bits, FORMAT, BITS)[:, None]
-    if FORMAT == "nvfp4":
-        values *= of_token
-    if FORMAT == "affine" or FORMAT == "spikes":
-        values += parts.load_bf16(numbers + 2 * (groups + group), real)[:, None]
-    if FORMAT == "spikes":
-        values = spikes.put_back(values, numbers + 4 * groups, group, groups)
+        groups: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
+        real = group < groups
+        of_token = 1.0
+        if FORMAT == "nvfp4":
+            of_token = parts.load_bytes(numbers, None, 4).to(tl.float32, bitcast=True)
+            numbers += 4
+        bits = parts.load_bytes(numbers + SCALE_BYTES * group, real, SCALE_BYTES)
+        values *= formats.decode_scale(bits, FORMAT, BITS)[:, None]
+        if FORMAT == "nvfp4":
+            values *= of_token
+        if FORMAT == "affine" or FORMAT == "spikes":
+            values += parts.load_bf16(numbers + 2 * (groups + group), real)[:, None]
+        if FORMAT == "spikes":
+            values = spikes.put_back(values, numbers + 4 * groups, group, groups)
     return values
