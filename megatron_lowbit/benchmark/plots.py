@@ -9,12 +9,8 @@ from megatron_lowbit.files import check_output, write_atomic
 _ENDINGS = (".png", ".svg", ".pdf")
 
 
-def check_plot(path: Path, flag: str = "--plot") -> None:
-    """Raise unless a plot can be drawn and written to `path`.
-
-    Args:
-        path: Its ending says the format.
-        flag: The option that names it, for messages.
+def check_plot(path: Path) -> None:
+    """Raise unless a plot can be drawn and written to `path` of ``--plot``.
 
     Raises:
         LowbitError: matplotlib is missing, the ending is another, or see `files.check_output`.
@@ -23,11 +19,11 @@ def check_plot(path: Path, flag: str = "--plot") -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise LowbitError(
-            f'a plot needs matplotlib: pip install "megatron_lowbit[bench]", or leave out {flag}'
+            'a plot needs matplotlib: pip install "megatron_lowbit[bench]", or leave out --plot'
         ) from None
     if path.suffix not in _ENDINGS:
-        raise LowbitError(f"{flag} {path}: give a name that ends in {', '.join(_ENDINGS)}")
-    check_output(path, flag)
+        raise LowbitError(f"--plot {path}: give a name that ends in {', '.join(_ENDINGS)}")
+    check_output(path, "--plot")
 
 
 def save(figure, path: Path, **how) -> None:

@@ -15,16 +15,9 @@ _FEW = 3  # codes of a payload of less than 30,000 values, where a share says li
 
 
 def moved_codes(got: Tensor, expected: Tensor, codec: Codec, tables: Tables) -> Tensor:
-    """Steps between the codes of two payloads.
+    """Steps between the codes of two payloads: int32 ``[tokens, hidden]``, none below zero.
 
-    Args:
-        got: ``uint8 [tokens, row_bytes]`` of a codec with the body of all features.
-        expected: As `got`.
-        codec: That made them.
-        tables: That it made them by.
-
-    Returns:
-        int32 ``[tokens, hidden]``, none below zero.
+    They are ``uint8 [tokens, row_bytes]`` of a codec with the body of all features.
     """
     body = wire.packed_bytes(tables.hidden, codec.bits)
     codes = (wire.unpack(x[:, :body], codec.bits, tables.hidden) for x in (got, expected))

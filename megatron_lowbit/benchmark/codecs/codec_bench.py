@@ -19,8 +19,7 @@ from megatron_lowbit import kernels
 from megatron_lowbit.benchmark.codecs.codec_cases import (
     Case,
     cases,
-    check_close,
-    check_equal,
+    check_rotated,
     make_partials,
     make_tables,
 )
@@ -53,14 +52,9 @@ Row = dict
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What is measured: messages (tokens, hidden), and sums of as many payloads as ranks.
 
-    Attributes:
-        codecs: By their names in results: ``rotated-hybrid-4``.
-        shapes: Of messages, (tokens, hidden).
-        ranks: Payloads that a sum has.
-        seconds: For each case.
-        device: Where.
+    Codecs are named as in results, ``rotated-hybrid-4``; each case gets `seconds`.
     """
 
     codecs: tuple[str, ...]
@@ -122,11 +116,7 @@ def _measure(plan, shape, name: str, codec: Codec, partials: list[Tensor], bandw
         what = f"{name} {case.name} at {shape[0]} x {shape[1]}"
         for path, way in _ways(module, case).items():
             call = switches.rotating_by(way)(case.call)
-            if way == switches.TENSOR_CORES:
-                exact = torch.stack(partials).sum(dim=0, dtype=torch.float64)
-                check_close(call(*case.given), expected, codec, tables, exact, what)
-            else:
-                check_equal(call(*case.given), expected, what)
+            check_rotated(way, call(*case.given), expected, codec, tables, partials, what)
             calls[path] = _rotating(call, case.given)
             if plan.device.type == "cuda" and shape[0] <= _GRAPH_TOKENS:
                 calls["graph" if path == "kernel" else f"{path} graph"] = _graph(call, case.given)

@@ -12,7 +12,7 @@ from megatron_lowbit.codecs.carry import Carry
 from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import select
+from megatron_lowbit.kernels import select, switches
 
 _PERIOD = 257  # tokens of the partials, which repeat: a prime, so that a wrong row is seen
 
@@ -113,6 +113,18 @@ def _of_rotated_sums(
     return found
 
 
+def check_rotated(
+    way: str, got: Results, expected: Results, codec: Codec, tables: Tables,
+    partials: list[Tensor], what: str,
+) -> None:  # fmt: skip
+    """Raise if a result is not plain torch's, or by tensor cores not close to it."""
+    if way == switches.BUTTERFLIES:
+        check_equal(got, expected, what)
+    else:
+        exact = torch.stack(partials).sum(dim=0, dtype=torch.float64)
+        check_close(got, expected, codec, tables, exact, what)
+
+
 def check_equal(got: Results, expected: Results, what: str) -> None:
     """Raise if any bit of a result is not plain torch's.
 
@@ -130,15 +142,9 @@ def check_equal(got: Results, expected: Results, what: str) -> None:
 def check_close(
     got: Results, expected: Results, codec: Codec, tables: Tables, exact: Tensor, what: str
 ) -> None:
-    """Raise if a result is not within the bounds of `closeness`.
+    """Raise if payloads (uint8) and sums are not within the bounds of `closeness`.
 
-    Args:
-        got: Payloads (uint8) and sums.
-        expected: Of plain torch.
-        codec: That made them.
-        tables: That it made them by.
-        exact: The sum of the partials, ``[tokens, hidden]``.
-        what: They are of.
+    `exact` is the sum of the partials, ``[tokens, hidden]``.
 
     Raises:
         LowbitError: Says of `what` how far apart they are.

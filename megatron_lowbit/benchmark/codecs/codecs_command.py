@@ -58,14 +58,11 @@ def main(argv: list[str]) -> None:
 
     from megatron_lowbit.benchmark.codecs import codec_bench
     from megatron_lowbit.benchmark.collectives import sweep_report
-    from megatron_lowbit.files import check_output
 
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise LowbitError("--device cuda: torch sees no GPU")
-    if options.output is not None:
-        check_output(options.output)
-        check_output(sweep_report.meta_path(options.output))
+    sweep_report.check_paths(options.output)
     shapes = codec_bench.SHAPES[kind]
     plan = codec_bench.Plan(
         codecs=tuple(options.codecs.split(",")) if options.codecs else codec_bench.CODECS,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -43,34 +43,29 @@ class Case:
     floor: float
 
 
-class Choosers:
+Policies = Callable[[Variant], Policy]
+
+
+def make_policies(plan: Plan, device: torch.device) -> Policies:
     """The policies of a sweep: made once each, since nodes make groups and `auto` measures."""
+    return cache(partial(_make_policy, plan, device))
 
-    def __init__(self, plan: Plan, device: torch.device):
-        self._plan, self._device = plan, device
-        self._made: dict[tuple[str, str], Policy] = {}
 
-    def get(self, variant: Variant) -> Policy:
-        key = (variant.codec, variant.collective)
-        if key not in self._made:
-            self._made[key] = self._make(variant)
-        return self._made[key]
-
-    def _make(self, variant: Variant) -> Policy:
-        mode, plan = variant.collective, self._plan
-        if mode == "reduce-scatter":
-            return Policy("one-shot")
-        tuning = plan.tuning if mode == "auto" else None
-        node_size = plan.node_size if mode in ("auto", "hierarchical") else None
-        codec = parse_codec(variant.codec)
-        partials = Partials(dist.get_world_size(), 1, plan.hidden, self._device)
-        assert dist.group.WORLD is not None, "the ranks have started it"
-        return make_policy(
-            Settings(mode, tuning=tuning, node_size=node_size),
-            group=dist.group.WORLD,
-            kinds=[Kind(codec, partials.tables(codec), carries=plan.feedback)],
-            device=self._device,
-        )
+def _make_policy(plan: Plan, device: torch.device, variant: Variant) -> Policy:
+    mode = variant.collective
+    if mode == "reduce-scatter":
+        return Policy("one-shot")
+    tuning = plan.tuning if mode == "auto" else None
+    node_size = plan.node_size if mode in ("auto", "hierarchical") else None
+    codec = parse_codec(variant.codec)
+    partials = Partials(dist.get_world_size(), 1, plan.hidden, device)
+    assert dist.group.WORLD is not None, "the ranks have started it"
+    return make_policy(
+        Settings(mode, tuning=tuning, node_size=node_size),
+        group=dist.group.WORLD,
+        kinds=[Kind(codec, partials.tables(codec), carries=plan.feedback)],
+        device=device,
+    )
 
 
 class Buffers:
@@ -93,7 +88,7 @@ class Buffers:
 
 
 def make_case(
-    variant: Variant, partials: Partials, buffers: Buffers, policies: Choosers, plan: Plan
+    variant: Variant, partials: Partials, buffers: Buffers, policies: Policies, plan: Plan
 ) -> Case:
     """A variant on the partials of one shape; call it on every rank alike."""
     scatter = variant.collective in SCATTERS
@@ -101,7 +96,7 @@ def make_case(
     if variant.is_native:
         call = _native(variant, buffers)
         return Case(variant, call, start, None, correctness.NATIVE_FLOOR)
-    codec, policy = parse_codec(variant.codec), policies.get(variant)
+    codec, policy = parse_codec(variant.codec), policies(variant)
     tables, step = partials.tables(codec), reduce_scatter if scatter else all_reduce
     mine = buffers.mine if scatter else buffers.in_place(buffers.mine.dtype)
     call = partial(step, mine, codec=codec, tables=tables, collective=policy)

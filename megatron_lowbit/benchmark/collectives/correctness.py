@@ -30,14 +30,7 @@ NATIVE_FLOOR = 30.0
 
 
 class Partials:
-    """The partials of all ranks at one message shape.
-
-    Args:
-        ranks: Of the group.
-        tokens: Of the message.
-        hidden: Features in a token.
-        device: Where they are.
-    """
+    """The partials of all ranks at one message shape."""
 
     def __init__(self, ranks: int, tokens: int, hidden: int, device: torch.device):
         self.tokens, self.hidden = tokens, hidden
@@ -107,16 +100,12 @@ def sqnr_floor(codec: Codec) -> float:
 def check(
     got: Tensor, partials: Partials, *, start: int, expected: Tensor | None, floor: float, case: str
 ) -> None:
-    """Check a collective's result; call it on every rank.
+    """Check a collective's result, ``[rows, hidden]`` from token `start` on; call it on every rank.
 
     Args:
-        got: ``[rows, hidden]``: tokens from `start` on.
-        partials: What was summed.
-        start: First token of `got`.
         expected: One period from `simulate`; None where only closeness is promised (native), and
             then the ranks may differ, too.
         floor: Signal to quantization noise ratio in dB that it must clear.
-        case: Its name, for the message.
 
     Raises:
         LowbitError: On every rank, with the first failing rank's message.

@@ -58,9 +58,7 @@ def parse_rate(text: str) -> int:
 class Links(Ranks):
     """Starts each rank in a network namespace of its own; made by `emulated_links`.
 
-    Args:
-        ranks: number of namespaces.
-        rate: bits a second of each link, in each of its two directions.
+    The rate is bits a second of each link, in each of its two directions.
     """
 
     def __init__(self, ranks: int, rate: int) -> None:

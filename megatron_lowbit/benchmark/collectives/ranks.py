@@ -25,11 +25,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ranks:
-    """Starts one process per rank; here as ordinary processes that meet on loopback.
-
-    Args:
-        ranks: how many processes each `run` starts.
-    """
+    """Starts one process per rank; here as ordinary processes that meet on loopback."""
 
     def __init__(self, ranks: int) -> None:
         if not 1 <= ranks <= MOST_RANKS:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.files import ROOT, check_output
+from megatron_lowbit.files import ROOT
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,9 +48,7 @@ def main(argv: list[str]) -> None:
             raise LowbitError(
                 f"{path} is missing: name another, or run examples/quickstart.sh in a checkout"
             )
-    if options.output is not None:
-        check_output(options.output)
-        check_output(sweep_report.meta_path(options.output))
+    sweep_report.check_paths(options.output)
     rows = targets.run(options.load, options.data)
     if options.output is not None:
         sweep_report.write(rows, options.output, {"command": sweep_report.command_line()})

@@ -21,7 +21,12 @@ import torch.distributed as dist
 
 from megatron_lowbit import cli
 from megatron_lowbit.benchmark.collectives import correctness
-from megatron_lowbit.benchmark.collectives.collective_cases import Buffers, Choosers, make_case
+from megatron_lowbit.benchmark.collectives.collective_cases import (
+    Buffers,
+    Policies,
+    make_case,
+    make_policies,
+)
 from megatron_lowbit.benchmark.collectives.correctness import Partials
 from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
 from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
@@ -120,7 +125,7 @@ def measure(plan: Plan, *, device: torch.device, quiet: bool = False) -> Measure
         check_node_size(plan.node_size, dist.get_world_size())
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     measured = Measured([], this_machine(), versions)
-    policies = Choosers(plan, device)
+    policies = make_policies(plan, device)
     with torch.inference_mode():
         for size in plan.sizes:
             _measure_size(plan, size, policies, measured, device)
@@ -153,7 +158,7 @@ def _write_tuning(plan: Plan, path: Path, device: torch.device) -> None:
 
 
 def _measure_size(
-    plan: Plan, size: int, policies: Choosers, measured: Measured, device: torch.device
+    plan: Plan, size: int, policies: Policies, measured: Measured, device: torch.device
 ) -> None:
     """Check and time all variants at one size; scatters apart: ranks divide their tokens."""
     ranks = dist.get_world_size()
@@ -192,7 +197,7 @@ def _add_rows(
     variants: list[Variant],
     times: list[Times],
     shape: tuple[int, int],
-    policies: Choosers,
+    policies: Policies,
     measured: Measured,
 ) -> None:
     size = BF16_BYTES * shape[0] * shape[1]
@@ -215,7 +220,7 @@ def _add_rows(
         measured.rows.append(row)
         measured.calls.append(t.calls)
         if collective == "auto":
-            chosen = policies.get(variant).all_reduce(size // BF16_BYTES).collective
+            chosen = policies(variant).all_reduce(size // BF16_BYTES).collective
             measured.choices.append([codec, size, chosen])
 
 

@@ -16,7 +16,7 @@ from megatron_lowbit import __version__
 from megatron_lowbit.benchmark.collectives.sweep import Measured
 from megatron_lowbit.benchmark.collectives.sweep_plan import SCATTERS
 from megatron_lowbit.comm.policy.timings import size_text
-from megatron_lowbit.files import commit, write_atomic
+from megatron_lowbit.files import check_output, commit, write_atomic
 from megatron_lowbit.text_table import aligned
 
 Row = dict
@@ -79,6 +79,13 @@ def write(rows: list[Row], path: Path, meta: dict) -> None:
     """Write the rows as JSON to `path`, and `meta` beside it as ``.meta.json``."""
     write_atomic(path, json.dumps(rows, indent=1).encode() + b"\n")
     write_atomic(meta_path(path), json.dumps(meta, indent=1).encode() + b"\n")
+
+
+def check_paths(path: Path | None) -> None:
+    """Raise now, and not after the work, if `write` could not write to `path`."""
+    if path is not None:
+        check_output(path)
+        check_output(meta_path(path))
 
 
 def meta_path(path: Path) -> Path:

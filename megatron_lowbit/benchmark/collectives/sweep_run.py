@@ -99,9 +99,7 @@ def _names(text: str | None) -> list[str] | None:
 
 def _prepare(options: Namespace) -> None:
     """Find out now, and not after the work, that something cannot be written."""
-    if options.output is not None:
-        check_output(options.output)
-        check_output(sweep_report.meta_path(options.output))
+    sweep_report.check_paths(options.output)
     if options.write_tuning is not None:
         check_output(options.write_tuning, "--write-tuning")
     if options.plot is not None:

@@ -116,7 +116,8 @@ def advice(found: Sequence[Pass], tuning: str | None, calibrate: str | None) -> 
             "every pass above."
         ]
     kept = [one.name for one in found if one.taken == NATIVE]
-    lines = [f"Low bits are faster here: {_gains(gains)}."]
+    each = "; ".join(f"{one.name} {one.speedup:.1f}x by {one.taken}" for one in gains)
+    lines = [f"Low bits are faster here: {each}."]
     if kept:
         lines.append(f"auto keeps native: {'; '.join(kept)}.")
     if calibrate is not None:
@@ -130,10 +131,6 @@ def advice(found: Sequence[Pass], tuning: str | None, calibrate: str | None) -> 
             "batch)"
         )
     return lines
-
-
-def _gains(gains: Sequence[Pass]) -> str:
-    return "; ".join(f"{one.name} {one.speedup:.1f}x by {one.taken}" for one in gains)
 
 
 def _ms(value: float) -> str:

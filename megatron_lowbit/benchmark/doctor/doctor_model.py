@@ -56,10 +56,7 @@ class ModelSums:
 def load_sums(checkpoint: str, argv: Sequence[str], ranks: int) -> ModelSums:
     """Start Megatron, load the model of `checkpoint` and look at its sums; on every rank.
 
-    Args:
-        checkpoint: Of Megatron, with its calibration index beside it or without one.
-        argv: Megatron's arguments.
-        ranks: That were started: the tensor-parallel size, unless `argv` says another.
+    The tensor-parallel size is the number of ranks, unless Megatron's `argv` says another.
 
     Raises:
         LowbitError: On every rank: no such checkpoint, one that cannot be loaded, a model that sums

@@ -40,9 +40,7 @@ class Verdict:
     """Advice on one message.
 
     Attributes:
-        ranks: Of the group.
         link: Its rate, or ``loopback``.
-        bits: Of the codec.
         size: Bytes of the message in BF16.
         taken: What the doctor says `auto` takes.
         speedups: By collective: what the sweep measured, over native.
@@ -83,11 +81,7 @@ def run() -> None:
 
 
 def try_out(link: str | None, ranks: int) -> list[Verdict]:
-    """Examine and sweep at one setting.
-
-    Args:
-        link: A rate for `parse_rate`; loopback if None.
-        ranks: To start.
+    """Examine and sweep at one rate (`parse_rate`), or on loopback without one.
 
     Raises:
         LowbitError: Links cannot be emulated here, or a rank failed.

@@ -7,6 +7,7 @@ from megatron_lowbit.files import ROOT
 # What --save-partials writes and the last stage reads.
 PARTIALS = ROOT / "out" / "gpu_partials.safetensors"
 AS_MANY_AS_CORES = 0
+_WORK = "megatron_lowbit.benchmark.gpu_check.work"
 MOST_PROCESSES = 16  # of a stage: each has a context on the GPU, of about 0.5 GB
 
 
@@ -36,47 +37,41 @@ STAGES = (
     Stage(
         "bits",
         "every kernel, family, number of bits and type on small shapes: the bits of plain torch",
-        "megatron_lowbit.benchmark.gpu_check.work.bit_stage",
+        f"{_WORK}.bit_stage",
         140,
         AS_MANY_AS_CORES,
     ),
     Stage(
         "speed",
         "4096 x 8192, and 1, 16, 64 tokens under graph replay: checked, then timed",
-        "megatron_lowbit.benchmark.gpu_check.work.speed_stage",
+        f"{_WORK}.speed_stage",
         110,
     ),
     Stage(
         "capture",
         "CUDA graphs with changing inputs; NaN, strides, int64 offsets",
-        "megatron_lowbit.benchmark.gpu_check.work.capture_stage",
+        f"{_WORK}.capture_stage",
         60,
         AS_MANY_AS_CORES,
     ),
     Stage(
         "symmetric-2",
         "symmetric memory of 2 ranks on one GPU: bits, carries, graphs, a missing rank",
-        "megatron_lowbit.benchmark.gpu_check.work.peer_stage",
+        f"{_WORK}.peer_stage",
         35,
         2,
     ),
-    Stage(
-        "symmetric-4",
-        "the same of 4 ranks",
-        "megatron_lowbit.benchmark.gpu_check.work.peer_stage",
-        35,
-        4,
-    ),
+    Stage("symmetric-4", "the same of 4 ranks", f"{_WORK}.peer_stage", 35, 4),
     Stage(
         "settings",
         "warps with butterflies and with tensor cores, chunks of two-shot: timed",
-        "megatron_lowbit.benchmark.gpu_check.work.settings_stage",
+        f"{_WORK}.settings_stage",
         60,
     ),
     Stage(
         "partials",
         "a model's own partials of all ranks, chained with carries: the CPU's bits",
-        "megatron_lowbit.benchmark.gpu_check.work.chain_stage",
+        f"{_WORK}.chain_stage",
         40,
     ),
 )

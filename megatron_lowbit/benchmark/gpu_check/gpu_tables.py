@@ -62,11 +62,7 @@ COSTS = {
 
 
 def filled(page: str, content: Content) -> str:
-    """The page with the results in it.
-
-    Args:
-        page: The text of kernels/README.md.
-        content: From `gpu_results.read`.
+    """`page`, the text of kernels/README.md, with the results in it.
 
     Raises:
         LowbitError: The page has no such table, row or marks, or a figure is damaged.
@@ -111,16 +107,10 @@ def _cell(content: Content, wanted: Wanted) -> str:
 
 
 def _measured(content: Content, wanted: Wanted, tokens: int) -> Row | None:
-    key: dict[str, Any] = {
-        "codec": wanted.codec,
-        "operation": wanted.operation,
-        "path": wanted.path,
-    }
-    key |= {"tokens": tokens, "hidden": _HIDDEN}
-    for row in _speed_rows(content):
-        if all(row.get(name) == value for name, value in key.items()):
-            return row
-    return None
+    key = (wanted.codec, wanted.operation, wanted.path, tokens, _HIDDEN)
+    names = ("codec", "operation", "path", "tokens", "hidden")
+    rows = _speed_rows(content)
+    return next((row for row in rows if tuple(map(row.get, names)) == key), None)
 
 
 def _speed_rows(content: Content) -> Iterator[Row]:

@@ -46,13 +46,7 @@ _LAST = 200  # characters of the last words of a process
 
 @dataclass(frozen=True)
 class Setting:
-    """What all stages have in common.
-
-    Attributes:
-        output: The folder of the results.
-        device: ``cuda``, or ``cpu`` to rehearse.
-        partials: The file of saved partials, which may be missing.
-    """
+    """What all stages have in common; `output` is the folder of the results (see `Task`)."""
 
     output: Path
     device: str
@@ -98,13 +92,8 @@ def run(
 ) -> None:
     """Run `stages` and keep their results in `content`, in ``gpu_check.json`` at every moment.
 
-    Args:
-        content: From `gpu_results.new`.
-        stages: In order.
-        setting: Of all of them.
-        seconds: For all of them.
-        say: Takes a line for each.
-        machine: The stage that describes the machine; where it fails all others are skipped.
+    All together have `seconds`; `say` takes a line for each. The stage `machine` describes the
+    machine; where it fails all others are skipped.
     """
     deadline = time.monotonic() + seconds
     write(content, setting.output)

@@ -32,9 +32,6 @@ class Row:
     """One model's pass over one link.
 
     Attributes:
-        link: One of `hardware.LINKS`.
-        model: One of `hardware.MODELS`.
-        tp: Tensor-parallel size.
         phase: ``decode`` or ``prefill``.
         tokens: In the pass: the batch, or the prompt.
         message_bytes: Of one all-reduce in BF16.

@@ -10,7 +10,6 @@ that is off is probed and measured again, at most `ATTEMPTS` times in all: other
 take processor time now and then, a wrong formula is wrong each time.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -76,12 +75,7 @@ class Result:
 
 
 def measure(rate: str, ranks: int, sizes: Sequence[int]) -> list[Result]:
-    """Predict and measure all collectives behind emulated links.
-
-    Args:
-        rate: As for `links.parse_rate`.
-        ranks: Of the group.
-        sizes: Bytes of BF16.
+    """Predict and measure all collectives behind emulated links, at `sizes` in bytes of BF16.
 
     Raises:
         LowbitError: Links cannot be emulated here, or a rank failed.
@@ -95,16 +89,13 @@ def measure(rate: str, ranks: int, sizes: Sequence[int]) -> list[Result]:
 
 def _rank_main() -> None:
     """One rank: rank 0 writes the rows."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("sizes", type=int, nargs="+")
-    options = parser.parse_args()
+    output, *sizes = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        rows = _rows(options.sizes)
+        rows = _rows([int(size) for size in sizes])
         if dist.get_rank() == 0:
-            options.output.write_text(json.dumps(rows))
+            Path(output).write_text(json.dumps(rows))
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -38,12 +38,7 @@ _FULL = 3.5  # the speedup of the full color
 
 
 def plot(path: Path, *, links: Sequence[str], bits: tuple[int, int]) -> None:
-    """Draw the map of each link into one file.
-
-    Args:
-        path: Its ending says the format.
-        links: Names of `hardware.LINKS`.
-        bits: Of a partial and of the sum.
+    """Draw the map of each link, at bits of a partial and of the sum, into one file.
 
     Raises:
         LowbitError: See `plots.check_plot`.

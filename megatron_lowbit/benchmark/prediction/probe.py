@@ -53,27 +53,12 @@ def probe(codec: Codec, tables: Tables, group: dist.ProcessGroup, device: torch.
     link = probe_link(group, device)
     figures = _codec_seconds(codec, tables, group, device)
     call, encode, decode, turn = _mean(figures, group, device)
-    return Costs(
-        latency=link.latency + call,
-        bandwidth=link.bandwidth,
-        native_latency=link.native_latency,
-        native_bandwidth=link.native_bandwidth,
-        encode=encode,
-        decode=decode,
-        turn=turn,
-        per_chunk=link.latency,
-    )
+    with_call = link._replace(latency=link.latency + call)
+    return Costs(*with_call, encode, decode, turn, per_chunk=link.latency)
 
 
 class LinkFigures(NamedTuple):
-    """What joins the ranks, as our messages and native's see it.
-
-    Attributes:
-        latency: Seconds of a step with hardly any bytes.
-        bandwidth: Bytes a second that a rank sends in a stream.
-        native_latency: Seconds of the backend's all-reduce with hardly any bytes.
-        native_bandwidth: Bytes a second that a rank sends in a long one.
-    """
+    """What joins the ranks, as our messages and native's see it: of `Costs` what has no codec."""
 
     latency: float
     bandwidth: float

@@ -8,8 +8,7 @@ of them counts.
 from collections.abc import Callable
 
 from megatron_lowbit.benchmark.quality.quality import KINDS, Step
-from megatron_lowbit.benchmark.quality.quality_report import quality_table, title
-from megatron_lowbit.text_table import markdown
+from megatron_lowbit.benchmark.quality.quality_report import reached, with_qualities
 
 PAPER, TODAY, OURS = "static-hybrid", "recipe", "recipe@feedback"
 TWO_SHOT = f"{OURS}@two-shot"
@@ -46,16 +45,9 @@ def steps(tokens: int, limit: int) -> list[Step]:
 
 
 def text(results: dict[str, dict]) -> str:
-    """The targets and all that was measured, as Markdown.
-
-    Args:
-        results: Step -> its JSON; steps that are not there are left out.
-    """
-    parts = [markdown(["measure", "goal", "measured", "reached"], targets(results))]
-    for name in ("feedback-tp3", "feedback-tp8", "feedback-skip", "feedback-peers"):
-        if name in results:
-            parts.append(f"{title(results[name])}:\n\n{quality_table(results[name])}")
-    return "\n\n".join(parts)
+    """The targets and all that was measured, as Markdown; steps without results are left out."""
+    steps = ("feedback-tp3", "feedback-tp8", "feedback-skip", "feedback-peers")
+    return with_qualities(targets(results), results, steps)
 
 
 def targets(results: dict[str, dict]) -> list[list[str]]:
@@ -99,7 +91,7 @@ def _row(work: str, result: dict, ours: str, other: str, asked: float) -> list[s
 
 def _cells(work: str, asked: str, by_text: dict[str, float], met: bool, how: str) -> list[str]:
     each = ", ".join(f"{name} {how.format(value)}" for name, value in by_text.items())
-    return [work, asked, each, "yes" if met else "**no**"]
+    return [work, asked, each, reached(met)]
 
 
 def _by_text(result: dict, key: str) -> dict[str, dict[str, float]]:

@@ -47,14 +47,10 @@ _AT_THEIR_BITS = tuple(
 
 @dataclass(frozen=True)
 class Step:
-    """One run of evaluate.
+    """One run of evaluate, in simulated tensor parallelism, with the name of its JSON file.
 
     Attributes:
-        name: Of its JSON file.
-        ranks: Simulated tensor-parallel size.
-        codecs: Variants.
         texts: Kinds of held-out text.
-        arguments: More arguments.
         skipped: Sync points of its calibration index's recipe that send nothing.
         budget: Bits a value of that recipe.
     """
@@ -86,11 +82,7 @@ def run(
 ) -> dict[str, dict]:
     """Run the steps whose results are not in `directory` yet; step -> its results.
 
-    Args:
-        checkpoint: The model.
-        directory: Of the results.
-        plan: What is measured.
-        settings: What `plan` was made with, so that results of others are not taken.
+    `settings` is what `plan` was made with, so that results of others are not taken.
 
     Raises:
         LowbitError: A step failed; what is finished stays, and the next call goes on.

@@ -4,6 +4,7 @@ Where a target is measured on several texts or tensor-parallel sizes, the worst 
 """
 
 import math
+from collections.abc import Sequence
 
 from megatron_lowbit.benchmark.quality.quality import BUDGET, OURS, OURS_TWO_SHOT, PAPER
 from megatron_lowbit.codecs.peers.systems import PEERS
@@ -12,23 +13,23 @@ from megatron_lowbit.text_table import markdown
 
 
 def text(results: dict[str, dict]) -> str:
-    """All tables, as Markdown.
+    """All tables, as Markdown, of the results by step (`benchmark.quality.quality.run`)."""
+    steps = ("tp3", "tp8", "tp3-peers", "tp3-candidates")
+    tables = with_qualities(targets(results), results, steps)
+    return f"{tables}\n\n{_tasks(results['tp3-tasks'])}"
 
-    Args:
-        results: Step -> its JSON (`benchmark.quality.quality.run`).
-    """
-    parts = [markdown(["measure", "goal", "measured", "reached"], targets(results))]
-    for name in ("tp3", "tp8", "tp3-peers", "tp3-candidates"):
-        parts.append(f"{title(results[name])}:\n\n{quality_table(results[name])}")
-    parts.append(_tasks(results["tp3-tasks"]))
+
+def with_qualities(rows: list[list[str]], results: dict[str, dict], steps: Sequence[str]) -> str:
+    """The table of targets, and behind it a table for each of `steps` that has results."""
+    parts = [markdown(["measure", "goal", "measured", "reached"], rows)]
+    for found in (results[name] for name in steps if name in results):
+        parts.append(f"{title(found)}:\n\n{quality_table(found)}")
     return "\n\n".join(parts)
 
 
 def targets(results: dict[str, dict]) -> list[list[str]]:
     """Rows of the table of targets: measure, goal, measured, whether it was reached."""
     both = [results["tp3"], results["tp8"]]
-    losses = _shares(both, "delta_nll")
-    divergences = _shares(both, "kl")
     matched = {
         f"TP {result['tp_size']} {text['name']}": _bits_to_match(result, text)
         for result in both
@@ -36,8 +37,8 @@ def targets(results: dict[str, dict]) -> list[list[str]]:
     }
     behind = _behind_peers(results)
     rows = [
-        _row(f"loss at {BUDGET} bits, of {PAPER}'s", 0.1, losses),
-        _row(f"KL at {BUDGET} bits, of {PAPER}'s", 1 / 6, divergences),
+        _row(f"loss at {BUDGET} bits, of {PAPER}'s", 0.1, _shares(both, "delta_nll")),
+        _row(f"KL at {BUDGET} bits, of {PAPER}'s", 1 / 6, _shares(both, "kl")),
         _row(f"bits that match {PAPER}'s loss at 4.19", 3.2, matched),
     ]
     kept = {r["variant"]: r for r in results["tp3-tasks"]["task_average"]["results"]}
@@ -49,11 +50,11 @@ def targets(results: dict[str, dict]) -> list[list[str]]:
                 f"average of the five tasks kept, {name}",
                 f"{asked:.1%}",
                 f"{found['kept']:.1%} (95 %: {span})",
-                "yes" if found["kept"] >= asked else "**no**",
+                reached(found["kept"] >= asked),
             ]
         )
     ahead = f"behind {', '.join(behind)}" if behind else "ahead of all"
-    rows.append(["KL at equal bits, against every peer", "all", ahead, _met(not behind)])
+    rows.append(["KL at equal bits, against every peer", "all", ahead, reached(not behind)])
     return rows
 
 
@@ -104,7 +105,7 @@ def _behind_peers(results: dict[str, dict]) -> list[str]:
 def _row(work: str, asked: float, measured: dict[str, float]) -> list[str]:
     worst = max(measured.values())
     each = ", ".join(f"{name}: {value:.3f}" for name, value in measured.items())
-    return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", _met(worst <= asked)]
+    return [work, f"{asked:.3f} or less", f"{worst:.3f} ({each})", reached(worst <= asked)]
 
 
 def quality_table(result: dict) -> str:
@@ -145,5 +146,6 @@ def title(result: dict) -> str:
     return ", ".join([result["model"], size, *tokens])
 
 
-def _met(met: bool) -> str:
+def reached(met: bool) -> str:
+    """In the tables of targets."""
     return "yes" if met else "**no**"

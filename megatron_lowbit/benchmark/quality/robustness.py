@@ -66,13 +66,9 @@ def run(
     examples: Path,
     calibrations: list[Calibration] = CALIBRATIONS,
 ) -> None:
-    """Calibrate, measure, print the tables and write the JSON.
+    """Calibrate, measure, print the tables and write the JSON; `argv` is for Megatron.
 
-    Args:
-        options: Of tools/robustness.py.
-        argv: For Megatron.
-        examples: The directory of emma.txt, persuasion.txt and kjv.txt.
-        calibrations: A row each.
+    The directory `examples` has emma.txt, persuasion.txt and kjv.txt.
     """
     args = parse_megatron_args(megatron_argv(argv, options.simulate_tp))
     refuse_pipeline(args)

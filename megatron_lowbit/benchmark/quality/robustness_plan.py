@@ -42,26 +42,15 @@ class Calibration:
 
 # The first one is what the others are compared with.
 CALIBRATIONS = [
-    Calibration("prose", 128, 1),
-    Calibration("prose", 128, 2),
-    Calibration("prose", 128, 3),
-    Calibration("bible", 128, 1),
-    Calibration("code", 128, 1),
-    Calibration("dialogue", 128, 1),
-    Calibration("prose", 8, 1),
-    Calibration("prose", 32, 1),
-    Calibration("prose", 512, 1),
+    *(Calibration("prose", 128, seed) for seed in (1, 2, 3)),
+    *(Calibration(kind, 128, 1) for kind in ("bible", "code", "dialogue")),
+    *(Calibration("prose", sequences, 1) for sequences in (8, 32, 512)),
 ]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What was read.
-
-    Attributes:
-        corpora: Kind -> what to calibrate on.
-        held_out: What to measure on.
-    """
+    """What was read: by kind what to calibrate on, and what to measure on."""
 
     corpora: dict[str, Corpus]
     held_out: list[Text]

@@ -31,14 +31,7 @@ def to_json(
     indexes: dict[Calibration, CalibrationIndex],
     summaries: dict[str, dict],
 ) -> dict:
-    """The JSON output.
-
-    Args:
-        options: Of tools/robustness.py.
-        indexes: Calibration -> its index.
-        summaries: Text -> what `evaluation.measures.text` made of it, with each calibration's
-        variants.
-    """
+    """The JSON output; `summaries` has what each text's measure made of all variants."""
     first = next(iter(indexes.values()))
     by_variant = {
         (text, result["variant"]): {key: value for key, value in result.items() if key != "variant"}

@@ -14,11 +14,7 @@ _COLUMNS = {"kl": "KL divergence", "delta_nll": "difference in loss"}
 
 
 def tables(content: dict) -> str:
-    """A table of KL divergence and one of the difference in loss.
-
-    Args:
-        content: The JSON output of `benchmark.quality.robustness`.
-    """
+    """A table of KL divergence and one of the difference in loss."""
     texts = content["texts"]
     natively = ", ".join(f"{text['name']} {text['native']['perplexity']:.2f}" for text in texts)
     setting = (
@@ -35,21 +31,12 @@ def tables(content: dict) -> str:
 def _table(content: dict, key: str) -> str:
     first = content["calibrations"][0]["results"]
     columns = [(text, codec) for text, results in first.items() for codec in results]
-    heads = [_head(content, text, codec) for text, codec in columns]
+    budgets = {"recipe": f" {content['budget']:g}"}
+    heads = [f"{text}: {codec}{budgets.get(codec, '')}" for text, codec in columns]
     rows = []
     for row in content["calibrations"]:
         numbers = [f"{row['results'][text][codec][key]:.4f}" for text, codec in columns]
-        rows.append([_name(row), _percent(row["same_features"]), *numbers])
+        calibrated = f"{row['kind']}, {row['sequences']} sequences, seed {row['seed']}"
+        same = row["same_features"]
+        rows.append([calibrated, "-" if same is None else f"{100 * same:.0f} %", *numbers])
     return markdown(["calibrated on", "same features", *heads], rows, left=1)
-
-
-def _head(content: dict, text: str, codec: str) -> str:
-    return f"{text}: {codec}" + (f" {content['budget']:g}" if codec == "recipe" else "")
-
-
-def _name(row: dict) -> str:
-    return f"{row['kind']}, {row['sequences']} sequences, seed {row['seed']}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.0f} %"

@@ -40,8 +40,8 @@ def write_texts(directory: Path) -> dict[str, Path]:
     """
     conversations, _ = read_requests(_COQA, _conversations, what="dialogue")
     contents = {
-        "code": _code(CODE[0]),
-        "code_held_out": _code(CODE[1]),
+        "code": "\n".join(map(_source, CODE[0])),
+        "code_held_out": "\n".join(map(_source, CODE[1])),
         # Every other one: the kinds of passages are mixed in the set.
         "dialogue": "\n".join(conversations[0::2]),
         "dialogue_held_out": "\n".join(conversations[1::2]),
@@ -51,10 +51,6 @@ def write_texts(directory: Path) -> dict[str, Path]:
     for name, text in contents.items():
         write_atomic(paths[name], text.encode())
     return paths
-
-
-def _code(modules: list[str]) -> str:
-    return "\n".join(_source(module) for module in modules)
 
 
 def _source(module: str) -> str:

@@ -36,14 +36,7 @@ def run(task: Task) -> Rows:
 
 
 def check(saved: Saved, place: int, got: Iterator[Made], right: list[Made]) -> Callable[[], Row]:
-    """What checks one sync point.
-
-    Args:
-        saved: The sync points.
-        place: Of this one.
-        got: The next of `chain` by kernels.
-        right: All of `chain` by plain torch.
-    """
+    """What checks the sync point at `place`: the next that kernels give against plain torch's."""
 
     def compare() -> Row:
         mine = next(got, None)
