@@ -4,7 +4,6 @@ import fcntl
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,17 +13,16 @@ import forks
 import pytest
 import torch
 from on_ranks import _group_of_ranks, divert, pytest_runtest_logreport  # noqa: F401
-from releases import NEWEST, RELEASES, ROOT, environment, torchrun
+from releases import NEWEST, RELEASES, ROOT, run, torchrun
 from small_gpt import build, index_of, start_megatron, whole_logits
 
+MADE = "LOWBIT_TEST_MADE"  # the directory of what is made once
 
-def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
-    """What `make` makes in a directory, once for all workers of pytest-xdist."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # of all workers
-    directory, made = base / name, base / f"{name}.made"
-    with (base / f"{name}.lock").open("w") as lock:
+
+def _once(name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` makes in a directory, once for all workers of pytest-xdist and all ranks."""
+    directory, made = (Path(os.environ[MADE], n) for n in (name, f"{name}.made"))
+    with directory.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
             shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
@@ -34,10 +32,16 @@ def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Pat
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def once() -> Callable[[str, Callable[[Path], Path]], Path]:
+    """For what a file's tests have in common, in ranks and elsewhere: see `_once`."""
+    return _once
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
     """A converted checkpoint for TP 3, without an index."""
     pytest.importorskip("transformers")
-    return _once(tmp_path_factory, "checkpoint", _convert)
+    return _once("checkpoint", _convert)
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +55,20 @@ def whole(tmp_path_factory) -> Path:
 
 
 def _convert(directory: Path) -> Path:
-    from tiny_llama import hugging_face_model
+    from tiny_models import save_llama
 
-    hugging_face_model(directory / "hf", tie_word_embeddings=True)
-    command = [sys.executable, "-m", "megatron_lowbit", "convert", "--model", directory / "hf"]
+    save_llama(directory / "hf", tie_word_embeddings=True)
+    command = ["-m", "megatron_lowbit", "convert", "--model", directory / "hf"]
     command += ["--save", directory / "ckpt", "--tensor-model-parallel-size", "3"]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, *command)
     assert f"--load {directory / 'ckpt'}" in done.stdout
     return directory / "ckpt"
 
 
 @pytest.fixture(scope="session")
-def calibrated(checkpoint, tmp_path_factory) -> Path:
+def calibrated(checkpoint) -> Path:
     """The checkpoint with a calibration index in it."""
-    return _once(tmp_path_factory, "calibrated", partial(_calibrate, checkpoint))
+    return _once("calibrated", partial(_calibrate, checkpoint))
 
 
 def _calibrate(checkpoint: Path, directory: Path) -> Path:
@@ -77,7 +78,6 @@ def _calibrate(checkpoint: Path, directory: Path) -> Path:
     small = ["--sequences", "4", "--seq-length", "16"]
     command = ("-m", "megatron_lowbit", "calibrate", "--load", target, "--data", text)
     done = torchrun(3, *command, *small, "--budget", "4")
-    assert done.returncode == 0, done.stderr[-4000:]
     assert "4 sequences, for shaped-hybrid with 0 of 48 features" in done.stdout
     assert re.search(r"^recipe: (3\.\d\d|4\.00) bits a value on average", done.stdout, re.MULTILINE)
     return target
@@ -118,10 +118,13 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Has a test of ranks run there; writes the cell of the support matrix that a test stands for
-    into JUnit's report.
+    into JUnit's report; says where `_once` makes things.
 
     Where a mark names no release it is the one among the test's parameters.
     """
+    base = item.config._tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    os.environ.setdefault(MADE, str(base.parent if is_worker else base))
     divert(item)
     for mark in item.iter_markers("support"):
         capability, *named = mark.args

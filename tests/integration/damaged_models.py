@@ -1,16 +1,14 @@
 """Ways in which a model's directory or GGUF file is damaged, or says what its weights are not.
 
-Each damage takes the copy of a whole model and spoils it; `DAMAGES` and `GGUF_DAMAGES` have them by
-name, with the words that the one line of the refusal must have.
+Each damage takes the directory of a whole model's copy and spoils it, or the file `GGUF` in it.
+`DAMAGES` and `GGUF_DAMAGES` have them by name, with words that the line of the refusal must have.
 """
-
-from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ Damage = Callable[[Path], None]
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0\nsize 538\n"
 WEIGHTS = "model.safetensors"
+GGUF = "tiny.gguf"
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 
 
@@ -30,33 +29,35 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def config(directory: Path, **settings) -> None:
-    edit(directory / "config.json", lambda content: content.update(settings))
-
-
-def said(**settings) -> Damage:
-    """config.json says so."""
-    return partial(config, **settings)
+def said(file: str = "config.json", /, **settings) -> Damage:
+    """A file of settings says so."""
+    return lambda directory: edit(directory / file, lambda content: content.update(settings))
 
 
 def rope(**settings) -> Damage:
     return lambda d: edit(d / "config.json", lambda c: c["rope_parameters"].update(settings))
 
 
-def tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes the weights."""
-    content = load_file(directory / WEIGHTS)
-    change(content)
-    save_file({k: v.contiguous() for k, v in content.items()}, directory / WEIGHTS)
+def tokens(first: int, end: int) -> Damage:
+    """The tokenizer has tokens of these numbers, too."""
+    new = {f"new{number}": number for number in range(first, end)}
+    return lambda d: edit(d / "tokenizer.json", lambda c: c["model"]["vocab"].update(new))
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
-    return lambda directory: tensors(directory, change)
+    """Other weights."""
+
+    def damage(directory: Path) -> None:
+        content = load_file(directory / WEIGHTS)
+        change(content)
+        save_file({k: v.contiguous() for k, v in content.items()}, directory / WEIGHTS)
+
+    return damage
 
 
 def to(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
     """One tensor is another."""
-    return weights(lambda content: content.__setitem__(name, change(content[name].clone())))
+    return weights(lambda content: content.update({name: change(content[name].clone())}))
 
 
 def value(name: str, number: float) -> Damage:
@@ -69,8 +70,8 @@ def value(name: str, number: float) -> Damage:
     return to(name, change)
 
 
-def added(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Damage:
-    return weights(lambda content: content.__setitem__(name, torch.ones(shape, dtype=dtype)))
+def added(name: str, *shape: int) -> Damage:
+    return weights(lambda content: content.update({name: torch.ones(shape)}))
 
 
 def dropped(name: str) -> Damage:
@@ -82,44 +83,42 @@ def text(name: str, content: str | bytes) -> Damage:
     return lambda directory: (directory / name).write_bytes(data)
 
 
+def changed(name: str, change: Callable[[bytes], bytes]) -> Damage:
+    """A file of other bytes."""
+    return lambda directory: (directory / name).write_bytes(change((directory / name).read_bytes()))
+
+
 def cut(name: str, part: float) -> Damage:
     """A download that ended early."""
+    return changed(name, lambda data: data[: int(len(data) * part)])
 
-    def damage(directory: Path) -> None:
-        data = (directory / name).read_bytes()
-        (directory / name).write_bytes(data[: int(len(data) * part)])
 
-    return damage
+def header(change: Callable[[bytes], bytes]) -> Damage:
+    """The JSON at the head of the safetensors file is another."""
+
+    def with_header(data: bytes) -> bytes:
+        (size,) = struct.unpack("<Q", data[:8])
+        new = change(data[8 : 8 + size])
+        return struct.pack("<Q", len(new)) + new + data[8 + size :]
+
+    return changed(WEIGHTS, with_header)
 
 
 def removed(name: str) -> Damage:
     return lambda directory: (directory / name).unlink()
 
 
-def made_directory(name: str) -> Damage:
+def renamed(name: str) -> Damage:
+    """The weights lie in another file."""
+    return lambda directory: (directory / WEIGHTS).rename(directory / name)
+
+
+def replaced(name: str, make: Callable[[Path], object]) -> Damage:
+    """Something else is where a file was."""
+
     def damage(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
-        (directory / name).mkdir()
-
-    return damage
-
-
-def fifo(name: str) -> Damage:
-    def damage(directory: Path) -> None:
-        (directory / name).unlink(missing_ok=True)
-        os.mkfifo(directory / name)
-
-    return damage
-
-
-def header(change: Callable[[bytes], bytes]) -> Damage:
-    """The JSON at the head of the safetensors file is another."""
-
-    def damage(directory: Path) -> None:
-        data = (directory / WEIGHTS).read_bytes()
-        (size,) = struct.unpack("<Q", data[:8])
-        new = change(data[8 : 8 + size])
-        (directory / WEIGHTS).write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
+        make(directory / name)
 
     return damage
 
@@ -129,10 +128,7 @@ def sharded(change: Callable[[Path, dict], object]) -> Damage:
 
     def damage(directory: Path) -> None:
         shard(directory)
-        path = directory / f"{WEIGHTS}.index.json"
-        content = json.loads(path.read_text())
-        change(directory, content)
-        path.write_text(json.dumps(content))
+        edit(directory / f"{WEIGHTS}.index.json", lambda content: change(directory, content))
 
     return damage
 
@@ -149,13 +145,24 @@ def shard(directory: Path, parts: tuple[str, str] = ("a.safetensors", "b.safeten
     (directory / WEIGHTS).unlink()
 
 
+def ask_for_code(directory: Path, place: str) -> None:
+    """As a model or a tokenizer that transformers does not know: it would need the code."""
+    code = 'from pathlib import Path\nPath(__file__).with_name("ran").write_text("ran")\n'
+    (directory / "evil.py").write_text(code)
+    named = {"AutoConfig": "evil.C", "AutoTokenizer": [None, "evil.T"]}
+    settings = dict(auto_map=named, model_type="evil", tokenizer_class="T")
+    edit(directory / place, lambda content: content.update(settings))
+
+
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 LAYER = "model.layers.1."
 QUERY, DOWN = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.down_proj.weight"
 INV_FREQ = f"{LAYER}self_attn.rotary_emb.inv_freq"
+WORDS = "tokenizer_config.json"
 AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 LONG = 10**400
 
+FILES = ["config.json", "tokenizer.json", WORDS, WEIGHTS]
 _NUMBERS = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"]
 _NUMBERS += ["num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"]
 _WRONG = {
@@ -216,10 +223,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "rope parameter unknown": (rope(rope_tetha=5e5), ["rope_tetha=500000.0"]),
     "dtype unknown": (said(dtype="float99"), ["float99"]),
-    "heads that do not divide": (
-        said(num_attention_heads=5, head_dim=8),
-        ["config.json", "5"],
-    ),
+    "heads that do not divide": (said(num_attention_heads=5, head_dim=8), ["config.json", "5"]),
     "kv heads that do not divide": (said(num_key_value_heads=4), ["6", "4"]),
     "odd heads": (said(head_dim=7), ["config.json", "head_dim", "7"]),
     # Config against weights: both numbers.
@@ -246,10 +250,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     "query norm": (added(f"{LAYER}self_attn.q_norm.weight", 8), ["q_norm", "no place"]),
     "an adapter's tensor": (added("adapter.weight", 3), ["adapter.weight", "no place"]),
     "untied in the config": (said(tie_word_embeddings=False), ["lm_head.weight", "tie_word_emb"]),
-    "another output layer": (
-        added("lm_head.weight", 1000, 48),
-        ["tie_word_embeddings", "48000 values"],
-    ),
+    "another output layer": (added("lm_head.weight", 1000, 48), ["tie_word_emb", "48000 values"]),
     "no embedding": (dropped(EMBEDDING), [EMBEDDING]),
     "no norm": (dropped(NORM), [NORM]),
     "no query": (dropped(QUERY), [QUERY]),
@@ -271,12 +272,11 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     # Files.
     **{
         f"{name} {kind}": (damage, [name])
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS)
+        for name in FILES
         for kind, damage in {
             "empty": text(name, ""),
-            "a pointer": text(name, LFS),
-            "a directory": made_directory(name),
-            "a pipe": fifo(name),
+            "a directory": replaced(name, Path.mkdir),
+            "a pipe": replaced(name, os.mkfifo),
             "cut": cut(name, 0.5),
             "cut at the end": cut(name, 0.99),
             "cut to 4 bytes": text(name, "{ \n\n"),
@@ -290,9 +290,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
             "deep": text(name, DEEP),
         }.items()
     },
-    "an LFS pointer for the weights says so": (text(WEIGHTS, LFS), ["git lfs pull"]),
-    "an LFS pointer for the config says so": (text("config.json", LFS), ["git lfs pull"]),
+    **{f"{name} a pointer": (text(name, LFS), [name, "git lfs pull"]) for name in FILES},
     "a mark before the config": (text("config.json", b"\xef\xbb\xbf{}"), ["config.json", "BOM"]),
+    "no directory": (shutil.rmtree, ["no such file or directory"]),
+    "no directory but a file": (lambda d: shutil.rmtree(d) or d.write_text("x"), ["neither"]),
     "no config": (removed("config.json"), ["no config.json"]),
     "an empty config": (text("config.json", "{}"), ["config.json"]),
     "no tokenizer": (removed("tokenizer.json"), ["no tokenizer"]),
@@ -301,39 +302,18 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         text("tokenizer.json", '{"version": "1.0", "model": {"type": "Nope"}}'),
         ["tokenizer"],
     ),
-    "a tokenizer with too many tokens": (
-        lambda d: edit(
-            d / "tokenizer.json",
-            lambda c: c["model"]["vocab"].update({f"new{n}": n for n in range(1000, 1100)}),
-        ),
-        ["1099", "999"],
-    ),
-    "a tokenizer with one token too many": (
-        lambda d: edit(
-            d / "tokenizer.json",
-            lambda c: c["model"]["vocab"].update({f"new{n}": n for n in range(900, 1001)}),
-        ),
-        ["1000", "999"],
-    ),
+    "a tokenizer with too many tokens": (tokens(1000, 1100), ["1099", "999"]),
+    "a tokenizer with one token too many": (tokens(900, 1001), ["1000", "999"]),
     "no weights": (removed(WEIGHTS), [WEIGHTS]),
-    "only pickles": (
-        lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"),
-        ["pickles", "not read"],
-    ),
-    "only consolidated": (
-        lambda d: (d / WEIGHTS).rename(d / "consolidated.safetensors"),
-        ["consolidated.safetensors"],
-    ),
+    "only pickles": (renamed("pytorch_model.bin"), ["pickles", "not read"]),
+    "only consolidated": (renamed("consolidated.safetensors"), ["consolidated.safetensors"]),
     "a header of no JSON": (header(lambda data: b"x" + data[1:]), [WEIGHTS]),
     "a header with other offsets": (
         header(lambda data: data.replace(b'"data_offsets":[0', b'"data_offsets":[8', 1)),
         [WEIGHTS],
     ),
     "a header with another type": (header(lambda d: d.replace(b"F32", b"F33", 1)), [WEIGHTS]),
-    "a header of a petabyte": (
-        lambda d: (d / WEIGHTS).write_bytes(struct.pack("<Q", 2**50) + b"{}"),
-        [WEIGHTS],
-    ),
+    "a header of a petabyte": (text(WEIGHTS, struct.pack("<Q", 2**50) + b"{}"), [WEIGHTS]),
     # An index.
     "a missing shard": (sharded(lambda d, c: (d / "b.safetensors").unlink()), ["b.safetensors"]),
     "a cut shard": (sharded(lambda d, c: cut("b.safetensors", 0.7)(d)), ["b.safetensors"]),
@@ -368,80 +348,54 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         [NORM, "another file"],
     ),
     # Code.
-    "code for the model": (
-        said(auto_map=AUTO_MAP),
-        ["config.json", "auto_map", "no code of a model"],
-    ),
+    "code for the model": (said(auto_map=AUTO_MAP), ["config.json", "auto_map", "no code of a"]),
     "code for a pipeline": (said(custom_pipelines={"x": {"impl": "evil.X"}}), ["custom_pipelines"]),
     "code for the tokenizer": (
-        lambda d: edit(
-            d / "tokenizer_config.json",
-            lambda c: c.update(auto_map={"AutoTokenizer": ["evil.Slow", "evil.Fast"]}),
-        ),
-        ["tokenizer_config.json", "auto_map", "no code of a model"],
+        said(WORDS, auto_map={"AutoTokenizer": ["evil.Slow", "evil.Fast"]}),
+        [WORDS, "auto_map", "no code of a model"],
     ),
-    "code for the tokenizer, as a list": (
-        lambda d: edit(
-            d / "tokenizer_config.json", lambda c: c.update(auto_map=["evil.Slow", None])
-        ),
-        ["tokenizer_config.json", "auto_map"],
-    ),
+    "code for the tokenizer, listed": (said(WORDS, auto_map=["a.Slow", None]), [WORDS, "auto_map"]),
     "code from a hub": (said(auto_map={"AutoConfig": "other/repo--evil.Config"}), ["auto_map"]),
     "an adapter": (text("adapter_config.json", "{}"), ["adapter_config.json"]),
 }
 
 
-def gguf_said(**fields) -> Damage:
-    """Another file of the model, that says something else of it."""
-    return lambda path: _write_again(path, **fields)
+def gguf(**settings) -> Damage:
+    """A file that says something else of the model: `settings` are of `write_gguf`."""
 
+    def damage(directory: Path) -> None:
+        from tiny_gguf import write_gguf
 
-def gguf_with(change: Callable) -> Damage:
-    """Another file of the model, of which gguf's writer was asked for something else."""
-    return lambda path: _write_again(path, change=change)
-
-
-def _write_again(path: Path, **settings) -> None:
-    from tiny_gguf import write_gguf
-
-    path.unlink()
-    write_gguf(path.with_name("model"), path, **settings)
-
-
-def patched(offset: int, data: bytes) -> Damage:
-    """Other bytes at an offset of the file."""
-
-    def damage(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[offset : offset + len(data)] = data
-        path.write_bytes(content)
+        (directory / GGUF).unlink()
+        write_gguf(directory / "model", directory / GGUF, **settings)
 
     return damage
 
 
-def of_file(damage: Callable[[str], Damage]) -> Damage:
-    return lambda path: damage(path.name)(path.parent)
+def patched(offset: int, data: bytes) -> Damage:
+    """Other bytes at an offset of the file."""
+    return changed(GGUF, lambda whole: whole[:offset] + data + whole[offset + len(data) :])
 
 
-# Of a file `tiny.gguf` beside the directory `model` that it was made from.
+# Of a file beside the directory `model` that it was made from; its line names the file.
 GGUF_DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     **{
-        f"cut at {part}": (of_file(lambda name, part=part: cut(name, part)), ["tiny.gguf"])
+        f"cut at {part}": (cut(GGUF, part), [])
         for part in (0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999)
     },
-    "empty": (of_file(lambda name: text(name, "")), ["tiny.gguf", "empty"]),
-    "a pointer": (of_file(lambda name: text(name, LFS)), ["tiny.gguf", "git lfs pull"]),
-    "a page": (of_file(lambda name: text(name, "<!DOCTYPE html>")), ["tiny.gguf"]),
-    "nonsense": (of_file(lambda name: text(name, bytes(range(256)) * 9)), ["tiny.gguf"]),
-    "a pipe": (of_file(fifo), ["tiny.gguf"]),
-    "a pickle": (of_file(lambda name: text(name, b"PK\x03\x04" + bytes(99))), ["tiny.gguf"]),
-    "version 9": (patched(4, struct.pack("<I", 9)), ["tiny.gguf"]),
-    "2**60 tensors": (patched(8, struct.pack("<Q", 2**60)), ["tiny.gguf"]),
-    "2**60 fields": (patched(16, struct.pack("<Q", 2**60)), ["tiny.gguf"]),
-    "a name of 2**60 letters": (patched(24, struct.pack("<Q", 2**60)), ["tiny.gguf"]),
-    "a field of an unknown type": (patched(52, struct.pack("<I", 77)), ["tiny.gguf"]),
+    "empty": (text(GGUF, ""), ["empty"]),
+    "a pointer": (text(GGUF, LFS), ["git lfs pull"]),
+    "a page": (text(GGUF, "<!DOCTYPE html>"), []),
+    "nonsense": (text(GGUF, bytes(range(256)) * 9), []),
+    "a pipe": (replaced(GGUF, os.mkfifo), []),
+    "a pickle": (text(GGUF, b"PK\x03\x04" + bytes(99)), []),
+    "version 9": (patched(4, struct.pack("<I", 9)), []),
+    "2**60 tensors": (patched(8, struct.pack("<Q", 2**60)), []),
+    "2**60 fields": (patched(16, struct.pack("<Q", 2**60)), []),
+    "a name of 2**60 letters": (patched(24, struct.pack("<Q", 2**60)), []),
+    "a field of an unknown type": (patched(52, struct.pack("<I", 77)), []),
     **{
-        f"{name} {number}": (gguf_said(**{name: number}), ["tiny.gguf", name])
+        f"{name} {number}": (gguf(**{name: number}), [name])
         for name in (
             "block_count",
             "embedding_length",
@@ -453,30 +407,26 @@ GGUF_DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         )
         for number in (0, 4 * 10**9)
     },
-    "more layers": (gguf_said(block_count=3), ["2 layers", "3"]),
-    "fewer layers": (gguf_said(block_count=1), ["2 layers", "1"]),
-    "other ffn": (gguf_said(feed_forward_length=90), ["96", "90"]),
-    "other kv heads": (gguf_said(**{"attention.head_count_kv": 6}), ["24", "48"]),
-    "no layers said": (gguf_said(block_count=None), ["tiny.gguf"]),
-    "other tokens": (gguf_said(vocab_size=990), ["tiny.gguf", "99"]),
+    "more layers": (gguf(block_count=3), ["2 layers", "3"]),
+    "fewer layers": (gguf(block_count=1), ["2 layers", "1"]),
+    "other ffn": (gguf(feed_forward_length=90), ["96", "90"]),
+    "other kv heads": (gguf(**{"attention.head_count_kv": 6}), ["24", "48"]),
+    "no layers said": (gguf(block_count=None), []),
+    "other tokens": (gguf(vocab_size=990), ["99"]),
     "no epsilon said": (
-        gguf_with(lambda writer: writer.kv_data[0].pop("llama.attention.layer_norm_rms_epsilon")),
-        ["tiny.gguf", "rms_norm_eps"],
+        gguf(change=lambda writer: writer.kv_data[0].pop("llama.attention.layer_norm_rms_epsilon")),
+        ["rms_norm_eps"],
     ),
     "scaled rope": (
-        gguf_with(lambda writer: writer.add_string("llama.rope.scaling.type", "linear")),
+        gguf(change=lambda writer: writer.add_string("llama.rope.scaling.type", "linear")),
         ["rope scaling 'linear'"],
     ),
     "scaled Llama-3 rope": (
-        gguf_with(lambda writer: writer.add_tensor("rope_freqs.weight", _ones(4))),
+        gguf(change=lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(4).numpy())),
         ["Llama-3 rope scaling"],
     ),
     "another tensor": (
-        gguf_with(lambda writer: writer.add_tensor("blk.0.attn_q.bias", _ones(48))),
+        gguf(change=lambda writer: writer.add_tensor("blk.0.attn_q.bias", torch.ones(48).numpy())),
         ["layers.0.self_attn.q_proj.bias", "no place"],
     ),
 }
-
-
-def _ones(size: int):
-    return torch.ones(size).numpy()

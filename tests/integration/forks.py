@@ -69,9 +69,10 @@ def close() -> None:
         server.communicate()
 
 
-def forked(ranks: int | None, *command: str | Path, env=None, timeout: float = 300):
+def forked(ranks: int | None, *command: str | Path, env=None, status=0, timeout: float = 300):
     """Run a script as `releases.torchrun` does, each rank a fork; what they say comes by rank."""
     ended = ask(list(command), ranks=ranks, env=env, timeout=timeout)
-    status = next((status for status in ended["status"] if status), 0)
+    found = next((status for status in ended["status"] if status), 0)
     out, err = ("".join(ended[kind]) for kind in ("out", "err"))
-    return subprocess.CompletedProcess(command, status, out, err)
+    assert found == status, out[-2000:] + err[-4000:]
+    return subprocess.CompletedProcess(command, found, out, err)

@@ -25,12 +25,17 @@ OLDER = re.findall(
 RELEASES = [*OLDER, NEWEST, MAIN]
 
 
+# What a launcher sets: a test that runs in a rank starts processes that are none.
+_OF_A_RANK = re.compile("RANK|WORLD_SIZE|(LOCAL|MASTER|TORCHELASTIC)_.*")
+
+
 def environment(release: str = NEWEST) -> dict[str, str]:
     """Environment variables that make `import megatron.core` take `release`, or a skipped test."""
     path = [str(ROOT)]
     if release != NEWEST:
         path.insert(0, str(folder_of(release)))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
+    return {**env, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
 
 
 def folder_of(release: str) -> Path:
@@ -63,15 +68,17 @@ def describe_main() -> str:
     return f"Megatron-LM {version}" + (f", commit {done.stdout.strip()}" if is_checkout else "")
 
 
-def torchrun(ranks: int, *command: str | Path, env: dict[str, str] | None = None, timeout=300):
-    """Run a script under torchrun; stdout and stderr are captured as text."""
-    runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*runner, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        + [str(part) for part in command],
-        env=env or environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run(*command: str | Path, env: dict[str, str] | None = None, status=0, timeout=300, **more):
+    """Run a command, which must end with `status`; stdout and stderr are captured as text."""
+    words = [str(part) for part in command]
+    texts = {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(words, env=env or environment(), timeout=timeout, **texts, **more)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def torchrun(ranks: int, *command: str | Path, **more):
+    """As `run` does, a script under torchrun."""
+    runner = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 0]
+    runner += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return run(sys.executable, *runner, *command, **more)

@@ -11,13 +11,40 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from releases import ROOT
 
 
+class Server(NamedTuple):
+    """A running server: where it listens, what serve.sh has said so far, and how it is asked."""
+
+    port: int
+    said: str
+    path: str
+    method: str
+
+    def ask(
+        self, body: object, path: str = "", method: str = "", kind: str = "application/json"
+    ) -> tuple[int, str]:
+        """Status and answer; `body` as JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.port}{path or self.path}"
+        head = {"Content-Type": kind}
+        asked = urllib.request.Request(url, data, head, method=method or self.method)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(asked, timeout=120) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
 @contextlib.contextmanager
-def served(checkpoint: Path, prompt: str, **environment: str) -> Iterator[tuple[int, str]]:
-    """A running server: its port, and what serve.sh has said so far. It must not end by itself."""
+def served(
+    checkpoint: Path, prompt: str, *, path: str, method: str, **environment: str
+) -> Iterator[Server]:
+    """A running server. It must not end by itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,22 +62,7 @@ def served(checkpoint: Path, prompt: str, **environment: str) -> Iterator[tuple[
         said += line
         if "the server stays up" in line:
             break
-    yield port, said
+    yield Server(port, said, path, method)
     assert started.poll() is None, "the server has ended"
     started.send_signal(signal.SIGTERM)
     started.communicate(timeout=60)
-
-
-def ask(
-    port: int, body: object, *, path: str, method: str, kind: str = "application/json"
-) -> tuple[int, str]:
-    """Status and answer; `body` as JSON, or bytes as they are."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    url = f"http://127.0.0.1:{port}{path}"
-    asked = urllib.request.Request(url, data, {"Content-Type": kind}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(asked, timeout=120) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()

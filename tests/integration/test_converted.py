@@ -20,7 +20,6 @@ pytest.importorskip("tokenizers")
 from small_gpt import whole_vocabulary  # noqa: E402
 from tiny_llama import LLAMA3_ROPE, VOCABULARY, hugging_face_model  # noqa: E402
 from tiny_models import MODELS, hugging_face_models  # noqa: E402
-from training_ranks import made_by_one, started  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
 from megatron_lowbit.integration.convert.conversion import convert  # noqa: E402
@@ -40,9 +39,7 @@ CHECKPOINTS = {
     "replaced": ("tied", {}),
     "gemma-bf16": ("gemma", {"dtype": "bf16"}),
     **{f"{name}-ckpt": (name, {}) for name in MODELS},
-    **{
-        f"{name}-hybrid": (name, {"hybrid": True}) for name in ("tied", "mistral", "qwen3", "gemma")
-    },
+    **{f"{name}-hybrid": (name, {"hybrid": True}) for name in HYBRIDS},
 }
 # Checkpoint, and the tensor-parallel size it is loaded at.
 LOADS = [
@@ -65,12 +62,16 @@ LOGITS_RTOL = 1e-5
 
 
 @pytest.fixture(scope="module")
-def directory() -> Path:
+def directory(once) -> Path:
     """Models in Hugging Face form, and checkpoints of them, all by name."""
-    return made_by_one("converted", convert_all)
+    dist.destroy_process_group()  # who converts is no rank
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        return once("converted", convert_all)
 
 
-def convert_all(directory: Path) -> None:
+def convert_all(directory: Path) -> Path:
     hugging_face_models(directory)
     hugging_face_model(directory / "tied", tie_word_embeddings=True)
     long = {"rope_parameters": LLAMA3_ROPE}
@@ -81,6 +82,7 @@ def convert_all(directory: Path) -> None:
     convert(directory / "tied", save=directory / "replaced", dtype="bf16")
     for save, (name, wishes) in CHECKPOINTS.items():
         convert(directory / name, save=directory / save, **{"dtype": "fp32", **wishes})
+    return directory
 
 
 def stop_early(path: Path) -> None:
@@ -141,8 +143,11 @@ class Loaded(NamedTuple):
 @contextmanager
 def loaded(path: Path, size: int) -> Iterator[Loaded]:
     args = parsed(path, size)
-    with started(args):
+    session.initialize(args)
+    try:
         yield Loaded(args, session.load_model(args), session.build_tokenizer(args))
+    finally:
+        session.shutdown()
 
 
 @pytest.mark.parametrize(("save", "size"), LOADS)

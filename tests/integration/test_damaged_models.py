@@ -4,8 +4,6 @@ Conversion runs in this process up to the weights, which are all read as Megatro
 Megatron itself is left out. The command line as such is tried on a few in a process of its own.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from damaged_models import DAMAGES, GGUF_DAMAGES  # noqa: E402
+from damaged_models import DAMAGES, GGUF, GGUF_DAMAGES  # noqa: E402
 
 from megatron_lowbit.errors import LowbitError  # noqa: E402
 from megatron_lowbit.integration.convert import (  # noqa: E402
@@ -82,8 +80,8 @@ def gguf_file(whole) -> Path:
     pytest.importorskip("gguf")
     from tiny_gguf import write_gguf
 
-    write_gguf(whole, whole.with_name("tiny.gguf"))
-    return whole.with_name("tiny.gguf")
+    write_gguf(whole, whole.with_name(GGUF))
+    return whole.with_name(GGUF)
 
 
 def test_a_whole_gguf_file_is_converted(gguf_file, convert, tmp_path):
@@ -96,31 +94,13 @@ def test_a_damaged_gguf_file_gets_one_line(whole, gguf_file, convert, tmp_path, 
     damage, words = GGUF_DAMAGES[name]
     shutil.copytree(whole, tmp_path / "model")
     shutil.copy(gguf_file, tmp_path)
-    damage(tmp_path / gguf_file.name)
+    damage(tmp_path)
     message = refusal(convert, tmp_path / gguf_file.name)
-    assert all(word in message for word in words), message
+    assert all(word in message for word in [GGUF, *words]), message
 
 
-FILES = [
-    "config.json",
-    "tokenizer.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tiny.gguf",
-]
-PIECES = [
-    b"0",
-    b"-1",
-    b"1e999",
-    b"NaN",
-    b"null",
-    b"[]",
-    b"{}",
-    b"[[[[",
-    b"\xff",
-    bytes(8),
-    b"\xff" * 8,
-]
+FILES = ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors", GGUF]
+PIECES = [*b"0 -1 1e999 NaN null [] {} [[[[ \xff".split(), bytes(8), b"\xff" * 8]
 
 
 @settings(max_examples=60, deadline=None)

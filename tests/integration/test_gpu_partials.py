@@ -1,12 +1,10 @@
 """tools/gpu_check.sh --save-partials: of a checkpoint, all ranks' partials and what they become."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from releases import environment
+from releases import run
 
 pytest.importorskip("transformers")
 from megatron_lowbit.benchmark.gpu_check import saved_partials  # noqa: E402
@@ -21,16 +19,9 @@ cli.run(lambda: gpu_check_command.main(["--save-partials", sys.argv[1]]))
 """
 
 
-def save(checkpoint: Path, path: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", CODE, str(checkpoint), str(path)]
-    env = environment("0.19.2")
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
 def test_of_a_checkpoint(checkpoint, tmp_path):
     path = tmp_path / "partials.safetensors"
-    done = save(checkpoint, path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run(sys.executable, "-c", CODE, checkpoint, path)
     assert "4 sync points, 3 ranks, 512 x 48" in done.stdout
     saved = saved_partials.load(path)
     assert [name.rpartition(" ")[2] for name in saved.names] == [
@@ -48,6 +39,5 @@ def test_of_a_checkpoint(checkpoint, tmp_path):
 
 def test_of_nothing(tmp_path):
     path = tmp_path / "partials.safetensors"
-    done = save(tmp_path / "none", path)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert str(tmp_path / "none") in done.stderr and not path.exists()
+    (line,) = run(sys.executable, "-c", CODE, tmp_path / "none", path, status=1).stderr.splitlines()
+    assert str(tmp_path / "none") in line and not path.exists()

@@ -1,15 +1,13 @@
 """A HybridModel's checkpoint in the tools: saved, calibrated and loaded."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from random_checkpoint import save
 from small_gpt import ATTENTION, MLP, SHARED_EXPERTS
 
 from megatron_lowbit.calibration.index_files import read_index
 from megatron_lowbit.integration.loops import calibrate_command
 from megatron_lowbit.integration.runtime import session
-from megatron_lowbit.integration.runtime.checkpoint import TRACKER
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 
 MODEL = (
@@ -22,38 +20,17 @@ MODEL = (
 POINTS = {1: [ATTENTION], 2: [MLP], 3: [ATTENTION], 4: [SHARED_EXPERTS]}
 
 
-def started(*argv: str):
-    """A model by Megatron's arguments."""
-    args = parse_megatron_args(list(argv))
-    session.initialize(args)
-    return args, session.load_model(args)
-
-
-def save(directory: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
-    """A checkpoint of random weights: its keys, and the weights."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.utils import unwrap_model
-
-    args, model = started(*MODEL.split())
-    state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-    state["model"] = unwrap_model(model).sharded_state_dict()
-    keys = {part.key for part in state["model"].values() if hasattr(part, "data")}
-    (directory / "release").mkdir(parents=True)
-    dist_checkpointing.save(state, str(directory / "release"))
-    (directory / TRACKER).write_text("release")
-    session.shutdown()
-    return keys, {name: t for name, t in model.state_dict().items() if t is not None}
-
-
 @pytest.mark.on_ranks(1)
 def test_a_hybrid_models_checkpoint(tmp_path):
     """It has the names that Transformer Engine's layers have."""
-    keys, weights = save(tmp_path / "ckpt")
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    weights = save(tmp_path / "ckpt", *MODEL.split()).state_dict()
     assert {
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
         "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
         "decoder.layers.3.pre_mlp_layernorm.weight",
-    } <= keys
+    } <= load_tensors_metadata(str(tmp_path / "ckpt" / "release")).keys()
     numbers = tmp_path / "numbers.txt"
     numbers.write_text(" ".join(str(n * n % 59) for n in range(400)))
     data = ["--load", str(tmp_path / "ckpt"), "--data", str(numbers), "--simulate-tp", "2"]
@@ -61,6 +38,8 @@ def test_a_hybrid_models_checkpoint(tmp_path):
     index = read_index(tmp_path / "ckpt" / "lowbit")
     assert {layer: sorted(points) for layer, points in index.layers.items()} == POINTS
     assert set(index.recipe) == {(layer, name) for layer, (name,) in POINTS.items()}
-    _, loaded = started("--load", str(tmp_path / "ckpt"))
-    found = loaded.state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    args = parse_megatron_args(["--load", str(tmp_path / "ckpt")])
+    session.initialize(args)
+    found = session.load_model(args).state_dict()
+    named = {name: weight for name, weight in weights.items() if weight is not None}
+    assert all(torch.equal(found[name], weight) for name, weight in named.items())

@@ -7,53 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-
-from tiny_llama import hugging_face_model  # noqa: E402
-from training_ranks import made_by_one  # noqa: E402
-
-from megatron_lowbit.errors import LowbitError  # noqa: E402
-from megatron_lowbit.integration.arguments import add_lowbit_args  # noqa: E402
-from megatron_lowbit.integration.convert.conversion import convert  # noqa: E402
-from megatron_lowbit.integration.runtime.checkpoint import TRACKER  # noqa: E402
-from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args  # noqa: E402
+from megatron_lowbit.errors import LowbitError
+from megatron_lowbit.integration.arguments import add_lowbit_args
+from megatron_lowbit.integration.runtime.checkpoint import TRACKER
+from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
 
 pytestmark = pytest.mark.on_ranks(1)
 
 
-@pytest.fixture(scope="module")
-def for_three() -> Path:
-    """A checkpoint that asks for three ranks."""
-
-    def make(directory: Path) -> None:
-        hugging_face_model(directory / "model", tie_word_embeddings=True)
-        convert(directory / "model", save=directory / "checkpoint", tensor_parallel=3)
-
-    return made_by_one("for three", make) / "checkpoint"
-
-
-def test_lowbit_arguments_are_megatron_s_too(for_three):
-    argv = ["--load", str(for_three), "--tensor-model-parallel-size", "1"]
+def test_lowbit_arguments_are_megatron_s_too(checkpoint):
+    argv = ["--load", str(checkpoint), "--tensor-model-parallel-size", "1"]
     argv += ["--lowbit-tp-comm", "--lowbit-bits", "3"]
     args = vars(parse_megatron_args(argv, extra_args_provider=add_lowbit_args))
     given = {k: v for k, v in args.items() if k.startswith("lowbit") and v is not None}
     assert given == {"lowbit_tp_comm": "", "lowbit_bits": "3"}
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["--no-such-argument", "1"], ["--no-such-argument"]),
-        (["--tensor-model-parallel-size", "many"], ["--tensor-model-parallel-size", "many"]),
-    ],
-)
-def test_wrong_arguments_exit_with_one_line(for_three, capsys, argv, words):
+@pytest.mark.parametrize("argv", [["--no-such-argument"], ["--tensor-model-parallel-size", "many"]])
+def test_wrong_arguments_exit_with_one_line(checkpoint, capsys, argv):
     with pytest.raises(SystemExit) as caught:
-        parse_megatron_args(["--load", str(for_three), *argv])
+        parse_megatron_args(["--load", str(checkpoint), *argv])
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert all(word in line for word in words), line
+    assert all(word in line for word in argv), line
 
 
 def refused(path: Path, *argv: str) -> str:
@@ -68,8 +44,8 @@ def refused(path: Path, *argv: str) -> str:
     ("sizes", "text"),
     [("", "by 3"), ("--tensor-model-parallel-size 1 --pipeline-model-parallel-size 2", "by 2")],
 )
-def test_sizes_that_do_not_divide(for_three, sizes, text):
-    line = refused(for_three, *sizes.split())
+def test_sizes_that_do_not_divide(checkpoint, sizes, text):
+    line = refused(checkpoint, *sizes.split())
     assert "world size 1" in line
     assert text in line
 

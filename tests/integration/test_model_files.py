@@ -1,11 +1,8 @@
 """What is read of a model's directory: what transformers reads, and nothing of it is run."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from damaged_models import WEIGHTS, edit, shard, tensors, value  # noqa: E402
+from damaged_models import WEIGHTS, ask_for_code, edit, shard, value, weights  # noqa: E402
+from releases import ROOT, run  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_llama import SHAPE  # noqa: E402
 from tiny_models import MODELS  # noqa: E402
@@ -26,7 +24,6 @@ from megatron_lowbit.integration.convert import hf_source, parameters, translate
 from megatron_lowbit.integration.convert.families import Architecture  # noqa: E402
 from megatron_lowbit.integration.convert.weights import open_weights  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 CONVERT = ROOT / "tools" / "convert_hf.py"
 
 
@@ -65,10 +62,6 @@ def shards_and_others(model: Path) -> None:
     shard(model, ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"))
 
 
-def both_copies(model: Path) -> None:
-    tensors(model, lambda c: c.update({"lm_head.weight": c["model.embed_tokens.weight"].clone()}))
-
-
 # Directories as they are found, each of the same model.
 LAYOUTS = {
     "one file": lambda model: None,
@@ -81,7 +74,9 @@ LAYOUTS = {
     "a tied model with only its output layer": renamed(
         lambda name: name.replace("model.embed_tokens.weight", "lm_head.weight")
     ),
-    "a tied model with both": both_copies,
+    "a tied model with both": weights(
+        lambda c: c.update({"lm_head.weight": c["model.embed_tokens.weight"].clone()})
+    ),
     "saved without its head": renamed(lambda name: name.removeprefix("model.")),
     "saved within another model": renamed(lambda name: f"model.{name}"),
     "linked files": lambda model: (
@@ -136,30 +131,15 @@ def test_weights_that_the_dtype_cannot_hold_are_named(model, number, dtype, word
     assert all(word in str(caught.value) for word in [name, "--dtype", *words]), caught.value
 
 
-CODE = """
-from pathlib import Path
-Path(__file__).with_name("ran").write_text("ran")
-"""
-
-
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_model_is_not_run_and_nothing_is_asked(model, place):
     """In a process of its own, with an answer ready."""
     ask_for_code(model, place)
-    command = [sys.executable, CONVERT, "--model", model, "--save", model / "out"]
-    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stdout + done.stderr
+    command = [CONVERT, "--model", model, "--save", model / "out"]
+    done = run(sys.executable, *command, input="y\n" * 9, status=1)
     (line,) = done.stderr.splitlines()
     assert "no code of a model is ever run" in line and place in line
     assert not done.stdout and not list(model.rglob("ran")) and not (model / "out").exists()
-
-
-def ask_for_code(model: Path, place: str) -> None:
-    """As a model or a tokenizer that transformers does not know: it would need the code."""
-    (model / "evil.py").write_text(CODE)
-    named = {"AutoConfig": "evil.C", "AutoTokenizer": [None, "evil.T"]}
-    settings = dict(auto_map=named, model_type="evil", tokenizer_class="T")
-    edit(model / place, lambda content: content.update(settings))
 
 
 def test_what_lies_beside_a_gguf_file_is_not_read(model, monkeypatch):
@@ -181,9 +161,8 @@ def test_what_lies_beside_a_gguf_file_is_not_read(model, monkeypatch):
 def test_nan_in_the_last_weight_leaves_no_checkpoint(model):
     """The command line as such, Megatron and all."""
     value("model.layers.1.mlp.down_proj.weight", float("nan"))(model)
-    command = [sys.executable, CONVERT, "--model", model, "--save", model.with_name("out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stdout + done.stderr
+    command = [CONVERT, "--model", model, "--save", model.with_name("out")]
+    done = run(sys.executable, *command, status=1)
     assert "Traceback" not in done.stderr
     assert "layers.1.mlp.down_proj.weight: 1 values are NaN" in done.stderr.splitlines()[-1]
     assert [path.name for path in model.parent.iterdir()] == ["model"]

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from releases import NEWEST, ROOT
-from served import ask, served
+from releases import NEWEST, ROOT, run
+from served import Server, served
 
 # Collected here, too, with the server of this file.
 from test_serve import test_nothing_listens_beyond_the_loopback  # noqa: F401
@@ -30,38 +29,29 @@ PACKAGES = Path(sys.prefix) / "lm-eval"
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
-class Server(NamedTuple):
-    """A running server: where it listens, and what serve.sh has said so far."""
-
-    port: int
-    said: str
-
-    def ask(self, body: object, path="/v1/completions", method="POST") -> tuple[int, str]:
-        """Status and answer; `body` as JSON, or bytes as they are."""
-        return ask(self.port, body, path=path, method=method)
-
-    def begin(self, body: bytes, *, length: int) -> socket.socket:
-        """A connection on which a request has begun."""
-        client = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-        client.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
-        return client
-
-    def text(self, **changed) -> str:
-        """What follows a prompt."""
-        status, answer = self.ask(_complete(**changed))
-        assert status == 200, answer
-        return json.loads(answer)["choices"][0]["text"]
-
-
 @pytest.fixture(scope="module")
 def server(calibrated) -> Iterator[Server]:
     for package in ("quart", "hypercorn", "zmq", "msgpack"):
         pytest.importorskip(package)
-    with served(calibrated, PROMPT) as (port, said):
-        yield Server(port, said)
+    with served(calibrated, PROMPT, path="/v1/completions", method="POST") as server:
+        yield server
     with socket.socket() as probe:  # its children have ended, too
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
+        assert probe.connect_ex(("127.0.0.1", server.port)) != 0
+
+
+def _begin(server: Server, body: bytes, *, length: int) -> socket.socket:
+    """A connection on which a request has begun."""
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
+    return client
+
+
+def _text(server: Server, **changed) -> str:
+    """What follows a prompt."""
+    status, answer = server.ask(_complete(**changed))
+    assert status == 200, answer
+    return json.loads(answer)["choices"][0]["text"]
 
 
 def _complete(**changed) -> dict:
@@ -139,33 +129,30 @@ def test_a_missing_package_means_the_static_engine_and_is_said(calibrated, tmp_p
 def test_curl_gets_what_others_get(server):
     assert "serve: starting the dynamic engine on port" in server.said
     assert "> low-bit communication: 4 sync points use shaped-hybrid" in server.said
-    assert f"serve: {PROMPT}{server.text(max_tokens=16)}\n" in server.said
+    assert f"serve: {PROMPT}{_text(server, max_tokens=16)}\n" in server.said
 
 
 def test_a_bad_request_is_answered_and_the_server_goes_on(server):
-    first = server.text()
-    for body, wanted in BAD:
-        status, answer = server.ask(body)
-        assert status == 400, (str(body)[:80], answer)
-        assert wanted in json.loads(answer)["error"]["message"], (str(body)[:80], answer)
-    for body, wanted in BAD_CHATS:
-        status, answer = server.ask(body, "/v1/chat/completions")
-        assert status == 400, (str(body)[:80], answer)
-        assert wanted in json.loads(answer)["error"]["message"], (str(body)[:80], answer)
+    first = _text(server)
+    for path, rows in (("/v1/completions", BAD), ("/v1/chat/completions", BAD_CHATS)):
+        for body, wanted in rows:
+            status, answer = server.ask(body, path)
+            assert status == 400, (str(body)[:80], answer)
+            assert wanted in json.loads(answer)["error"]["message"], (str(body)[:80], answer)
     assert server.ask({}, "/v1/start_profile")[0] == 404
     assert server.ask({}, method="PUT")[0] == 405
-    with server.begin(b"", length=1 << 25) as client:  # refused before it is read
+    with _begin(server, b"", length=1 << 25) as client:  # refused before it is read
         assert client.recv(100).startswith(b"HTTP/1.1 413")
-    assert server.text() == first
+    assert _text(server) == first
 
 
 def test_a_client_that_goes_away_is_harmless(server):
-    first = server.text()
+    first = _text(server)
     body = json.dumps(_complete(max_tokens=200)).encode()
     for sent in (len(body), 10):  # after the request, and in the middle of it
-        with server.begin(body[:sent], length=len(body)):
+        with _begin(server, body[:sent], length=len(body)):
             time.sleep(0.3)
-    assert server.text() == first
+    assert _text(server) == first
 
 
 @pytest.mark.support(ENDPOINT, NEWEST)
@@ -193,7 +180,7 @@ def test_the_official_client(server):
     assert len(stopped.text) < len(whole.text)
     with ThreadPoolExecutor(20) as pool:
         texts = list(pool.map(lambda _: ask().text, range(20)))
-    assert texts == [server.text()] * 20
+    assert texts == [_text(server)] * 20
     chat = client.chat.completions.create(model="any", **_chat(n=2))
     assert [choice.finish_reason for choice in chat.choices] == ["length"] * 2
     with pytest.raises(openai.BadRequestError, match="stream: Megatron's endpoint"):
@@ -207,19 +194,11 @@ def test_lm_eval_as_a_client(server, calibrated, tmp_path):
     (tmp_path / "arc-easy.jsonl").write_text(json.dumps(item) + "\n")
     model = f"model=any,base_url=http://127.0.0.1:{server.port}/v1/completions,max_length=512"
     model += f",tokenizer_backend=huggingface,tokenizer={calibrated}/tokenizer"
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions"]
+    command = ["-m", "lm_eval", "run", "--model", "local-completions"]
     command += ["--model_args", model, "--tasks", "local-arc-easy,local-answer", "--limit", "1"]
     command += ["--include_path", ROOT / "examples" / "lm_eval"]
     env = {"PYTHONPATH": str(PACKAGES), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     env |= {"no_proxy": "127.0.0.1", "OPENAI_API_KEY": "none"}
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(sys.executable, *command, cwd=tmp_path, env={**os.environ, **env}, timeout=600)
     assert "|local-arc-easy|" in done.stdout
     assert "|exact_match|" in done.stdout

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from forks import forked
 from on_ranks import directory_of_all
 from releases import NEWEST, RELEASES, ROOT
 from small_gpt import (
@@ -153,13 +152,3 @@ def test_a_linear_that_megatron_muted_is_left_alone(model, monkeypatch):
     monkeypatch.setattr(row_parallel(model)[0], "explicit_expert_comm", True)
     reason = "already muted by Megatron, which sums it elsewhere"
     assert find_sync_points(model)[1] == {"layer 1 self_attention.linear_proj": reason}
-
-
-def test_megatron_loads_a_checkpoint_in_low_bits(calibrated, tmp_path):
-    """What it does besides is asserted in the ranks."""
-    env = {**os.environ, "PYTHONPATH": patched(NEWEST, tmp_path), "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("patched_training.py")
-    done = forked(3, script, calibrated, tmp_path / "tree", env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = "this Megatron is patched and the launcher runs it"
-    assert done.stdout.count(said) == 1, "on one rank"

@@ -356,13 +356,6 @@ def test_what_is_no_megatron_is_refused(tmp_path, command):
         patchctl(command, tmp_path, fails="has none of the files that the patches change")
 
 
-def test_the_tool_of_a_checkout_fails_with_one_line():
-    tool = [sys.executable, ROOT / "tools" / "patchctl.py", "apply", __file__]
-    done = subprocess.run(tool, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith(f"patchctl.py: error: {__file__} holds no {VERSION}: name a ")
-
-
 def test_make_says_which_anchor_is_gone(tree):
     as_new_release(tree, LOADING, lambda text: text.replace("return 0, 0", "return 0, None"))
     message = "load_checkpoint has 0 lines 'return 0, 0', not one: describe load_hook anew"

@@ -4,45 +4,60 @@ One checkpoint of 4 layers; tensor parallel 2 alone, and 2 stages of it. Another
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from forks import forked
+from on_ranks import directory_of_all
 from releases import ROOT
 from test_tools import CALIBRATE, EVALUATE, TEXT
 
 from megatron_lowbit.calibration.index_files import read_index
+from megatron_lowbit.integration.loops import calibrate_command
+from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.sums.chain_check import _moves_between
 
-CUT = Path(__file__).with_name("cut_worker.py")
-EXPERTS = Path(__file__).with_name("experts_checkpoint.py")
+RANDOM = Path(__file__).with_name("random_checkpoint.py")
+EXPERTS = (
+    "--num-layers 4 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64 --swiglu --bf16 "
+    "--seq-length 64 --max-position-embeddings 128 --position-embedding-type rope "
+    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
+    "--vocab-size 1000 --init-method-std 0.3 --num-experts 4 --moe-router-topk 2 "
+    "--moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
+    "--moe-token-dispatcher-type alltoall "
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+)
 CONVERT = ROOT / "tools" / "convert_hf.py"
 STAGES = ["--pipeline-model-parallel-size", "2"]
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory) -> Path:
+def deep(once) -> Path:
     """A checkpoint of 4 layers; its last stage has a copy of the first one's embeddings."""
     pytest.importorskip("transformers")
-    from tiny_llama import hugging_face_model
+    return once("deep", _convert)
 
-    directory = tmp_path_factory.mktemp("deep")
+
+def _convert(directory: Path) -> Path:
+    from tiny_models import save_llama
+
     shape = {"num_hidden_layers": 4, "num_key_value_heads": 6}
-    hugging_face_model(directory / "hf", tie_word_embeddings=True, **shape)
+    save_llama(directory / "hf", tie_word_embeddings=True, **shape)
     command = [CONVERT, "--model", directory / "hf", "--save", directory / "ckpt"]
-    done = forked(None, *command, "--tensor-model-parallel-size", "2")
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked(None, *command, "--tensor-model-parallel-size", "2")
     return directory / "ckpt"
 
 
-def run_calibration(
-    ranks: int, deep: Path, output: Path, *more: str, status: int = 0, script: Path = CALIBRATE
-):
-    command = [script, "--load", deep, "--data", TEXT, "--output", output]
-    done = forked(ranks, *command, "--sequences", "5", "--seq-length", "16", *more)
-    assert done.returncode == status, done.stderr[-4000:]
-    return done
+def _calibration(deep: Path, output: Path, *more: str) -> list[str]:
+    """Arguments of a small one."""
+    small = ["--sequences", "5", "--seq-length", "16"]
+    return ["--load", str(deep), "--data", str(TEXT), "--output", str(output), *small, *more]
+
+
+def run_calibration(ranks: int, deep: Path, output: Path, *more: str, status: int = 0):
+    return forked(ranks, CALIBRATE, *_calibration(deep, output, *more), status=status)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -65,20 +80,20 @@ def test_an_index_and_a_plan_over_stages_have_the_same_bytes(deep, index, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["lowbit"]
 
 
-def test_stages_of_different_sizes_and_data_parallel_ranks_give_the_same_bytes(deep, tmp_path):
-    alone = ["--tensor-model-parallel-size", "1"]
-    run_calibration(1, deep, tmp_path / "one", *alone)
-    uneven = [*alone, *STAGES, "--decoder-first-pipeline-num-layers", "1"]
-    run_calibration(4, deep, tmp_path / "four", *uneven)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
-
-
-def test_simulated_ranks_over_four_stages_give_the_same_bytes(deep, tmp_path):
-    simulated = ["--simulate-tp", "3", "--budget", "4"]
-    run_calibration(1, deep, tmp_path / "one", *simulated)
-    four = [*simulated, "--pipeline-model-parallel-size", "4"]
-    run_calibration(4, deep, tmp_path / "four", *four)
-    assert json.loads(files_of(tmp_path / "one")["manifest.json"])["tp_size"] == 3
+@pytest.mark.parametrize(
+    ("one", "split"),
+    [
+        (
+            ["--tensor-model-parallel-size", "1"],
+            [*STAGES, "--decoder-first-pipeline-num-layers", "1"],
+        ),
+        (["--simulate-tp", "3", "--budget", "4"], ["--pipeline-model-parallel-size", "4"]),
+    ],
+    ids=["stages of different sizes and data-parallel ranks", "simulated ranks over four stages"],
+)
+def test_four_ranks_give_the_same_bytes_as_one(deep, tmp_path, one, split):
+    run_calibration(1, deep, tmp_path / "one", *one)
+    run_calibration(4, deep, tmp_path / "four", *one, *split)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "four")
 
 
@@ -90,17 +105,31 @@ def test_a_stream_that_changes_between_stages_is_seen():
     assert not _moves_between([("a", ""), ("x", "c")])
 
 
-def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(deep, tmp_path):
+def _cut(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, of whose stages one has the last layer: its MLP does not differentiate."""
+    for layer in model.modules():
+        if getattr(layer, "layer_number", 0) == 4 and hasattr(layer, "mlp"):
+            layer.mlp.linear_fc1.forward = torch.no_grad()(layer.mlp.linear_fc1.forward)
+    return model
+
+
+@pytest.mark.on_ranks(4)
+def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chain(
+    deep, monkeypatch, capsys
+):
     """The layer that does not differentiate is on the last stage: the first one must not wait."""
-    some = ["--budget", "4", "--sequences", "2"]
-    found = {}
-    for ranks, stages in ((2, []), (4, STAGES)):
-        output = tmp_path / str(ranks)
-        done = run_calibration(ranks, deep, output, *some, *stages, script=CUT)
-        reason = "no gradient goes through layer 4 mlp.linear_fc2"
-        assert f"planning without gradients ({reason})" in done.stdout
-        found[ranks] = read_index(output)
-    whole, split = found[2].layers, found[4].layers
+    load = session.load_whole_model
+    monkeypatch.setattr(session, "load_whole_model", lambda args: _cut(load(args)))
+    found = []
+    for name, stages in (("whole", []), ("split", STAGES)):
+        output = directory_of_all("plans") / name
+        some = ["--budget", "4", "--sequences", "2", *stages]
+        calibrate_command.main(_calibration(deep, output, *some))
+        if os.environ["RANK"] == "0":
+            reason = "no gradient goes through layer 4 mlp.linear_fc2"
+            assert f"planning without gradients ({reason})" in capsys.readouterr().out
+        found.append(read_index(output).layers)
+    whole, split = found
     for layer in (3, 4):  # no chain ends before them
         for name, record in whole[layer].items():
             for key, value in vars(record).items():
@@ -134,16 +163,13 @@ CODECS = "bf16,int4-random,rotated-hybrid-3@two-shot,recipe,recipe-3.5,recipe-3.
 def evaluation(ranks: int, deep: Path, index: Path, output: Path, *more: str) -> dict:
     small = ["--tokens", "64", "--seq-length", "32", "--generate", "1", "--codecs", CODECS]
     command = [EVALUATE, "--load", deep, "--index", index, "--data", TEXT, *small]
-    done = forked(ranks, *command, "--output", output, *more)
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked(ranks, *command, "--output", output, *more)
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     return json.loads(output.read_text())
 
 
 def test_an_evaluation_over_stages_has_the_same_results(deep, index, tmp_path):
     """All but those of errors that are carried: a chain ends where its stage does."""
-    for name in ("whole", "split"):
-        (tmp_path / name).mkdir()
     whole = evaluation(2, deep, index, tmp_path / "whole" / "summary.json")
     split = evaluation(4, deep, index, tmp_path / "split" / "summary.json", *STAGES)
     assert len(split["sync_points"]["points"]) == 8
@@ -170,8 +196,7 @@ def results_of(summary: dict, variant: str) -> list[dict]:
 def mixture(deep, tmp_path_factory) -> tuple[Path, Path]:
     """A checkpoint with experts, and its index and recipe, for 2 simulated ranks."""
     directory = tmp_path_factory.mktemp("mixture")
-    done = forked(None, EXPERTS, directory / "ckpt", deep / "tokenizer")
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked(None, RANDOM, directory / "ckpt", *EXPERTS.split(), deep / "tokenizer")
     run_calibration(1, directory / "ckpt", directory / "lowbit", *SIMULATED, "--budget", "4")
     return directory / "ckpt", directory / "lowbit"
 
@@ -188,8 +213,6 @@ def test_experts_on_other_ranks_and_stages_give_the_same_bytes(mixture, tmp_path
 
 def test_an_evaluation_with_experts_on_other_ranks_has_the_same_results(mixture, tmp_path):
     """3 sequences for 2 pairs of ranks: the pair without a third must not be waited for."""
-    for name in ("whole", "split"):
-        (tmp_path / name).mkdir()
     more = ["--tokens", "96", "--codecs", "bf16,recipe@feedback"]
     whole = evaluation(1, *mixture, tmp_path / "whole" / "summary.json", *SIMULATED, *more)
     split = evaluation(4, *mixture, tmp_path / "split" / "summary.json", *SPREAD, *more)

@@ -36,17 +36,13 @@ cli.run(main)
 
 
 @pytest.fixture
-def environment(monkeypatch):
-    """Sets the variables of a launcher, and no others."""
+def environment(monkeypatch, variables):
+    """The variables of a launcher, and no others."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "PMI_", "MASTER_", "LOCAL_")) or name in FOUR:
             monkeypatch.delenv(name)
-
-    def set_variables(variables: dict[str, str]) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    return set_variables
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +80,7 @@ def environment(monkeypatch):
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "mpirun has started 2 processes .PMI_SIZE."),
     ],
 )
-def test_an_environment_that_does_not_say_who_the_ranks_are(environment, variables, message):
-    environment(variables)
+def test_an_environment_that_does_not_say_who_the_ranks_are(environment, message):
     with pytest.raises(LowbitError, match=message):
         check_environment()
 
@@ -102,8 +97,7 @@ def test_an_environment_that_does_not_say_who_the_ranks_are(environment, variabl
         {**FOUR, "SLURM_PROCID": "1", "SLURM_NTASKS": "3"},
     ],
 )
-def test_an_environment_that_does(environment, variables):
-    environment(variables)
+def test_an_environment_that_does(environment):
     check_environment()
 
 
@@ -147,24 +141,25 @@ def test_a_wait_is_said_at_once_and_then_all_find_each_other():
     assert ended[1][1].split()[1:] == [f"0100007F:{port:04X}"], "listens on the loopback alone"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ctrl_c_ends_a_wait(rank):
-    port = _free_port()
-    process = _rank(rank, port)
-    _said(process, "^> waiting for 2 of 3 ranks.*: 1, 2;" if rank == 0 else "rank 0 at localhost")
+FOR_TWO = "^> waiting for 2 of 3 ranks.*: 1, 2; Ctrl-C ends it$"
+SWEEP = ("-m", "megatron_lowbit", "bench-all-reduce", "--sizes", "4K")
+
+
+@pytest.mark.parametrize(
+    ("rank", "command", "name", "wait"),
+    [
+        (0, (), "-c", FOR_TWO),
+        (1, (), "-c", "rank 0 at localhost"),
+        (0, SWEEP, "python -m megatron_lowbit bench-all-reduce", FOR_TWO),
+    ],
+)
+def test_ctrl_c_ends_a_wait(rank, command, name, wait):
+    process = _rank(rank, _free_port(), *command)
+    _said(process, wait)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert _end(process)[::2] == (130, f"-c: [rank {rank}] interrupted\n")
+    assert _end(process)[::2] == (130, f"{name}: [rank {rank}] interrupted\n")
     assert time.monotonic() - start < 5
-
-
-def test_the_sweep_says_for_whom_it_waits():
-    command = ("-m", "megatron_lowbit", "bench-all-reduce", "--sizes", "4K")
-    process = _rank(0, _free_port(), *command)
-    _said(process, "^> waiting for 2 of 3 ranks.*: 1, 2; Ctrl-C ends it$")
-    process.send_signal(signal.SIGINT)
-    said = "python -m megatron_lowbit bench-all-reduce: [rank 0] interrupted\n"
-    assert _end(process)[::2] == (130, said)
 
 
 @pytest.mark.parametrize(

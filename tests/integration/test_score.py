@@ -9,22 +9,20 @@ from releases import ROOT
 
 SCORE = ROOT / "examples" / "score.py"
 LOWBIT = ["--lowbit-tp-comm", "--lowbit-collective", "one-shot"]
-TEXTS = ["the world of a model", "a", "def main() -> None:", "tokens of a text", "the world"]
+TEXTS = ["the world of a model", "def main() -> None:", "tokens of a text", "the world"]
 
 
 def score(ranks: int, load: Path, data: Path, output: Path, *more: str) -> tuple[dict, str]:
     """What it wrote and said."""
     command = [SCORE, "--load", load, "--data", data, "--output", output, "--bf16", "--batch-size"]
     done = forked(ranks, *command, "2", *more)
-    assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(output.read_text()), done.stdout
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
     path = tmp_path / "texts.jsonl"
-    texts = [text for text in TEXTS if text != "a"]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
 
 
@@ -56,6 +54,5 @@ def test_low_bits_against_native_over_any_number_of_replicas(calibrated, data, t
 def test_bad_texts_are_named(calibrated, tmp_path, name, content, wanted):
     path = tmp_path / name
     path.write_text(content)
-    done = forked(3, SCORE, "--load", calibrated, "--data", path, "--bf16")
-    assert done.returncode == 1
+    done = forked(3, SCORE, "--load", calibrated, "--data", path, "--bf16", status=1)
     assert wanted in done.stderr, done.stderr[-2000:]

@@ -6,42 +6,25 @@ One server for all tests: it must outlive every bad request.
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 from forks import forked
-from releases import ROOT
-from served import ask, served
+from releases import ROOT, run
+from served import Server, served
 
 PROMPT = "the world"
 POSITIONS = 16384
-_NEEDED = [pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")]
-
-
-class Server(NamedTuple):
-    """A running server: where it listens, and what serve.sh has said so far."""
-
-    port: int
-    said: str
-
-    def ask(self, body: object, path="/api", method="PUT", kind="application/json"):
-        """Status and answer; `body` as JSON, or bytes as they are."""
-        status, answer = ask(self.port, body, path=path, method=method, kind=kind)
-        return status, json.loads(answer) if status == 200 else answer
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 @pytest.fixture(scope="module")
 def server(calibrated) -> Iterator[Server]:
     pytest.importorskip("flask_restful")
-    with served(calibrated, PROMPT, ENGINE="static") as (port, said):
-        yield Server(port, said)
-
-
-pytestmark = _NEEDED
+    with served(calibrated, PROMPT, path="/api", method="PUT", ENGINE="static") as server:
+        yield server
 
 
 def test_the_server_says_what_generate_py_says(server, calibrated):
@@ -49,7 +32,6 @@ def test_the_server_says_what_generate_py_says(server, calibrated):
     flags = ["--load", calibrated, "--lowbit-tp-comm", "--lowbit-collective", "one-shot"]
     wanted = ["--bf16", "--prompts", PROMPT, "--num-tokens-to-generate", "16"]
     generated = forked(3, ROOT / "examples" / "generate.py", *flags, *wanted)
-    assert generated.returncode == 0, generated.stderr
     _, _, text = generated.stdout.partition(f"{PROMPT}[")
     assert f"serve: {PROMPT}{text.rstrip().removesuffix(']')}" in server.said
 
@@ -141,12 +123,10 @@ BAD_COMPLETIONS = [
 def test_a_bad_request_is_answered_with_its_limit_and_the_server_goes_on(server):
     first = server.ask(_api())
     assert first[0] == 200, first
-    for body, wanted in BAD:
-        status, answer = server.ask(body)
-        assert (status, wanted in answer) == (400, True), (str(body)[:80], status, answer)
-    for body, wanted in BAD_COMPLETIONS:
-        status, answer = server.ask(body, "/completions", "POST")
-        assert (status, wanted in answer) == (400, True), (str(body)[:80], status, answer)
+    for how, rows in ((("/api", "PUT"), BAD), (("/completions", "POST"), BAD_COMPLETIONS)):
+        for body, wanted in rows:
+            status, answer = server.ask(body, *how)
+            assert (status, wanted in answer) == (400, True), (str(body)[:80], status, answer)
     assert server.ask(_api(), kind="text/plain")[0] == 415
     assert server.ask(b'{"prompts": ["' + b"a" * (1 << 24) + b'"]}')[0] == 413
     assert server.ask(_api(), method="POST")[0] == 405
@@ -171,7 +151,8 @@ def test_what_may_be_asked_is_served(server):
     ):
         status, answer = server.ask(_api(**changed))
         assert status == 200, (changed, answer)
-        assert len(answer["text"]) == len(changed.get("prompts", [PROMPT])), (changed, answer)
+        texts = json.loads(answer)["text"]
+        assert len(texts) == len(changed.get("prompts", [PROMPT])), (changed, answer)
     for changed in (
         {},
         {"temperature": 0, "top_k": 3},
@@ -220,10 +201,6 @@ def _sockets(port: str) -> set[str]:
 
 def test_no_checkpoint_is_said(tmp_path):
     env = {**os.environ, "LOWBIT_PYTHON": sys.executable, "CKPT": str(tmp_path)}
-    command = ["bash", ROOT / "examples" / "serve.sh"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"serve: no calibration index in {tmp_path}/lowbit: run examples/quickstart.sh first\n"
-    )
+    done = run("bash", ROOT / "examples" / "serve.sh", env=env, status=1)
+    missing = f"no calibration index in {tmp_path}/lowbit"
+    assert done.stderr == f"serve: {missing}: run examples/quickstart.sh first\n"

@@ -6,25 +6,16 @@ Its figures need links, root rights and minutes: benchmark/README.md has them.
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 
 import pytest
-from releases import ROOT
+from releases import ROOT, run
 
 SCRIPT = ROOT / "examples" / "serve_times.py"
 
 
-def said(*command, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, command)],
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    return done.stderr
+def said(*command, **env: str) -> str:
+    return run(sys.executable, SCRIPT, *command, env={**os.environ, **env}, status=1).stderr
 
 
 def test_ratios_are_against_the_first_way():
@@ -52,6 +43,6 @@ def test_a_text_that_is_too_short(calibrated, tmp_path):
 
 def test_a_server_that_ends_is_shown(tmp_path):
     (tmp_path / "prompts.json").write_text("[]")
-    words = said("--rank", tmp_path, "--load", tmp_path / "none", env={"RANK": "1"})
+    words = said("--rank", tmp_path, "--load", tmp_path / "none", RANK="1")
     assert "the server has ended; its last messages:" in words
     assert "RANK=1 without WORLD_SIZE" in words  # what the launcher said

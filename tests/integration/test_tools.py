@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damaged_models import ask_for_code
 from forks import forked
-from releases import ROOT, environment, torchrun
+from releases import ROOT, environment, run, torchrun
 
 from megatron_lowbit.calibration.index_files import read_index, write_index
 from megatron_lowbit.evaluation.evaluation_schema import Evaluation
@@ -36,6 +37,12 @@ def _errors(done: subprocess.CompletedProcess) -> list[str]:
     return re.findall(r"^\w+\.py: \[rank \d\] error: (.*)$", done.stderr, re.MULTILINE)
 
 
+def _simulated(script: Path, ranks: int, load: Path, *more, **settings):
+    """A tool in one process that stands for several ranks, on `TEXT`."""
+    command = [script, "--simulate-tp", ranks, "--load", load, "--data", TEXT, *more]
+    return forked(None, *command, **settings)
+
+
 def test_calibration_writes_a_whole_index_and_nothing_else(calibrated):
     index = read_index(calibrated / "lowbit")
     assert sorted(index.layers) == [1, 2]
@@ -51,19 +58,6 @@ def test_calibration_writes_a_whole_index_and_nothing_else(calibrated):
     assert not [path.name for path in calibrated.iterdir() if path.name.startswith(".")]
 
 
-def test_data_parallel_ranks_share_the_corpus_and_give_the_same_bytes(checkpoint, tmp_path):
-    files = {}
-    for ranks in (1, 2):
-        output = tmp_path / str(ranks)
-        size = ["--tensor-model-parallel-size", "1", "--output", output]
-        arguments = ["--load", checkpoint, "--data", TEXT, *size, "--sequences", "5"]
-        done = forked(ranks, CALIBRATE, *arguments, "--seq-length", "16")
-        assert done.returncode == 0, done.stderr[-4000:]
-        files[ranks] = [path.read_bytes() for path in sorted(output.glob("*.safetensors"))]
-    assert len(files[1]) == 2
-    assert files[1] == files[2]
-
-
 CODECS = "bf16,int4,int4-random,static-hybrid,rotated-hybrid,rotated-hybrid-2,rotated-hybrid-4+6"
 CODECS += ",shaped-hybrid,recipe,recipe-3,recipe@two-shot"
 SHORT = ["--tokens", "100", "--seq-length", "32", "--codecs", CODECS, "--data", TEXT, OTHER]
@@ -74,7 +68,6 @@ def evaluated(calibrated, tmp_path_factory) -> tuple[str, dict]:
     """What an evaluation at TP 3 printed and wrote."""
     output = tmp_path_factory.mktemp("evaluated") / "new" / "summary.json"
     done = torchrun(3, EVALUATE, "--load", calibrated, "--output", output, *SHORT)
-    assert done.returncode == 0, done.stderr[-4000:]
     assert [path.name for path in output.parent.iterdir()] == ["summary.json"]
     return done.stdout, json.loads(output.read_text())
 
@@ -135,7 +128,6 @@ def test_simulated_evaluation_agrees_with_a_real_one(calibrated, evaluated, tmp_
     output = tmp_path / "summary.json"
     command = [EVALUATE, "--simulate-tp", "3", "--load", calibrated, "--output", output, *SHORT]
     done = forked(None, *command)
-    assert done.returncode == 0, done.stderr[-4000:]
     assert "TP 3, simulated, 128 tokens of persuasion.txt" in done.stdout
     got, (_, real) = json.loads(output.read_text()), evaluated
     assert got["simulated"] is True
@@ -147,22 +139,20 @@ def test_simulated_evaluation_agrees_with_a_real_one(calibrated, evaluated, tmp_
         assert mine["results"][0]["kl"] == 0, "native is codec bf16 here"
 
 
-def _start_evaluation(output: Path, *arguments) -> subprocess.Popen:
-    """Start an evaluation in its own session and wait until it is among the needles."""
-    command = [sys.executable, str(EVALUATE), "--output", str(output), *map(str, arguments)]
+def _start(command: list, is_under_way: Callable[[], bool]) -> subprocess.Popen:
+    """Start Python in its own session and wait until its work is under way."""
     process = subprocess.Popen(
-        command,
-        env=environment("0.19.2"),
+        [sys.executable, *map(str, command)],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    part = output.with_name(f".{output.name}.partial") / "part0.jsonl"
     deadline = time.monotonic() + 120
-    while not part.exists() or b'"needles' not in part.read_bytes():
+    while not is_under_way():
         assert process.poll() is None, process.stdout.read()[-4000:]
-        assert time.monotonic() < deadline, "no unit after two minutes"
+        assert time.monotonic() < deadline, "nothing after two minutes"
         time.sleep(0.02)
     return process
 
@@ -173,31 +163,32 @@ def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
     arguments += ["--tokens", "100", "--seq-length", "32", "--codecs", "bf16,rotated-hybrid-4+4"]
     arguments += ["--tasks", "arc-easy,winogrande", "--long-context", "1024", "--generate", "3"]
     output, straight = tmp_path / "summary.json", tmp_path / "straight.json"
-    process = _start_evaluation(output, *arguments, "--limit", "4")
+    partial = tmp_path / ".summary.json.partial"
+    part = partial / "part0.jsonl"
+    process = _start(
+        [EVALUATE, "--output", output, *arguments, "--limit", "4"],
+        lambda: part.exists() and b'"needles' in part.read_bytes(),
+    )
     process.kill()
     process.wait(timeout=60)
-    partial = tmp_path / ".summary.json.partial"
     assert sorted(p.name for p in partial.iterdir()) == ["identity.json", "part0.jsonl"]
     assert not output.exists()
-    with (partial / "part0.jsonl").open("a") as file:
+    with part.open("a") as file:
         file.write('{"measure": "text pers')  # as a full disk or a lost machine leaves it
 
     asked = ["--limit", "5", "--generate", "4", "--fp32"]
-    other = forked(1, EVALUATE, *arguments, "--output", output, "--resume", *asked)
-    assert other.returncode == 1
-    (error,) = _errors(other)
+    resume = ["--output", output, "--resume"]
+    (error,) = _errors(forked(1, EVALUATE, *arguments, *resume, *asked, status=1))
     assert "another evaluation (dtype: torch.bfloat16 there, torch.float32 here" in error
     assert "task winogrande items: 4 there, 5 here" in error
     assert "generation from persuasion.txt new_tokens: 3 there, 4 here" in error
     assert "run without --resume" in error
 
     arguments += ["--limit", "4"]
-    resumed = torchrun(2, EVALUATE, *arguments, "--output", output, "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    resumed = torchrun(2, EVALUATE, *arguments, *resume)
     assert re.search(r"going on after \d+ of 42 units", resumed.stdout)
     assert not partial.exists()
-    whole = forked(1, EVALUATE, *arguments, "--output", straight)
-    assert whole.returncode == 0, whole.stderr[-4000:]
+    forked(1, EVALUATE, *arguments, "--output", straight)
     assert output.read_bytes() == straight.read_bytes()
     content = json.loads(output.read_text())
     assert all(content.values()), "every section has something"
@@ -206,22 +197,18 @@ def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
 
 def test_simulated_calibration_serves_static_ranges_at_its_size(checkpoint, tmp_path):
     index = tmp_path / "index"
-    simulate = ["--simulate-tp", "4", "--load", checkpoint, "--data", TEXT]
-    done = forked(None, CALIBRATE, *simulate, *SMALL, "--output", index)
-    assert done.returncode == 0, done.stderr[-4000:]
+    _simulated(CALIBRATE, 4, checkpoint, *SMALL, "--output", index)
     assert read_index(index).tp_size == 4
     assert read_index(index).record(1, "mlp.linear_fc2").minimum.shape == (4, 48)
-    command = [EVALUATE, *simulate, "--index", index, "--tokens", "64"]
-    done = forked(None, *command, "--seq-length", "32", "--codecs", "static-hybrid-4+6")
-    assert done.returncode == 0, done.stderr[-4000:]
+    short = ["--tokens", "64", "--seq-length", "32", "--codecs", "static-hybrid-4+6"]
+    done = _simulated(EVALUATE, 4, checkpoint, "--index", index, *short)
     assert "ckpt, TP 4, simulated, 64 tokens" in done.stdout
 
 
 def test_an_evaluation_without_a_list_measures_what_is_served(calibrated, tmp_path):
     output = tmp_path / "summary.json"
-    command = ["--simulate-tp", "3", "--load", calibrated, "--data", TEXT, "--tokens", "32"]
-    done = forked(None, EVALUATE, *command, "--seq-length", "32", "--output", output)
-    assert done.returncode == 0, done.stderr[-4000:]
+    short = ["--tokens", "32", "--seq-length", "32", "--output", output]
+    _simulated(EVALUATE, 3, calibrated, *short)
     measured = [variant["variant"] for variant in json.loads(output.read_text())["variants"]]
     assert measured[-3:] == ["recipe", "recipe@feedback", "recipe@feedback@two-shot"]
 
@@ -231,7 +218,6 @@ def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
     text.write_text("the " * 2000)
     command = ["--simulate-tp", "4", "--load", checkpoint, "--data", text, *SMALL]
     done = forked(None, CALIBRATE, *command, "--output", tmp_path / "index")
-    assert done.returncode == 0, done.stderr[-4000:]
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1 and "different tokens in" in warnings[0]
     assert "calibrate on a more varied one" in warnings[0]
@@ -241,15 +227,12 @@ def test_a_text_that_is_too_poor_is_said_in_one_line(checkpoint, tmp_path):
 def test_an_index_serves_another_size_where_the_codec_allows_it(calibrated, tmp_path):
     """Calibrated at 3, used at 2: tables that belong to ranks are refused, others work."""
     output = tmp_path / "summary.json"
-    command = [EVALUATE, "--simulate-tp", "2", "--load", calibrated]
-    command += ["--data", TEXT, "--tokens", "64", "--seq-length", "32", "--output", output]
+    short = ["--tokens", "64", "--seq-length", "32", "--output", output, "--codecs"]
     codecs = "shaped-hybrid,rotated-hybrid-2"
-    for more in ("", ",static-hybrid"):
-        done = forked(None, *command, "--codecs", codecs + more)
-        assert done.returncode == (1 if more else 0), done.stderr[-4000:]
-        if more:
-            expected = f"size 3, this run has 2: {more[1:]} has tables per rank, calibrate at 2"
-            assert expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    _simulated(EVALUATE, 2, calibrated, *short, codecs)
+    done = _simulated(EVALUATE, 2, calibrated, *short, f"{codecs},static-hybrid", status=1)
+    (line,) = done.stderr.splitlines()
+    assert "size 3, this run has 2: static-hybrid has tables per rank, calibrate at 2" in line
     summary = json.loads(output.read_text())
     kl = {result["variant"]: result["kl"] for result in summary["texts"][0]["results"]}
     assert summary["tp_size"] == 2
@@ -261,11 +244,9 @@ def test_another_chain_is_refused_for_variants_that_carry_only(calibrated, tmp_p
     chain = {**index.manifest["chain"], "layer 2 mlp.linear_fc2": "its own norm"}
     index.manifest["chain"] = chain
     write_index(index, tmp_path / "index")
-    command = [EVALUATE, "--simulate-tp", "3", "--load", calibrated, "--data", TEXT]
-    command += ["--index", tmp_path / "index", "--tokens", "64", "--seq-length", "32"]
-    for variant, ends in (("shaped-hybrid", 0), ("shaped-hybrid@feedback", 1)):
-        done = forked(None, *command, "--codecs", variant)
-        assert done.returncode == ends, done.stderr[-4000:]
+    short = ["--index", tmp_path / "index", "--tokens", "64", "--seq-length", "32"]
+    for variant, status in (("shaped-hybrid", 0), ("shaped-hybrid@feedback", 1)):
+        done = _simulated(EVALUATE, 3, calibrated, *short, "--codecs", variant, status=status)
     assert "layer 2 mlp.linear_fc2 is in the chain here, and outside of it" in done.stderr
 
 
@@ -274,12 +255,10 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
     prompts = ["--prompt-file", tmp_path / "prompts.txt", "--prompts", "the world"]
     common = ["--load", calibrated, "--num-tokens-to-generate", "5", *prompts]
     plain = forked(3, GENERATE, *common)
-    assert plain.returncode == 0, plain.stderr[-4000:]
     assert plain.stdout.startswith("> native communication\nthe world[")
     stats = tmp_path / "stats.json"
     flags = ["--lowbit-bits", "3,6", "--lowbit-collective", "two-shot", "--lowbit-stats", stats]
     low = torchrun(3, GENERATE, *common, "--lowbit-tp-comm", *flags)
-    assert low.returncode == 0, low.stderr[-4000:]
     first, *texts = low.stdout.splitlines()
     assert first.startswith("> low-bit communication: 4 sync points use shaped-hybrid, 0 of 48")
     assert "3.33 bits a value (6.33 for sums)" in first
@@ -298,7 +277,6 @@ def test_generation_with_and_without_the_flag(calibrated, tmp_path):
 def test_the_doctor_writes_a_tuning_file_that_generation_takes(calibrated, tmp_path):
     tuning = tmp_path / "new" / "tuning.json"
     done = forked(3, DOCTOR, "--load", calibrated, "--seconds", "1", "--output", tuning)
-    assert done.returncode == 0, done.stderr[-4000:]
     for said in (
         r"^ranks    3, gloo on ",
         r"^model    4 sync points use shaped-hybrid, .* \(the calibration index's recipe\)$",
@@ -313,14 +291,12 @@ def test_the_doctor_writes_a_tuning_file_that_generation_takes(calibrated, tmp_p
     assert {entry["carries"] for entry in times if entry["codec"]} == {True}
     low_bits = ["--lowbit-tp-comm", "--lowbit-tuning", tuning]
     done = forked(3, GENERATE, "--load", calibrated, "--prompts", "the", *low_bits)
-    assert done.returncode == 0, done.stderr[-4000:]
     assert "auto over 3 ranks (by tuning.json: " in done.stdout
 
 
 def test_the_doctor_without_an_index_says_what_to_do(checkpoint, tmp_path):
     output = tmp_path / "tuning.json"
     done = forked(3, DOCTOR, "--load", checkpoint, "--seconds", "1", "--output", output)
-    assert done.returncode == 0, done.stderr[-4000:]
     assert "no calibration index: as if all had rotated-hybrid (4 bits)" in done.stdout
     assert not output.exists()
 
@@ -341,14 +317,12 @@ def _command(script: Path, checkpoint: Path, *arguments: str) -> list:
 )
 def test_a_wrong_flag_in_an_interpreter_of_its_own(checkpoint, script, arguments, message):
     """One process as torchrun would start it: nothing is distributed yet when these are found."""
-    command = [sys.executable, *_command(script, checkpoint, *arguments)]
-    env = {**environment("0.19.2"), "RANK": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    command = _command(script, checkpoint, *arguments)
+    done = run(sys.executable, *command, env={**environment(), "RANK": "0"}, status=1)
     _check_one_line(done, message)
 
 
 def _check_one_line(done: subprocess.CompletedProcess, message: str) -> None:
-    assert done.returncode == 1, done.stderr
     assert re.search(message, _errors(done)[0])
     assert len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -393,9 +367,8 @@ def _check_one_line(done: subprocess.CompletedProcess, message: str) -> None:
 )
 def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, arguments, message):
     command = _command(script, checkpoint, *arguments)
-    _check_one_line(
-        forked(None, *command, env={**environment(), "RANK": "0", "WORLD_SIZE": "1"}), message
-    )
+    env = {**environment(), "RANK": "0", "WORLD_SIZE": "1"}
+    _check_one_line(forked(None, *command, env=env, status=1), message)
 
 
 @pytest.mark.parametrize(
@@ -413,8 +386,7 @@ def test_wrong_flags_are_refused_before_anything_is_loaded(checkpoint, script, a
 def test_wrong_input_is_one_line_on_every_rank(checkpoint, tmp_path, script, arguments, message):
     (tmp_path / "empty.txt").touch()
     arguments = [tmp_path / "empty.txt" if a == "EMPTY" else a for a in arguments]
-    done = forked(3, script, "--load", checkpoint, *arguments)
-    assert done.returncode == 1
+    done = forked(3, script, "--load", checkpoint, *arguments, status=1)
     errors = _errors(done)
     assert len(errors) == 3, done.stderr[-4000:]
     assert all(re.search(message, error) for error in errors), errors
@@ -447,8 +419,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_one_line(
 ):
     load = checkpoint if script == CALIBRATE else calibrated
     command = _command(script, load, "--tokenizer-model", str(tokenizer(1300)))
-    done = forked(3, *command)
-    assert done.returncode == 1
+    done = forked(3, *command, status=1)
     message = "tokenizer: it has tokens up to 1299, the checkpoint's vocabulary ends at 999"
     assert [message in error for error in _errors(done)] == [True] * 3, done.stderr[-4000:]
     assert len(done.stderr.splitlines()) == 3, done.stderr
@@ -459,9 +430,8 @@ def test_a_special_token_that_the_model_does_not_know_is_one_line_where_it_is_us
 ):
     named = ["--tokenizer-model", tokenizer(1000, "<new>"), "--tensor-model-parallel-size", "1"]
     command = [GENERATE, "--load", checkpoint, *named, "--num-tokens-to-generate", "2"]
-    assert forked(None, *command, "--prompts", "the world").returncode == 0
-    done = forked(None, *command, "--prompts", "the world <new>")
-    assert done.returncode == 1
+    forked(None, *command, "--prompts", "the world")
+    done = forked(None, *command, "--prompts", "the world <new>", status=1)
     (line,) = done.stderr.splitlines()
     assert "gives token 1000 for a text, the checkpoint's vocabulary ends at 999" in line
 
@@ -469,17 +439,15 @@ def test_a_special_token_that_the_model_does_not_know_is_one_line_where_it_is_us
 def test_code_of_a_tokenizer_is_not_run(checkpoint, tmp_path):
     target = tmp_path / "ckpt"
     shutil.copytree(checkpoint, target)
-    settings = target / "tokenizer" / "tokenizer_config.json"
-    code = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
-    settings.write_text(json.dumps(code))
-    settings.with_name("evil.py").write_text("raise SystemExit('ran')")
+    ask_for_code(target / "tokenizer", "tokenizer_config.json")
     command = [GENERATE, "--load", target, "--prompts", "a", "--tensor-model-parallel-size", "1"]
-    done = forked(None, *command, "--tokenizer-model", settings.parent)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and "no code of a model is ever run" in line, done.stderr
-    done = forked(None, *command, "--trust-remote-code")
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and "--trust-remote-code: no code of a model" in line, done.stderr
+    for flags, said in (
+        (["--tokenizer-model", target / "tokenizer"], "no code of a model is ever run"),
+        (["--trust-remote-code"], "--trust-remote-code: no code of a model"),
+    ):
+        (line,) = forked(None, *command, *flags, status=1).stderr.splitlines()
+        assert said in line
+    assert not list(target.rglob("ran"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no metadata"])
@@ -492,44 +460,22 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, damage):
     else:
         (target / "release" / ".metadata").unlink()
     command = [GENERATE, "--load", target, "--prompts", "a"]
-    done = forked(None, *command, "--tensor-model-parallel-size", "1")
-    assert done.returncode == 1
-    assert re.match(f"generate.py: error: --load {target}: .*checkpoint", done.stderr), done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+    done = forked(None, *command, "--tensor-model-parallel-size", "1", status=1)
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"generate.py: error: --load {target}: .*checkpoint", line), line
 
 
 def test_tp_size_that_does_not_divide_the_heads(checkpoint):
     arguments = ["--data", TEXT, "--tensor-model-parallel-size", "2"]
-    done = torchrun(2, CALIBRATE, "--load", checkpoint, *arguments)
-    assert done.returncode == 1
-    assert _errors(done)
-    assert all("2 does not divide 3 query groups" in error for error in _errors(done))
+    errors = _errors(torchrun(2, CALIBRATE, "--load", checkpoint, *arguments, status=1))
+    assert errors and all("2 does not divide 3 query groups" in error for error in errors)
 
 
 def _start_long_calibration(target: Path, *more: str) -> subprocess.Popen:
     """Start a calibration in its own session and wait until it has saved a state."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    command += [str(CALIBRATE), "--load", str(target), "--data", str(TEXT), *more]
-    process = subprocess.Popen(
-        command,
-        env=environment("0.19.2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (target / ".lowbit.partial" / "progress.json").exists():
-        assert process.poll() is None, process.stdout.read()[-4000:]
-        assert time.monotonic() < deadline, "no state after two minutes"
-        time.sleep(0.1)
-    return process
-
-
-def _ranks_of(process: subprocess.Popen) -> list[int]:
-    """The processes that torchrun started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += [CALIBRATE, "--load", target, "--data", TEXT, *more]
+    return _start(command, (target / ".lowbit.partial" / "progress.json").exists)
 
 
 def test_a_dead_rank_stops_the_others_and_resume_goes_on(checkpoint, tmp_path):
@@ -538,7 +484,8 @@ def test_a_dead_rank_stops_the_others_and_resume_goes_on(checkpoint, tmp_path):
     shutil.copytree(checkpoint, whole)
     length = ["--sequences", "300", "--seq-length", "16"]
     process = _start_long_calibration(target, *length)
-    ranks = _ranks_of(process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    ranks = [int(child) for child in children.split()]
     os.kill(ranks[1], signal.SIGKILL)
     process.wait(timeout=60)  # the issue's minute
     assert process.returncode != 0
@@ -549,11 +496,9 @@ def test_a_dead_rank_stops_the_others_and_resume_goes_on(checkpoint, tmp_path):
     assert not (target / "lowbit").exists()
 
     resumed = forked(3, CALIBRATE, "--load", target, "--data", TEXT, *length, "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
     assert re.search(r"going on after \d+ sequences", resumed.stdout)
     assert not (target / ".lowbit.partial").exists()
-    straight = forked(3, CALIBRATE, "--load", whole, "--data", TEXT, *length)
-    assert straight.returncode == 0, straight.stderr[-4000:]
+    forked(3, CALIBRATE, "--load", whole, "--data", TEXT, *length)
     for layer in ("layer_00001", "layer_00002"):
         files = [(d / "lowbit" / f"{layer}.safetensors").read_bytes() for d in (target, whole)]
         assert files[0] == files[1], "a resumed calibration gives the same bytes"

@@ -35,14 +35,10 @@ def gguf_tensor(name: str, weight):
 
 
 def write_gguf(model: Path, path: Path, *, change=lambda writer: None, **fields) -> None:
-    """Writes the Llama in the directory `model` as the file `path`.
+    """Writes the Llama in the directory `model`, of `tiny_llama`, as the file `path`.
 
-    Args:
-        model: A Hugging Face directory, of `tiny_llama`.
-        path: The file.
-        change: Does something to gguf's writer before the tensors are added.
-        fields: Instead of what the file says of the model, by GGUF's name with `_` for `.`; None
-            leaves one out.
+    `change` does something to gguf's writer before the tensors are added. `fields` are said instead
+    of what is so, by GGUF's name; None leaves one out.
     """
     said = {
         "context_length": SHAPE["max_position_embeddings"],

@@ -1,10 +1,13 @@
 """Small random models of the families beside Llama, for tests to convert."""
 
+import json
+import sys
 from pathlib import Path
 
 import tiny_tokenizers
 import transformers
-from tiny_llama import SHAPE, save_random
+from releases import run
+from tiny_llama import SHAPE, hugging_face_model, save_random
 
 # By name: the configuration's class, and what is special. Windows are shorter than the tests'
 # sequences; heads are not hidden / heads wide, and 3 ranks can share them.
@@ -31,3 +34,12 @@ def hugging_face_models(directory: Path) -> None:
         save_random(config(**{**SHAPE, **special}), directory / name)
         if name in _TOKENIZERS:
             tiny_tokenizers.save(_TOKENIZERS[name], directory / name)
+
+
+def save_llama(directory: Path, **settings) -> None:
+    """A Llama, by a process that is no rank: of several ranks most save nothing."""
+    run(sys.executable, __file__, directory, json.dumps(settings))
+
+
+if __name__ == "__main__":
+    hugging_face_model(Path(sys.argv[1]), **json.loads(sys.argv[2]))
