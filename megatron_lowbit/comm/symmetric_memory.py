@@ -28,7 +28,7 @@ from megatron_lowbit.comm.one_shot import one_shot
 from megatron_lowbit.comm.transport import chunks, owned
 from megatron_lowbit.comm.two_shot import two_shot
 from megatron_lowbit.kernels import select
-from megatron_lowbit.kernels.peer_memory import FIRST_TRITON, PROGRAMS, PeerMemory
+from megatron_lowbit.kernels.peer_memory import PROGRAMS, PeerMemory
 
 # Of every rank's block: at 8 ranks, 4 bits and hidden 8192 it holds 123 tokens by one-shot and 488
 # by two-shot; longer messages are not ruled by latency.
@@ -169,8 +169,6 @@ def _obstacle(device: torch.device) -> str:
         import torch.distributed._symmetric_memory  # noqa: F401
     except ImportError as error:
         return f"torch {torch.__version__} has no symmetric memory ({_words(error)})"
-    if select.triton_version() < FIRST_TRITON:
-        return f"{described} is older than {'.'.join(map(str, FIRST_TRITON))}"
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if processors < PROGRAMS:
         return f"the GPU has {processors} multiprocessors, the kernels wait on {PROGRAMS} at once"

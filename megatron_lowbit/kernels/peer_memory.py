@@ -16,9 +16,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Before 3.5 an atomic on a tensor may give its result to some of a program's threads only
-# (triton-lang/triton, issue 7402): the others would wait for ever.
-FIRST_TRITON = (3, 5)
 # Programs of a kernel, the same on all ranks: as all of them wait for their peers they must all run
 # at once. Any GPU with so many multiprocessors holds one on each.
 PROGRAMS = 32

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.cpu import build, rotated
 from megatron_lowbit.kernels.switches import (
     BUTTERFLIES,
@@ -40,6 +41,10 @@ _TRITON = {
     GROUPED: "megatron_lowbit.kernels.triton.grouped",
     NORM: "megatron_lowbit.kernels.triton.norm",
 }
+# 3.2 has no tl.gather and 3.3 does not compile the peers' formats. Before 3.5 an atomic on a tensor
+# may give its result to some of a program's threads only (triton-lang/triton, issue 7402): over
+# symmetric memory the others would wait for ever.
+FIRST_TRITON = (3, 5)
 _lock = threading.Lock()
 _tried: list[str] = []  # what the trial said, once there was one
 
@@ -82,11 +87,6 @@ def describe(kind: str = "cpu") -> str:
     return f"Triton {importlib.import_module('triton').__version__}{way}"
 
 
-def triton_version() -> tuple[int, ...]:
-    """Of the Triton that is installed: the first two numbers."""
-    return tuple(map(int, importlib.import_module("triton").__version__.split(".")[:2]))
-
-
 def rotation_on(device: torch.device) -> str:
     """What a rotation on `device` depends on: ranks that sum must have it in common.
 
@@ -126,6 +126,7 @@ def _trouble() -> str:
 def _try_out() -> str:
     rotation()  # a bad value is no trouble of Triton's
     try:
+        _require_triton()
         _module(ROTATED).try_out("cuda")
     # Triton has no common class of errors: no compiler for its launcher, no ptxas, a driver that is
     # too old and a bug of its own all look different.
@@ -133,12 +134,18 @@ def _try_out() -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(
             f"megatron_lowbit: no GPU kernels ({reason}): codecs run in plain torch, many times "
-            f"slower. Repair Triton (pip install triton), or set {SWITCH}=0 to silence this.",
+            f"slower. Repair Triton (pip install -U triton), or set {SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=5,
         )
         return reason
     return ""
+
+
+def _require_triton() -> None:
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < FIRST_TRITON:
+        raise LowbitError(f"Triton {version} is older than {'.'.join(map(str, FIRST_TRITON))}")
 
 
 @lru_cache

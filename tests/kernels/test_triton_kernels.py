@@ -99,6 +99,9 @@ FALLBACK = """
 import sys, warnings
 if sys.argv[1] == "missing":
     sys.modules["triton"] = None
+if sys.argv[1] == "old":
+    import triton
+    triton.__version__ = "3.2.0"
 import torch
 
 from megatron_lowbit import kernels
@@ -125,6 +128,7 @@ for warning in caught:
     ("case", "reason"),
     [
         ("missing", "import of triton halted"),
+        ("old", "Triton 3.2.0 is older than 3.5"),
         pytest.param(
             "broken",
             "not compiled with CUDA",

@@ -2,8 +2,7 @@
 
 A token belongs to one program on all ranks, so programs meet only those of their own number, and
 each reads only what such programs wrote. A program reads a token's partial before it writes the
-token's sum. They unpack tuples, which Triton does from 3.3 on: symmetric memory needs a later one
-anyway (`peer_memory.FIRST_TRITON`).
+token's sum. They unpack tuples, which Triton does from 3.3 on (`select.FIRST_TRITON` is later).
 """
 
 import triton

@@ -9,7 +9,7 @@ Flags only grow (modulo 2**32), so nothing has to be reset, and a peer that is a
 not missed. The atomics are Triton's, whose PTX is ``atom.release.sys`` and ``atom.acquire.sys``:
 they run in the interpreter, too, over memory that processes share. Waiting is bounded by a number
 of polls, which all threads count alike, and not by a clock, which threads read at different times.
-All threads must see what a poll gives: see `peer_memory.FIRST_TRITON`.
+All threads must see what a poll gives: see `select.FIRST_TRITON`.
 """
 
 import triton
