@@ -19,7 +19,6 @@ from megatron_lowbit.evaluation.report.results import ResultFile
 _BAND = style.color_of("shaped-hybrid")
 _CHOSEN = style.color_of("static-hybrid")
 _ALPHAS = (0.36, 0.22, 0.12)  # of the bands from the median up
-_REFERENCE = "bf16"
 _ALL, _WORST = "all tokens", "worst token"
 _RECIPE = {"bits": "bits of a value", "bf16_features": "BF16 features"}
 _DASHES = (
@@ -80,7 +79,7 @@ def _bands(axes: Axes, points: list[PointRanges]) -> None:
 
 def draw_sqnr(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR over layers: a column a kind of sync point, all tokens above, the worst below."""
-    errors = [error for error in codec_errors(measured) if error.codec != _REFERENCE]
+    errors = [error for error in codec_errors(measured) if error.codec != style.REFERENCE]
     if not errors:
         return None
     kinds = by_kind(measured.points)
@@ -111,7 +110,7 @@ def draw_sqnr(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot |
 
 def draw_stream(name: str, file: ResultFile, measured: SyncPoints) -> style.Plot | None:
     """SQNR of the residual stream behind each sync point, in call order."""
-    variants = [v for v in measured.points[0].stream_sqnr if v != _REFERENCE]
+    variants = [v for v in measured.points[0].stream_sqnr if v != style.REFERENCE]
     if not variants:
         return None
     with style.figure(4.6) as made:

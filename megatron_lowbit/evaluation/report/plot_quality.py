@@ -16,8 +16,6 @@ from megatron_lowbit.evaluation.report.labels import Point, label_points
 from megatron_lowbit.evaluation.report.results import ResultFile
 
 _MARKERS = {"one-shot": "o", "two-shot": "s"}  # filled and open; others a diamond
-_METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}
-_REFERENCE = "bf16"
 _NOT_VERSIONS = ("peer", "paper-baseline", "try")  # families of codecs that are not joined
 _LEGEND_COLUMNS = 6  # as many as the width has room for
 _LEAST = 2e-5  # nats: below, a log axis would show only noise
@@ -38,17 +36,17 @@ def draw(name: str, panels: list[tuple[ResultFile, Text]]) -> style.Plot:
     with style.figure(0.8 + 3.9 * len(panels)) as made:
         grid = made.subplots(len(panels), 2, sharex=True, sharey="col", squeeze=False)
         for line, (file, text) in zip(grid, panels, strict=True):
-            for axes, metric in zip(line, _METRICS, strict=True):
+            for axes, metric in zip(line, style.METRICS, strict=True):
                 _panel(axes, file.data, text, metric)
-                axes.set_ylabel(_METRICS[metric])
+                axes.set_ylabel(style.METRICS[metric])
             line[0].set_title(f"{file.label}: {text.name}, {text.tokens:,} tokens")
-        for column, metric in zip(grid.T, _METRICS, strict=True):
+        for column, metric in zip(grid.T, style.METRICS, strict=True):
             column[-1].set_xlabel("bits a value on the wire")
             _limits(column, [_spots(f.data, text, metric) for f, text in panels], panels, metric)
         _legend(made, [file.data for file, _ in panels])
         style.freeze(made)
         for line, (file, text) in zip(grid, panels, strict=True):
-            for axes, metric in zip(line, _METRICS, strict=True):
+            for axes, metric in zip(line, style.METRICS, strict=True):
                 _label(axes, _spots(file.data, text, metric))
         return style.finish(made, name, _caption(panels))
 
@@ -79,7 +77,7 @@ def _spots(evaluation: Evaluation, text: Text, metric: str) -> list[_Spot]:
     spots = []
     for result in text.results:
         value, variant = getattr(result, metric), evaluation.variant(result.variant)
-        x, is_reference = variant.bits_per_value, result.variant == _REFERENCE
+        x, is_reference = variant.bits_per_value, result.variant == style.REFERENCE
         if not is_reference and x is not None and value is not None and value > _LEAST:
             spots.append(_Spot(variant, x, value, getattr(result, f"{metric}_stderr") or 0.0))
     return spots
@@ -113,7 +111,7 @@ def _noise(text: Text, metric: str) -> Number:
     """The measurement's own floor: what codec bf16 scores, at the outer end of its error."""
     for result in text.results:
         value = getattr(result, metric)
-        if result.variant == _REFERENCE and value is not None:
+        if result.variant == style.REFERENCE and value is not None:
             return abs(value) + (getattr(result, f"{metric}_stderr") or 0.0)
     return None
 
@@ -122,7 +120,7 @@ def _reference(axes: Axes, text: Text, metric: str) -> None:
     noise = _noise(text, metric)
     if noise is None or noise <= _LEAST:
         return
-    axes.axhline(noise, color=style.color_of(_REFERENCE), linewidth=1.1, linestyle=(0, (2, 2)))
+    axes.axhline(noise, color=style.color_of(style.REFERENCE), linewidth=1.1, linestyle=(0, (2, 2)))
     axes.annotate(
         f"native noise (codec bf16): {noise:.2g}",
         (1, noise),
@@ -162,7 +160,7 @@ def _label(axes: Axes, spots: list[_Spot]) -> None:
 
 def _legend(made, evaluations: list[Evaluation]) -> None:
     """Colours and markers that occur, above the panels."""
-    variants = [v for one in evaluations for v in one.variants if v.name != _REFERENCE]
+    variants = [v for one in evaluations for v in one.variants if v.name != style.REFERENCE]
     handles = style.family_dots(variant.name for variant in variants)
     for collective in dict.fromkeys(variant.collective for variant in variants):
         face = style.MUTED if collective == "one-shot" else style.PAPER
@@ -188,7 +186,7 @@ def _caption(panels: list[tuple[ResultFile, Text]]) -> str:
         f"{' or '.join(map(str, lengths))} tokens. Lines join the versions of one codec. "
         "Two-shot quantizes the sum, too, and sends fewer bytes at the same bits a value."
     )
-    if any((_noise(text, metric) or 0) > _LEAST for _, text in panels for metric in _METRICS):
+    if any((_noise(text, metric) or 0) > _LEAST for _, text in panels for metric in style.METRICS):
         caption += (
             " The dotted line is what codec bf16, with nothing quantized, scores, plus its error: "
             "differences below it mean nothing."
@@ -204,6 +202,6 @@ def _hidden(evaluation: Evaluation, text: Text) -> list[str]:
         f"{result.variant} ({word} {'not finite' if value is None else f'{value:.4f}'})"
         for word, metric in (("loss", "delta_nll"), ("KL", "kl"))
         for result in text.results
-        if result.variant != _REFERENCE
+        if result.variant != style.REFERENCE
         and ((value := getattr(result, metric)) is None or value <= _LEAST)
     ]

@@ -12,9 +12,6 @@ from megatron_lowbit.evaluation.report import style
 from megatron_lowbit.evaluation.report.labels import label_ends
 from megatron_lowbit.evaluation.report.results import ResultFile
 
-_METRICS = {"delta_nll": "loss above native, nats a token", "kl": "KL from native, nats a token"}
-_REFERENCE = "bf16"
-
 
 def draw_tasks(name: str, files: list[ResultFile]) -> style.Plot | None:
     """A panel an evaluation, a line a codec; None if no average was measured."""
@@ -76,7 +73,7 @@ def draw_long_context(name: str, file: ResultFile, measured: LongContext) -> sty
         grid = made.subplots(1, 2)
         made.get_layout_engine().set(rect=(0, 0, 0.87, 1), wspace=0.33)
         ends = {}
-        for axes, (metric, title) in zip(grid, _METRICS.items(), strict=True):
+        for axes, (metric, title) in zip(grid, style.METRICS.items(), strict=True):
             ends[axes] = _position_panel(axes, measured, results, metric)
             axes.set_title(title)
             axes.set_xlabel("position in the text, tokens")
@@ -110,7 +107,7 @@ def _position_panel(
         if not curve:
             continue
         color = style.color_of(result.variant)
-        dash = (0, (2, 2)) if result.variant == _REFERENCE else "-"
+        dash = (0, (2, 2)) if result.variant == style.REFERENCE else "-"
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.3, linestyle=dash)
         axes.plot(*zip(*curve, strict=True), ".", color=color, markersize=4)
         ends.append((curve[-1][1], color, result.variant))
