@@ -60,9 +60,11 @@ def test_what_megatron_would_not_match_is_refused_by_name(tmp_path, config, sett
     assert len(str(caught.value).splitlines()) == 1
 
 
+WINDOWED = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+
+
 def test_a_window_and_what_is_switched_off_are_read(tmp_path):
-    settings = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    transformers.Qwen2Config(**SHAPE, **settings, rope_interleaved=False).save_pretrained(tmp_path)
+    transformers.Qwen2Config(**SHAPE, **WINDOWED, rope_interleaved=False).save_pretrained(tmp_path)
     read = hf_source.read_config(tmp_path)
     assert (read.window, read.windowed) == (8, (False, True))
     transformers.MistralConfig(**SHAPE, sliding_window=None).save_pretrained(tmp_path)
@@ -73,11 +75,7 @@ def test_a_window_and_what_is_switched_off_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "settings", "why"),
     [
-        (
-            "Qwen2Config",
-            dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
-            "1 of 2 layers have a sliding window",
-        ),
+        ("Qwen2Config", WINDOWED, "1 of 2 layers have a sliding window"),
         ("LlamaConfig", dict(rope_parameters=LLAMA3_ROPE), "Llama-3 rope scaling .factor"),
     ],
 )

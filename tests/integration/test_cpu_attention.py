@@ -68,15 +68,9 @@ def test_decoding_with_several_tokens_a_request():
     lengths = [9, 4, 0]
     k, v, table = _pages(lengths)
     q = torch.randn(3, 2, HEADS, DIM)
+    cache = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32), "block_table": table}
     out, sums = flash_attn_with_kvcache(
-        q,
-        k,
-        v,
-        cache_seqlens=torch.tensor(lengths, dtype=torch.int32),
-        softmax_scale=SCALE,
-        causal=True,
-        block_table=table,
-        return_softmax_lse=True,
+        q, k, v, **cache, softmax_scale=SCALE, causal=True, return_softmax_lse=True
     )
     for at, length in enumerate(lengths[:2]):
         expected = _expected(q[at], k, v, table[at], length, (-1, 0))

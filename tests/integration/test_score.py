@@ -19,14 +19,9 @@ def score(ranks: int, load: Path, data: Path, output: Path, *more: str) -> tuple
     return json.loads(output.read_text()), done.stdout
 
 
-@pytest.fixture
-def data(tmp_path) -> Path:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return path
-
-
-def test_low_bits_against_native_over_any_number_of_replicas(calibrated, data, tmp_path):
+def test_low_bits_against_native_over_any_number_of_replicas(calibrated, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     one, said = score(3, calibrated, data, tmp_path / "one.json", *LOWBIT)
     assert "> low-bit communication: 4 sync points use shaped-hybrid" in said
     assert "low-bit communication: 4 sync points" in one["communication"]
