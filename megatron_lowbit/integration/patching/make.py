@@ -82,9 +82,7 @@ def _serve(edit: Edit, text: str, release: str, manifest: Manifest) -> str:
 def _new_patch(edit: Edit, text: str, edited: str, release: str, *, is_first: bool) -> Patch:
     """A patch file that serves no release yet, with the unified diff as git writes it."""
     path = edit.path
-    before, after = (
-        io.StringIO(text).readlines() for text in (text, edited)
-    )  # as git counts lines
+    before, after = (io.StringIO(whole).readlines() for whole in (text, edited))  # as git counts
     lines = difflib.unified_diff(before, after, f"a/{path}", f"b/{path}", n=edit.context)
     return Patch(
         file=f"{edit.name}.patch" if is_first else f"{edit.name}-{release}.patch",
