@@ -114,9 +114,14 @@ def _of_rotated_sums(
 
 
 def check_rotated(
-    way: str, got: Results, expected: Results, codec: Codec, tables: Tables,
-    partials: list[Tensor], what: str,
-) -> None:  # fmt: skip
+    way: str,
+    got: Results,
+    expected: Results,
+    codec: Codec,
+    tables: Tables,
+    partials: list[Tensor],
+    what: str,
+) -> None:
     """Raise if a result is not plain torch's, or by tensor cores not close to it."""
     if way == switches.BUTTERFLIES:
         check_equal(got, expected, what)
