@@ -23,7 +23,8 @@ def on_each_rank(*counts: Any) -> Callable[[Callable], Callable]:
     """Have a test run in every rank of a group, for each number of ranks.
 
     The test is given its `rank`. Its other fixtures and parameters are made once, in the test's own
-    process, and sent: all ranks have the same `tmp_path`. It is the innermost decorator.
+    process, and sent: all ranks have the same `tmp_path`. It is the innermost decorator. pytest
+    rewrites no asserts in ranks: one that fails shows no values but those of its message.
     """
 
     def decorate(test: Callable) -> Callable:

@@ -225,7 +225,7 @@ def test_a_script_that_low_bits_cannot_be_on_in_fails_in_one_line(start, name, m
 
 
 UNPARSED = "is on the launcher's command line, but not among what Megatron parsed"
-BAD = {  # by what is said of it
+BAD = {  # by what is said of it; "ACT no" is no act: none gets so far
     f"--lowbit-tp-comm {UNPARSED}": "SCRIPT --own 'FLAGS --act nothing' --lowbit-tp-comm",
     f"--lowbit-bits {UNPARSED}": "SCRIPT --own 'FLAGS FIXED --act nothing' --lowbit-bits 6",
     "a RowParallelLinear runs before low bits are on": "SCRIPT --own 'FLAGS' --lowbit-tp-comm",
