@@ -166,7 +166,10 @@ class Variants:
             yield
 
     def observing(self, observe: Observer) -> AbstractContextManager:
-        """A context in which each sync point sums by all variants, too, for `SyncError`."""
+        """A context in which each sync point sums by all variants, too, for `SyncError`.
+
+        But for those with folded weights: they have no native partials.
+        """
 
         def watch(number: int, partial: Tensor, native: Tensor) -> None:
             exact = self.summing.exact(self.summing.points[number], partial)

@@ -58,7 +58,10 @@ def probe(codec: Codec, tables: Tables, group: dist.ProcessGroup, device: torch.
 
 
 class LinkFigures(NamedTuple):
-    """What joins the ranks, as our messages and native's see it: of `Costs` what has no codec."""
+    """What joins the ranks, as our messages and native's see it: what `Costs` begins with.
+
+    In its order and units, but for `latency`: a step's own, without call, encode and decode.
+    """
 
     latency: float
     bandwidth: float

@@ -75,7 +75,7 @@ def _result(records: list[Record], name: str) -> dict:
 
 
 def _per_token(records: list[Record], name: str, score: str) -> list[float]:
-    """By sequence, all of which have as many tokens."""
+    """By sequence. All have as many tokens, so that the mean of these is the mean over tokens."""
     return [record[name][score] / record[NATIVE]["tokens"] for record in records]
 
 

@@ -127,7 +127,7 @@ def runs(points: list[RecipePoint]) -> list[tuple[str, list[int], Setting]]:
     found = []
     for name in dict.fromkeys(point.name for point in points):
         mine = enumerate(point for point in points if point.name == name)
-        # Layers that follow each other are as far from their places.
+        # Where layers follow each other, a layer's number less its place stays the same.
         for (setting, _), run in groupby(mine, lambda one: (one[1].setting, one[1].layer - one[0])):
             found.append((name, [point.layer for _, point in run], setting))
     return found

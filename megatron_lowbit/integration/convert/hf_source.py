@@ -163,7 +163,9 @@ def load_tokenizer(path: Path, vocab: int) -> Any:
 
 
 def saved_tokenizer(directory: Path, flag: str) -> Any:
-    """The tokenizer that conversion saved in `directory`, ``CKPT/tokenizer``; `flag` named it.
+    """The tokenizer that conversion saved in `directory`, such as ``CKPT/tokenizer``.
+
+    `flag` is what named it, for messages.
 
     Raises:
         LowbitError: It has no tokenizer.json, asks for code of its own, or cannot be read.

@@ -205,8 +205,8 @@ def language_model(
 ) -> LanguageModel:
     """What measures see of a model of `load_whole_model`.
 
-    The tokenizer is one without special tokens, and `prefix` are those that it would put before
-    every text with them.
+    The tokenizer is one without special tokens; `prefix` are those that it would put before every
+    text with them. `group` is the tensor-parallel one.
     """
     return LanguageModel(
         logits=lambda tokens: logits(model, tokens),

@@ -27,7 +27,10 @@ class Folding:
     """
 
     def __init__(self, points: list[SyncPoint], tables: Sequence[Tables]):
-        """Fold what `check_foldable` has passed; nothing changes before the context is entered."""
+        """Fold what `check_foldable` has passed, by tables of a codec with a rotation.
+
+        Nothing of the model changes before the context is entered.
+        """
         self._undo, self._weights, self.tables = ExitStack(), [], []
         for point, table in zip(points, tables, strict=True):
             folded, changed = fold(point.module.weight.data, table)
@@ -80,7 +83,10 @@ def fold_all(points: list[SyncPoint], tables: Sequence[Tables]) -> Folding:
 
 
 def check_foldable(modules: Iterable[nn.Module], points: list[SyncPoint]) -> None:
-    """Raise `LowbitError` unless every sync point's weight can be folded; `modules` may use it."""
+    """Raise `LowbitError` unless every sync point's weight can be folded.
+
+    `modules` are all that may use such a weight.
+    """
     uses = Counter(id(p) for module in modules for p in module._parameters.values())
     for point in points:
         weight = point.module.weight

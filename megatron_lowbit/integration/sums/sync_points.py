@@ -198,7 +198,7 @@ def fingerprint(layer: nn.Module) -> str:
 
 
 def attach(points: Sequence[SyncPoint], reducers: Sequence[Reducer]) -> ExitStack:
-    """Let `reducers` sum `points`; closing what it gives restores Megatron's own reduction."""
+    """Let `reducers` sum `points` from now on; closing the result restores Megatron's own way."""
     with ExitStack() as undo:
         for point, reducer in zip(points, reducers, strict=True):
             undo.callback(_route(point.module).attach(point.module, reducer))

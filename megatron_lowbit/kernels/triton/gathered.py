@@ -56,7 +56,8 @@ def _values(
 ):
     """fp32 [1 << LOG_TILE]: a rank's body, what its codes stand for times its own scales.
 
-    By levels that is a level times the token's scale; without an integer, and NaN for the lowest.
+    With `levels` that is a level times the token's scale. Without them it is the code as a signed
+    integer, and NaN for the lowest, which stands for what is not finite.
     """
     if levels is None:
         half: tl.constexpr = 1 << (BITS - 1)
