@@ -17,7 +17,7 @@ and its "why" says so.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Counted(NamedTuple):
     traffic: Traffic
 
 
-def stats(by_kind: Mapping[str, Iterable]) -> dict:
+def stats(by_kind: Mapping[str, Sequence]) -> dict:
     """The counters of all modules by kind, each with what `Counted` has, and of all together."""
     together: dict[Decision, Counters] = {}
     content: dict[str, Any] = {}

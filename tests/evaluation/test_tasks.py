@@ -16,7 +16,12 @@ from megatron_lowbit.evaluation.measures.tasks import (
     encode_pair,
     log_likelihoods,
 )
-from megatron_lowbit.evaluation.measures.uncertainty import interval_95, ratio_stderr, stderr
+from megatron_lowbit.evaluation.measures.uncertainty import (
+    interval_95,
+    mean,
+    ratio_stderr,
+    stderr,
+)
 
 ITEM = Item(["the cat"] * 3, [" sat", " sat down", " ate"], 1)
 
@@ -150,6 +155,12 @@ def test_the_metric_of_the_task_is_compared():
     }
     assert summary["results"][0]["difference"] == -1
     assert average([summary])["results"][0]["kept_low"] is None
+
+
+def test_means_of_what_is_not_finite():
+    assert mean([1.0, math.inf]) == math.inf
+    assert math.isnan(mean([math.inf, -math.inf]))
+    assert math.isnan(mean([1.0, math.nan]))
 
 
 def _summary(seed: int, count: int, metric: str) -> tuple[dict, torch.Tensor, torch.Tensor]:

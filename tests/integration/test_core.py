@@ -19,6 +19,7 @@ from small_gpt import (
 
 from megatron_lowbit.benchmark.codecs.closeness import sqnr
 from megatron_lowbit.codecs import get_codec
+from megatron_lowbit.integration.sums import folded_weights
 
 pytestmark = pytest.mark.on_ranks(3)
 CODECS = [("bf16", None), ("static-hybrid", None), ("rotated-hybrid", None), ("rotated-hybrid", 2)]
@@ -191,6 +192,22 @@ def test_a_folded_weight_is_saved_and_given_back_as_it_was(model, index, native)
     assert torch.equal(whole_logits(model), native)
     loaded = str(model.load_state_dict(model.state_dict()))
     assert loaded == "<All keys matched successfully>"
+
+
+def test_weights_that_cannot_all_be_folded_stay_as_they_were(model, index, native, monkeypatch):
+    put_in, folded = folded_weights._put_in, []
+
+    def fails_at_the_second(point, weight):
+        folded.append(point)
+        if len(folded) == 2:
+            raise MemoryError
+        return put_in(point, weight)
+
+    monkeypatch.setattr(folded_weights, "_put_in", fails_at_the_second)
+    with pytest.raises(MemoryError), low(model, index, fold=True):
+        pass
+    assert len(folded) == 2
+    assert torch.equal(whole_logits(model), native)
 
 
 @pytest.mark.on_ranks(1)

@@ -8,7 +8,9 @@ _NORMAL_95 = 1.959963984540054  # half width of a 95 % interval, in standard err
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; NaN if a value is."""
+    """The mean; NaN if a value is, or if there are infinities of both signs."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values)  # math.fsum would raise
     return math.fsum(values) / len(values)
 
 

@@ -31,15 +31,17 @@ class Folding:
 
         Nothing of the model changes before the context is entered.
         """
-        self._undo, self._weights, self.tables = ExitStack(), [], []
+        self._weights, self.tables = [], []
         for point, table in zip(points, tables, strict=True):
             folded, changed = fold(point.module.weight.data, table)
             self._weights.append((point, folded))
             self.tables.append(changed)
 
     def __enter__(self) -> "Folding":
-        for point, folded in self._weights:
-            self._undo.callback(_put_in(point, folded))
+        with ExitStack() as undo:  # of those that are in, if one cannot be
+            for point, folded in self._weights:
+                undo.callback(_put_in(point, folded))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc_info) -> None:

@@ -168,8 +168,10 @@ def new_carry(taken: Tensor | None, tokens: int, hidden: int, device: torch.devi
     return Carry(taken, given, torch.zeros(1, dtype=torch.int64, device=device))
 
 
-def check_carry(codec: Codec, partial: Tensor, taken: Tensor | None, tables: Tables) -> int:
-    """Payloads of a partial and of a sum with error feedback, and what they give on.
+def check_carry(
+    codec: Codec, partial: Tensor, taken: Tensor | None, tables: Tables, *, rank: int = 1
+) -> int:
+    """Payloads of a rank's partial and of a sum with error feedback, and what they give on.
 
     Returns:
         How many rows were bounded.
@@ -178,10 +180,10 @@ def check_carry(codec: Codec, partial: Tensor, taken: Tensor | None, tables: Tab
     right, right_sum = (new_carry(taken, *size, "cpu") for _ in range(2))
     got, got_sum = (new_carry(taken, *size, device) for _ in range(2))
     with kernels.disabled():
-        expected = codec.encode_with_carry(partial.cpu(), on_cpu, right, rank=1)
+        expected = codec.encode_with_carry(partial.cpu(), on_cpu, right, rank=rank)
         rows = torch.stack([codec.encode(partial.cpu().flip(0), on_cpu, rank=0), expected])
         of_sum = codec.reduce_encode_with_carry(rows, on_cpu, right_sum)
-    payload = codec.encode_with_carry(partial.to(device), tables, got, rank=1)
+    payload = codec.encode_with_carry(partial.to(device), tables, got, rank=rank)
     summed = codec.reduce_encode_with_carry(rows.to(device), tables, got_sum)
     same_payload(payload, expected, codec, tables)
     same_payload(summed, of_sum, codec.for_sum(), tables)
