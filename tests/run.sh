@@ -9,8 +9,8 @@
 #                                             tests/run.sh -n 0 -s tests/codecs/test_wire.py
 #
 # unit is tests/codecs, comm, calibration, evaluation, benchmark and tests/test_*.py, without what
-# has the mark "slow". It does not install the older releases of Megatron-core; a later full run
-# does.
+# has the mark "slow". It installs neither the older releases of Megatron-core nor
+# lm-evaluation-harness (620 MB); a later full run does.
 #
 # Two workers of pytest-xdist share the files of tests; -n 0 runs all in one process.
 # Makes or reuses the environment .venv (see tools/setup_env.sh). Paths among the arguments are

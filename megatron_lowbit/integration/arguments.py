@@ -61,8 +61,8 @@ def add_lowbit_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--lowbit-collective",
         metavar="MODE",
-        help=f"one of {', '.join(MODES)} (default: {DEFAULT_MODE}, the fastest for each message "
-        "size; the others make a token's result independent of its batch)",
+        help=f"one of {', '.join(MODES)} (default: {DEFAULT_MODE}, low bits where they are "
+        "surely faster; the others make a token's result independent of its batch)",
     )
     group.add_argument(
         "--lowbit-tuning",

@@ -134,7 +134,8 @@ def _try_out() -> str:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         warnings.warn(
             f"megatron_lowbit: no GPU kernels ({reason}): codecs run in plain torch, many times "
-            f"slower. Repair Triton (pip install -U triton), or set {SWITCH}=0 to silence this.",
+            "slower. Repair Triton (3.5 or newer, which torch 2.9 brings), or set "
+            f"{SWITCH}=0 to silence this.",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=float,
         default=1.0,
         metavar="S",
-        help="timed for each size and variant, at the least 5 calls (default: 1)",
+        help="timed for each size and variant, at the least 7 calls (default: 1)",
     )
     where = parser.add_argument_group("between which ranks")
     where.add_argument(

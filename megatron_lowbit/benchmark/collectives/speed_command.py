@@ -24,15 +24,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         metavar="CKPT",
         default=ROOT / "out/quickstart/ckpt",
-        help="for the time to first token: a checkpoint for TP 3 with its calibration index "
-        "(default: the quickstart's)",
+        help="for the times to first token and per token: a checkpoint for TP 3 with its "
+        "calibration index (default: the quickstart's)",
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
         default=ROOT / "examples/data/persuasion.txt",
-        help="where its prompt is from (default: examples/data/persuasion.txt)",
+        help="where the prompts are from (default: examples/data/persuasion.txt)",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="all measured rows as JSON")
     return parser.parse_args(argv)

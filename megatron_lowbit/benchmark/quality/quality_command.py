@@ -5,7 +5,7 @@ candidate on held-out prose, code and dialogue, and the five zero-shot tasks. It
 for its texts, and the checkpoint is the quickstart's (examples/quickstart.sh makes it). An
 interrupted run goes on where it was.
 
-example:
+examples:
   python -m megatron_lowbit bench-quality --output out/quality
   python -m megatron_lowbit bench-quality --output out/feedback --feedback
 """
