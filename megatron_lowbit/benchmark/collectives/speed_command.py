@@ -1,7 +1,7 @@
 """Measure the speeds that the project set itself, and print them as a table.
 
 Ranks run on this machine's CPU with Gloo, behind links that tc shapes to a rate (needs root and
-iproute2) or on loopback. Takes about half an hour on an idle machine; run nothing else meanwhile.
+iproute2) or on loopback. Takes 20 minutes or more on an idle machine; run nothing else meanwhile.
 Checkpoint and text are those of a checkout, which examples/quickstart.sh makes, or any others.
 
 example:
