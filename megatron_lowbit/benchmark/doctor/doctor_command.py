@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     """Examine this group of ranks, and a model if there is one."""
     options, others = parse(argv)
     if options.check:
-        _check()
+        _check(options.seconds)
         return
     ranks = _ranks()
     from megatron_lowbit.benchmark.doctor import doctor_run
@@ -79,12 +79,12 @@ def main(argv: Sequence[str]) -> None:
     doctor_run.with_model(options.load, others, output, ranks=ranks, seconds=options.seconds)
 
 
-def _check() -> None:
+def _check(seconds: float) -> None:
     if "WORLD_SIZE" in os.environ:
         raise LowbitError("--check starts its own ranks: leave torchrun out")
     from megatron_lowbit.benchmark.doctor import doctor_trial
 
-    doctor_trial.run()
+    doctor_trial.run(seconds)
 
 
 def _ranks() -> int:

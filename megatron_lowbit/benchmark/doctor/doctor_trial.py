@@ -30,7 +30,6 @@ from megatron_lowbit.files import import_path
 SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
     (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
 )
-_SECONDS = 10.0
 _LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
 _COLLECTIVES = ("one-shot", "two-shot")
 
@@ -68,11 +67,11 @@ class Verdict:
         return f"| {what} | {self.taken} | {measured} | {self.word} |"
 
 
-def run() -> None:
-    """Try all settings and print what the doctor said and what the sweep found."""
+def run(seconds: float) -> None:
+    """Try all settings, the doctor with `seconds` each, and print what it and the sweep found."""
     found: list[Verdict] = []
     for link, ranks in SETTINGS:
-        found += try_out(link, ranks)
+        found += try_out(link, ranks, seconds)
     cli.say("\n| message | the doctor takes | sweep: one-shot | two-shot | advice |")
     cli.say("| --- " * 5 + "|\n" + "\n".join(one.line for one in found))
     words = [one.word for one in found]
@@ -80,7 +79,7 @@ def run() -> None:
     cli.say(f"\n{len(found)} cases: {counts}")
 
 
-def try_out(link: str | None, ranks: int) -> list[Verdict]:
+def try_out(link: str | None, ranks: int, seconds: float) -> list[Verdict]:
     """Examine and sweep at one rate (`parse_rate`), or on loopback without one.
 
     Raises:
@@ -90,17 +89,17 @@ def try_out(link: str | None, ranks: int) -> list[Verdict]:
     with tempfile.TemporaryDirectory(prefix="lowbit-doctor-") as directory, started as group:
         out = Path(directory) / "verdicts.json"
         cli.say(f"\n{link or 'loopback'}, {ranks} ranks")
-        argv = [sys.executable, "-m", __name__, str(out), link or "loopback"]
+        argv = [sys.executable, "-m", __name__, str(out), link or "loopback", str(seconds)]
         group.run(argv, env={"PYTHONPATH": import_path()})
         return [Verdict(**one) for one in json.loads(out.read_text())]
 
 
 def _rank_main() -> None:
     """One rank: rank 0 writes what came out."""
-    out, link = Path(sys.argv[1]), sys.argv[2]
+    out, link, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
     with sweep.process_group() as device:
         assert dist.group.WORLD is not None, "it was started"
-        examined = examine_links(dist.group.WORLD, device, _SECONDS)
+        examined = examine_links(dist.group.WORLD, device, seconds)
         sizes = tuple(sorted({one.size for one in examined[BITS[0]] if one.tokens <= _LONGEST}))
         variants = tuple(
             Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
