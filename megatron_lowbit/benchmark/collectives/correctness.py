@@ -70,8 +70,9 @@ def simulate(
     assert collective in ("one-shot", "two-shot", "reduce-scatter"), collective
     if collective != "two-shot":
         return _sum(torch.stack(base), tables, codec, "one-shot")
-    steps = [Chain().step(0, x, tables.hidden, gives=True, needs=False) for x in base]
-    return _sum(torch.stack(base), tables, codec, "two-shot", steps if feedback else ())
+    carrying = base if feedback else ()
+    steps = [Chain().step(0, x, tables.hidden, gives=True, needs=False) for x in carrying]
+    return _sum(torch.stack(base), tables, codec, "two-shot", steps)
 
 
 def _two_levels(nodes: Sequence[Tensor], tables: Tables, codec: Codec) -> Tensor:

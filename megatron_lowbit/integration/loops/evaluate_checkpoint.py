@@ -54,8 +54,14 @@ def run(options: argparse.Namespace, argv: list[str]) -> None:
     # Only errors that are carried need the chain that calibration found.
     chained = index if any(named.has_feedback for named in chosen.values()) else None
     summing, _ = summing_of_stages(model, options.simulate_tp, chained)
-    codecs = on_every_rank(lambda: [c for named in chosen.values() for c in named.codecs(index)])
-    on_every_rank(lambda: check_index(index, model, codecs, summing.ranks))
+    on_every_rank(
+        lambda: check_index(
+            index,
+            model,
+            [codec for named in chosen.values() for codec in named.codecs(index)],
+            summing.ranks,
+        )
+    )
     variants = on_every_rank(lambda: Variants(chosen, summing, index))
     measures = {"sync_points": _sync_errors(options, inputs, variants), **inputs.measures}
     journal = _journal(options, index, model, variants, measures, sharing(args))

@@ -51,6 +51,12 @@ def readable(values: Tensor, width: int) -> Tensor:
     return values if values.stride(1) == 1 else values.contiguous()
 
 
+def takes_rows(values: Tensor) -> bool:
+    """Whether C can write rows there: features side by side, and no row over another."""
+    tokens, width = values.shape
+    return values.stride(1) == 1 and (values.stride(0) >= width or tokens < 2)
+
+
 def check_payloads(payloads: Tensor, row_bytes: int) -> Tensor:
     """The payloads with the rows of a rank side by side; the ranks may lie anywhere."""
     shape = payloads.shape

@@ -18,6 +18,7 @@ from megatron_lowbit.kernels.cpu.calls import (
     pointer,
     readable,
     run_rows,
+    takes_rows,
 )
 from megatron_lowbit.kernels.layout import row_bytes
 
@@ -127,8 +128,7 @@ def _payload(tokens: int, body_bytes: int, kept: int) -> Tensor:
 
 def _room_for(given: Tensor) -> Tensor:
     """Where C can write the error: `given`, or what is to be copied there."""
-    is_plain = given.stride(1) == 1 and (given.stride(0) >= given.shape[1] or len(given) < 2)
-    return given if is_plain else torch.empty(given.shape, dtype=given.dtype)
+    return given if takes_rows(given) else torch.empty(given.shape, dtype=given.dtype)
 
 
 def _carries(

@@ -22,6 +22,7 @@ from megatron_lowbit.kernels.cpu.calls import (
     pointer,
     readable,
     run_rows,
+    takes_rows,
 )
 from megatron_lowbit.kernels.cpu.carrying import encode_with_carry as encode_with_carry
 from megatron_lowbit.kernels.cpu.carrying import (
@@ -132,4 +133,4 @@ def reduce_encode(
 def _writable(out: Tensor, tokens: int, hidden: int) -> bool:
     """Whether C can write the sum where it belongs."""
     placed = out.is_cpu and out.shape == (tokens, hidden) and out.dtype in DTYPES
-    return placed and out.stride(1) == 1 and (out.stride(0) >= hidden or tokens < 2)
+    return placed and takes_rows(out)
