@@ -23,7 +23,7 @@ for command, module in commands.COMMANDS.items():
     sys.argv = [f"{commands.PROGRAM} {command}"]
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        import_module(f"megatron_lowbit.{module}").main(["--help"])
+        import_module(f"megatron_lowbit.{module}").main([HELP_OPTION])
     print("|".join((command, text.getvalue().split("[", 1)[0])))
 print([m for m in ("torch", "triton", "megatron", "numpy", "transformers") if m in sys.modules])
 """
@@ -62,10 +62,18 @@ def test_an_unknown_one_is_one_line_with_the_near_ones(command, message):
 
 
 def test_help_names_the_command_and_imports_nothing_heavy():
-    *usages, heavy = run("-c", HELP).stdout.splitlines()
+    done = run("-c", HELP.replace("HELP_OPTION", "'--help'"))
+    *usages, heavy = done.stdout.splitlines()
     names = dict(line.split("|") for line in usages if "|" in line)
     assert names == {c: f"usage: python -m megatron_lowbit {c} " for c in commands.COMMANDS}
     assert heavy == "[]"
+
+
+def test_no_command_takes_an_abbreviation():
+    """`--hel` is then no option: nothing is said but that, on stderr."""
+    done = run("-c", HELP.replace("HELP_OPTION", "'--hel'"))
+    lines = dict(line.split("|") for line in done.stdout.splitlines() if "|" in line)
+    assert lines == dict.fromkeys(commands.COMMANDS, "")
 
 
 def test_errors_name_the_command():

@@ -24,9 +24,7 @@ from megatron_lowbit.integration.convert.hf_source import saved_tokenizer
 
 def parse() -> argparse.Namespace:
     """Our arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.described(__doc__)
     add = parser.add_argument
     add("directory", type=Path, metavar="DIRECTORY", help="where the files go")
     add("--limit", type=cli.positive, required=True, metavar="N", help="items that will be asked")

@@ -23,9 +23,8 @@ example:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.described(__doc__)
+    parser.epilog = EPILOG
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="Hugging Face model directory or .gguf file")
     add("--save", required=True, metavar="DIR", help="directory of the checkpoint to write")

@@ -22,6 +22,7 @@ examples:
 import argparse
 from pathlib import Path
 
+from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import ROOT, is_checkout
 from megatron_lowbit.integration.patching.control import State
@@ -30,12 +31,10 @@ from megatron_lowbit.integration.patching.make import make
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.described(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("status", "check", "apply", "revert", "make"):
-        add = commands.add_parser(name).add_argument
+        add = commands.add_parser(name, allow_abbrev=False).add_argument
         add("tree", type=Path, metavar="TREE", help="holds megatron/")
         own = "folder of the patch files (default: those of this package)"
         add("--patches", type=Path, metavar="DIR", help=own)
