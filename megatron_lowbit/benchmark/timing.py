@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_lowbit.comm.policy.rounds import compute
 from megatron_lowbit.comm.traffic import Clock
 
 _ROUNDS = 7
@@ -53,9 +54,11 @@ def time_calls(
         device: Where they work: a GPU's times are those on its stream.
         prepare: Made before each turn, not timed: what is summed in place grows by the number of
             ranks with every call, and a turn is short enough for it to stay within 2**48.
-        call_by_call: A turn is one call, and there are as many as `seconds` hold: for cases that
-            may be the same. Calls of one turn are in or out of step together, so the medians of
-            seven turns differ by 10 % where the calls do not (8 KB to 64 MB, 2 ranks on 2 cores).
+        call_by_call: As in a model: a turn is one call, before which a rank computes
+            (`comm.policy.rounds.compute`), and there are as many as `seconds` hold. Calls of a
+            longer turn are in or out of step together, so the medians of seven turns differ by
+            10 % where the calls do not (8 KB to 64 MB, 2 ranks on 2 cores), and by twice at 128 KB
+            over 4 ranks.
     """
     first = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
     once = _over_ranks(first, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
@@ -71,6 +74,8 @@ def time_calls(
         for call, lead, count, mine in cases:
             if prepare is not None:
                 prepare()
+            if call_by_call:
+                compute(device)
             mine.append(_seconds([call] * (lead + count), device)[lead:])
         cases.reverse()  # no case always comes after the same other one
     means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]

@@ -26,6 +26,7 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     parse_sizes,
     shape_of,
 )
+from megatron_lowbit.benchmark.collectives.targets import lower_end
 from megatron_lowbit.benchmark.timing import time_calls
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
@@ -363,3 +364,16 @@ def test_interrupt_leaves_nothing(tmp_path):
     assert tool.returncode == 130
     assert errors.splitlines()[-1] == "bench_all_reduce.py: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "end"),
+    [
+        ([1.2], 1.2),
+        ([1.4, 1.2], 1.2),  # an interval of two would end below nothing
+        ([1.0, 1.2, 1.4], 1.2 - 4.303 * 0.2 / 3**0.5),
+        ([1.0, 1.1, 1.2, 1.3, 1.4], 1.2 - 2.776 * 0.025**0.5 / 5**0.5),
+    ],
+)
+def test_the_lower_end_of_few_runs(ratios, end):
+    assert lower_end(ratios) == pytest.approx(end)

@@ -13,6 +13,7 @@ from megatron_lowbit.comm.policy.timings import (
     Kind,
     Timings,
     interpolate,
+    lower_end,
     upper_end,
     worst_at,
 )
@@ -38,6 +39,11 @@ def test_upper_end_of_the_median(count, place):
     values = list(range(1, count + 1))
     random.Random(0).shuffle(values)
     assert upper_end(values) == place
+
+
+def test_lower_end_is_the_upper_end_from_below():
+    assert lower_end(list(range(1, 25))) == 5
+    assert lower_end([3.0, 1.0, 2.0]) == 1.0
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
@@ -75,6 +81,28 @@ def test_low_bits_must_save_the_margin(ratio, taken):
 def test_of_few_rounds_the_worst_counts():
     times = by_times({8: (1.0,) * 3}, {"one-shot": {8: (0.5, 0.5, 0.95)}})
     assert times.decide("native", 8).collective == "native"
+
+
+@pytest.mark.parametrize(
+    ("one_shot", "two_shot", "settled"),
+    [
+        ((0.5,) * 9, (0.5, 1.5) * 5, True),  # one is surely fast enough
+        ((1.2,) * 9, (0.95,) * 9, True),  # none is
+        ((1.2,) * 9, (0.5, 1.5) * 5, False),  # the other may be
+        ((0.5,) * 8, (0.5,) * 8, False),  # too few rounds to be sure
+        ((0.9,) * 9, (0.95,) * 9, True),
+    ],
+)
+def test_a_size_is_settled(one_shot, two_shot, settled):
+    rounds = min(len(one_shot), len(two_shot))
+    low = {"one-shot": {8: one_shot[:rounds]}, "two-shot": {8: two_shot[:rounds]}}
+    timings = by_times({8: (1.0,) * rounds}, low).timings
+    assert timings.settled([kind()], ["one-shot", "two-shot"], 8) == settled
+
+
+def test_a_kind_that_was_not_timed_is_never_settled():
+    timings = by_times({8: (1.0,) * 9}, {"one-shot": {8: (0.5,) * 9}}).timings
+    assert not timings.settled([kind(2)], ["one-shot"], 8)
 
 
 def test_between_two_sizes_the_worse_counts():

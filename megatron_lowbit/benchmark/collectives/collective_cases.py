@@ -65,6 +65,7 @@ def _make_policy(plan: Plan, device: torch.device, variant: Variant) -> Policy:
         group=dist.group.WORLD,
         kinds=[Kind(codec, partials.tables(codec), carries=plan.feedback)],
         device=device,
+        scatters=False,  # as in a model without sequence parallelism: all-reduces have all the time
     )
 
 

@@ -18,6 +18,7 @@ from megatron_lowbit.integration.handle import SyncPointStatus
 from megatron_lowbit.integration.loops.checks import refuse_pipeline
 from megatron_lowbit.integration.runtime import session
 from megatron_lowbit.integration.runtime.megatron_args import parse_megatron_args
+from megatron_lowbit.integration.sums.routes import may_scatter
 from megatron_lowbit.integration.sums.sync_points import sync_points_here, why_none
 
 _TP_FLAG = "--tensor-model-parallel-size"
@@ -33,6 +34,7 @@ class ModelSums:
         longest: Tokens that a prompt can have.
         group: The ranks that sum.
         device: Where the partials are.
+        scatters: Whether it may reduce-scatter them.
         about: What it is, in a line.
         layers: What each layer's sync points get, and what stays native and why: lines.
         calibrate: The command that makes its calibration index, if it has none.
@@ -43,6 +45,7 @@ class ModelSums:
     longest: int
     group: dist.ProcessGroup
     device: torch.device
+    scatters: bool
     about: str
     layers: list[str]
     calibrate: str | None
@@ -93,6 +96,7 @@ def _calibrated(model: nn.Module, index: Path, longest: int) -> ModelSums:
         longest=longest,
         group=points[0].group,
         device=points[0].module.weight.device,
+        scatters=any(may_scatter(point.module) for point in points),
         about=about,
         layers=[*layers, *_native(native)],
         calibrate=None,
@@ -111,6 +115,7 @@ def _not_calibrated(model: nn.Module, index: Path, longest: int) -> ModelSums:
         longest=longest,
         group=points[0].group,
         device=weight.device,
+        scatters=any(may_scatter(point.module) for point in points),
         about=f"{len(points)} sync points, no calibration index: as if all had {codec!r}",
         layers=_native(native),
         calibrate=f"python -m megatron_lowbit calibrate --load {index.parent} --data TEXT",

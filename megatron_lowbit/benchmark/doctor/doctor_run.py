@@ -13,7 +13,7 @@ from megatron_lowbit.benchmark.doctor.doctor_checks import check_bits, group_lin
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.making import take_tuning
-from megatron_lowbit.comm.policy.measurement import LARGEST
+from megatron_lowbit.comm.policy.rounds import LARGEST
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, ByTimes, Kind
 from megatron_lowbit.comm.policy.tuning import Tuning, write_tuning
 
@@ -46,10 +46,10 @@ def examine_links(
         codec = get_codec(DEFAULT_CODEC, bits=bits)
         kinds.append(Kind(codec, codec.tables(HIDDEN, device=device), carries=True))
     cli.say(check_bits(kinds, _COLLECTIVES, group, device))
-    timings = take_tuning(kinds, group=group, device=device, seconds=seconds).timings
-    found = {}
+    found, each = {}, seconds / len(BITS)
     for bits, kind in zip(BITS, kinds, strict=True):
-        times = ByTimes(timings, [kind], _COLLECTIVES, source=repr(kind.codec))
+        tuning = take_tuning([kind], group=group, device=device, seconds=each, scatters=False)
+        times = ByTimes(tuning.timings, [kind], _COLLECTIVES, source=repr(kind.codec))
         found[bits] = passes(times, HIDDEN, LONGEST)
     return found
 
@@ -71,6 +71,7 @@ def with_model(
         device=model.device,
         seconds=seconds,
         largest=min(LARGEST, max(model.longest, 64) * model.hidden * BF16_BYTES),
+        scatters=model.scatters,
     )
     times = ByTimes(tuning.timings, model.kinds, _COLLECTIVES, source=output.name)
     found = passes(times, model.hidden, model.longest, skipped=model.skipped)

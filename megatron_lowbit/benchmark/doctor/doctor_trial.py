@@ -1,7 +1,8 @@
 """The doctor's advice behind emulated links, held against a sweep in the same processes.
 
 At each setting the ranks are examined as torchrun's would be, without a model, and then every
-collective is timed at the same messages, with carries, by the sweep. Advice is *right* where low
+collective is timed at the same messages, with carries, by the sweep, call by call with computing in
+between, as in a model. Advice is *right* where low
 bits that it takes are not slower than native in the sweep, and where native that it keeps is not
 slower than low bits by more than the margin that `auto` asks for. It is *wrong* where low bits are
 slower, and *missed* where they would have been faster.
@@ -104,7 +105,7 @@ def _rank_main() -> None:
         variants = tuple(
             Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
         )
-        plan = Plan(variants, sizes, ranks=None, hidden=HIDDEN, feedback=True)
+        plan = Plan(variants, sizes, None, hidden=HIDDEN, feedback=True, call_by_call=True)
         rows = sweep.measure(plan, device=device, quiet=True).rows
         verdicts = list(_verdicts(examined, rows, link))
         if dist.get_rank() == 0:

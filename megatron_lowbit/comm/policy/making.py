@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.agreement import gather_values, on_every_rank, require_equal
 from megatron_lowbit.comm.hierarchical import Nodes, make_nodes, node_size, spans_nodes
-from megatron_lowbit.comm.policy.measurement import LARGEST, Place, time_collectives
+from megatron_lowbit.comm.policy.measurement import time_collectives
 from megatron_lowbit.comm.policy.policy import Policy, Settings
+from megatron_lowbit.comm.policy.rounds import LARGEST, Place
 from megatron_lowbit.comm.policy.timings import ByTimes, Kind, size_text
 from megatron_lowbit.comm.policy.tuning import Tuning, read_tuning, this_machine
 from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
@@ -93,6 +94,7 @@ def take_tuning(
     seconds: float,
     sizes: Sequence[int] | None = None,
     largest: int = LARGEST,
+    scatters: bool = True,
     node_size: int | None = None,
     link: str = "as it is",
 ) -> Tuning:
@@ -105,11 +107,12 @@ def take_tuning(
         seconds: For all of it; as long as it takes if `sizes` take longer.
         sizes: Bytes of the messages in BF16; in steps of 4 up to `largest` if left out.
         largest: Bytes of the longest message in BF16.
+        scatters: Whether to time reduce-scatters, too: in half of the seconds.
         node_size: Ranks in a node, for hierarchical.
         link: What joins the ranks, in words.
     """
     nodes = None if node_size is None else make_nodes(group, size=node_size)
-    place = replace(_place(kinds, group, nodes, device), largest=largest)
+    place = replace(_place(kinds, group, nodes, device), largest=largest, scatters=scatters)
     timings = time_collectives(kinds, place, seconds=seconds, sizes=sizes)
     return Tuning(this_machine(group), dist.get_world_size(group), node_size, link, timings)
 

@@ -1,16 +1,17 @@
 """Times of collectives on one group, and which collective they allow: pure functions.
 
-Times are taken in *rounds* (`comm.policy.measurement`): a round calls native and every low-bit case
-once, one after the other, so what slows the machine for a while slows all of a round. A pass of a
-model sums its sync points by one collective, whatever bits each of them has; so what is compared is
-a pass: in each round the low-bit times, each as often as the model has such sync points, over as
-many of native's.
+Times are taken in *rounds* (`comm.policy.rounds`): a round calls native and every low-bit case,
+one after the other, so what slows the machine for a while slows all of a round. A pass of a model
+sums its sync points by one collective, whatever bits each of them has; so what is compared is a
+pass: in each round the low-bit times, each as often as the model has such sync points, over as many
+of native's.
 
 Low bits are taken only where they surely save at least `MARGIN` of native's time: where the upper
 end of the interval that holds the median of these ratios with 99.5 % is at most 1 - MARGIN. A dozen
 decisions are made, by size and collective, and none is to be chance. (With 95 %, on 2 cores with 30
 other processes, 2 of 10 decisions for low bits were slower than native.) No shape of the scatter is
-assumed: the interval is that of order statistics. Of fewer than nine rounds the worst counts.
+assumed: the interval is that of order statistics. Of fewer than nine rounds the worst counts. An
+interval of the unpaired times, the ratio of the two medians, was wider wherever it mattered.
 
 Between two timed sizes the worse of both counts. Outside of them, what gets worse towards the end
 goes on getting worse, and what gets better does not. A size that is alone says nothing of others.
@@ -33,7 +34,8 @@ BF16_BYTES = 2
 # What low bits must save of native's time: they cost accuracy, and another day scatters otherwise.
 MARGIN = 0.1
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
-_OUTSIDE = 0.0025  # of the 99.5 % interval, at its upper end
+_OUTSIDE = 0.0025  # of the 99.5 % interval, at each end
+ENOUGH = 9  # rounds; the interval of fewer is not within them: 2**-9 is less than that
 
 
 @dataclass(frozen=True)
@@ -114,16 +116,27 @@ class Timings:
                 points.append((timed, statistics.median(times)))
         return interpolate(points, size) if points else math.nan
 
+    def ratios(self, kinds: Sequence[Kind], collective: str, size: int) -> list[float]:
+        """What a pass takes of native's time, by round; empty if a kind was not timed."""
+        low = self.pass_times(kinds, collective, size)
+        rival = self.pass_times(kinds, native_of(collective), size)
+        return [a / b for a, b in zip(low, rival, strict=True)] if low else []
+
     def bounds(self, kinds: Sequence[Kind], collective: str) -> Bounds:
         """By size, ascending: what a pass takes at the worst, of native's time."""
-        native, found = native_of(collective), []
-        for size in self.sizes(native):
-            low = self.pass_times(kinds, collective, size)
-            if low:
-                rival = self.pass_times(kinds, native, size)
-                ratios = [a / b for a, b in zip(low, rival, strict=True)]
-                found.append((size, upper_end(ratios)))
-        return found
+        by_size = (
+            (size, self.ratios(kinds, collective, size))
+            for size in self.sizes(native_of(collective))
+        )
+        return [(size, upper_end(ratios)) for size, ratios in by_size if ratios]
+
+    def settled(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> bool:
+        """Whether one collective is surely fast enough at a size, or none surely is."""
+        by_collective = [self.ratios(kinds, name, size) for name in collectives]
+        if any(len(ratios) < ENOUGH for ratios in by_collective):
+            return False
+        one_is = any(upper_end(ratios) <= 1 - MARGIN for ratios in by_collective)
+        return one_is or all(lower_end(ratios) > 1 - MARGIN for ratios in by_collective)
 
 
 class ByTimes:
@@ -180,6 +193,11 @@ def upper_end(values: Sequence[float]) -> float:
         if above > _OUTSIDE * 2**count:
             return ordered[min(k + 1, count - 1)]
     return ordered[0]
+
+
+def lower_end(values: Sequence[float]) -> float:
+    """The lower end of the same interval; the smallest of fewer than nine."""
+    return -upper_end([-value for value in values])
 
 
 def worst_at(bounds: Bounds, size: int) -> float:
