@@ -52,18 +52,18 @@ def measure(seconds: float) -> Timings:
     place = rounds.Place(dist.group.WORLD, {}, torch.device("cpu"))
     family = rounds.Family(make_calls, KINDS, place)
     with patch.object(rounds, "Clock", GivenTimes):
-        family.measure([SURE, OPEN], seconds, all_sizes=False)
+        family.measure([SURE, OPEN], seconds, 80, all_sizes=False)
     require_equal("times", sorted(family.timings.times.items()))
     return family.timings
 
 
 @on_each_rank(2)
 def test_a_settled_size_leaves_its_time_to_the_others(rank):
-    """With time for all rounds: 3 of a first visit, and 24 of each of the seven others."""
+    """With time for all rounds: 3 of a first visit, and an eighth of 80 in each of seven others."""
     timings = measure(500.0)
     sure, unsure = (timings.ratios(KINDS, "one-shot", ROW * tokens) for tokens in (SURE, OPEN))
-    assert sure == [0.5] * (3 + 24)
-    assert len(unsure) == 3 + 7 * 24
+    assert sure == [0.5] * (3 + 10)
+    assert len(unsure) == 3 + 7 * 10
 
 
 @on_each_rank(2)

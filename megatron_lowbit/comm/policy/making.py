@@ -19,6 +19,8 @@ from megatron_lowbit.comm.policy.tuning import Tuning, read_tuning, this_machine
 from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
+_ROUNDS = 192  # of a size at the most, for a tuning file, which is there to stay
+
 
 def make_policy(
     settings: Settings,
@@ -113,7 +115,7 @@ def take_tuning(
     """
     nodes = None if node_size is None else make_nodes(group, size=node_size)
     place = replace(_place(kinds, group, nodes, device), largest=largest, scatters=scatters)
-    timings = time_collectives(kinds, place, seconds=seconds, sizes=sizes)
+    timings = time_collectives(kinds, place, seconds=seconds, rounds=_ROUNDS, sizes=sizes)
     return Tuning(this_machine(group), dist.get_world_size(group), node_size, link, timings)
 
 

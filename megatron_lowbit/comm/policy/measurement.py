@@ -31,7 +31,9 @@ from megatron_lowbit.comm.policy.timings import (
 from megatron_lowbit.comm.reduce_scatter import reduce_scatter
 from megatron_lowbit.comm.transport import native_reduce_scatter
 
-SECONDS = 4.5  # with what starts and ends it, 5 at the most
+# At load: with what starts and ends it, 5 s at the most. More rounds hardly fit for large models,
+# and would take small ones seconds.
+SECONDS, ROUNDS = 4.5, 48
 # A message of a token, then four times as long each.
 _GROWTH = 4
 
@@ -41,6 +43,7 @@ def time_collectives(
     place: Place,
     *,
     seconds: float = SECONDS,
+    rounds: int = ROUNDS,
     sizes: Sequence[int] | None = None,
 ) -> Timings:
     """Time native and low bits; call it on every rank of the group alike.
@@ -49,6 +52,7 @@ def time_collectives(
         kinds: Sync points of a pass, all of one hidden size.
         place: Where.
         seconds: For all of it.
+        rounds: Of a size, at the most.
         sizes: Bytes of the messages in BF16, rounded down to whole tokens (at least one), however
             long they take. If left out, in steps of 4 from one token on, as far as there is time.
 
@@ -63,7 +67,7 @@ def time_collectives(
     for make_calls, multiple in families:
         family = Family(make_calls, kinds, place)
         tokens = _tokens(sizes, hidden, multiple, place.largest)
-        family.measure(tokens, seconds / len(families), all_sizes=sizes is not None)
+        family.measure(tokens, seconds / len(families), rounds, all_sizes=sizes is not None)
         found |= family.timings.times
     return Timings(found)
 

@@ -36,7 +36,7 @@ from megatron_lowbit.comm.traffic import Clock
 LARGEST = 64 << 20
 # The first visits, size after size, get a share of the time.
 _VISITS, _FIRST = 8, 0.6
-_ROUNDS, _MOST_ROUNDS = 3, 24  # of a visit: the first one, and others
+_ROUNDS = 3  # of a first visit
 _COMPUTING = 0.0005  # seconds, before each call
 
 Call = Callable[[Tensor], object]
@@ -89,8 +89,11 @@ class Family:
         }
         return Timings(times)
 
-    def measure(self, tokens: list[int], seconds: float, *, all_sizes: bool) -> None:
-        """Take times within `seconds`; if `all_sizes` are wanted, however long they take."""
+    def measure(self, tokens: list[int], seconds: float, most: int, *, all_sizes: bool) -> None:
+        """Take times within `seconds`; if `all_sizes` are wanted, however long they take.
+
+        A size has `most` rounds at the most.
+        """
         compiled = self._size(tokens[0])
         for _ in range(2):  # compiles, the second time with a carry to take
             compiled.seconds()
@@ -107,7 +110,7 @@ class Family:
             unsettled = self._unsettled()
             share = left() / (visits * max(len(unsettled), 1))
             for size in unsettled:
-                rounds = min(max(int(share / size.cost), 1), _MOST_ROUNDS)
+                rounds = min(max(int(share / size.cost), 1), most // _VISITS)
                 if rounds * size.cost <= left():
                     size.take(rounds)
 
