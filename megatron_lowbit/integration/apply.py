@@ -174,7 +174,7 @@ def _agreed_policy(
         device=weight.device,
         kinds=assigned.kinds(),
         dtype=weight.dtype,
-        scatters=any(may_scatter(point.module) for point in points),
+        scatters=may_scatter(point.module for point in points),
         largest=_longest_message(model, assigned.tables[0].hidden),
     )
 

@@ -2,10 +2,10 @@
 
 At each setting the ranks are examined as torchrun's would be, without a model, and then every
 collective is timed at the same messages, with carries, by the sweep, call by call with computing in
-between, as in a model. Advice is *right* where low
-bits that it takes are not slower than native in the sweep, and where native that it keeps is not
-slower than low bits by more than the margin that `auto` asks for. It is *wrong* where low bits are
-slower, and *missed* where they would have been faster.
+between, as in a model. Advice is *right* where low bits that it takes are not slower than native in
+the sweep, and where native that it keeps is not slower than low bits by more than the margin that
+`auto` asks for. It is *wrong* where low bits are slower, and *missed* where they would have been
+faster.
 """
 
 import json

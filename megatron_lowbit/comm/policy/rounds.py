@@ -107,8 +107,9 @@ class Family:
             if not self._reach(count, spare):
                 break
         for visits in range(_VISITS - 1, 0, -1):
-            unsettled = self._unsettled()
-            share = left() / (visits * max(len(unsettled), 1))
+            if not (unsettled := self._unsettled()):
+                break
+            share = left() / (visits * len(unsettled))
             for size in unsettled:
                 rounds = min(max(int(share / size.cost), 1), most // _VISITS)
                 if rounds * size.cost <= left():
@@ -116,9 +117,10 @@ class Family:
 
     def _reach(self, tokens: int, seconds: float) -> bool:
         """Visit a size for the first time, unless that is longer than `seconds`."""
-        shorter, size = self._sizes[-1:], self._size(tokens)
+        shorter = self._sizes[-1:]
         if any((2 + _ROUNDS) * tokens / one.tokens * one.cost > seconds for one in shorter):
             return False
+        size = self._size(tokens)
         first = size.seconds()  # its buffers and pages; kernels that are new at this size
         size.cost = size.seconds()
         self._compiling += max(first - size.cost, 0)

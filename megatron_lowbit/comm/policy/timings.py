@@ -35,7 +35,7 @@ BF16_BYTES = 2
 MARGIN = 0.1
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
 _OUTSIDE = 0.0025  # of the 99.5 % interval, at each end
-ENOUGH = 9  # rounds; the interval of fewer is not within them: 2**-9 is less than that
+_ENOUGH = 9  # rounds: fewer do not hold the interval, since 2**-8 is more than that
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Timings:
     def settled(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> bool:
         """Whether one collective is surely fast enough at a size, or none surely is."""
         by_collective = [self.ratios(kinds, name, size) for name in collectives]
-        if any(len(ratios) < ENOUGH for ratios in by_collective):
+        if any(len(ratios) < _ENOUGH for ratios in by_collective):
             return False
         one_is = any(upper_end(ratios) <= 1 - MARGIN for ratios in by_collective)
         return one_is or all(lower_end(ratios) > 1 - MARGIN for ratios in by_collective)

@@ -8,7 +8,7 @@ support another kind of linear, write a route and add it there. A fork gives its
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -256,8 +256,12 @@ def is_plain(module: nn.Module) -> bool:
     return isinstance(route_of(module), LocalRoute)  # a fork's, whatever it derives from, is not
 
 
-def may_scatter(module: nn.Module) -> bool:
-    """Whether the sum of `module` may be a reduce-scatter in inference."""
+def may_scatter(modules: Iterable[nn.Module]) -> bool:
+    """Whether the sum of one of `modules` may be a reduce-scatter in inference."""
+    return any(_may_scatter(module) for module in modules)
+
+
+def _may_scatter(module: nn.Module) -> bool:
     if isinstance(route_of(module), (RegisteredRoute, InferenceOptimizedRoute)):
         return True  # decided at each call
     return bool(getattr(module.config, "sequence_parallel", False))
