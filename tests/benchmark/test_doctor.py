@@ -10,7 +10,13 @@ import torch.distributed as dist
 from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
-from megatron_lowbit.benchmark.doctor.doctor_advice import advice, expected, passes, table
+from megatron_lowbit.benchmark.doctor.doctor_advice import (
+    advice,
+    expected,
+    passes,
+    table,
+    undecided,
+)
 from megatron_lowbit.benchmark.doctor.doctor_checks import check_bits
 from megatron_lowbit.benchmark.doctor.doctor_command import main
 from megatron_lowbit.benchmark.doctor.doctor_trial import Verdict
@@ -66,6 +72,19 @@ def test_what_is_longer_than_timed_is_said():
     assert lines[0].split() == "pass message native two-shot auto takes".split()
     assert "two-shot, 3.00x" in lines[-2] and "timed" not in lines[-2]
     assert lines[-1].endswith("two-shot, 3.00x (longer than what was timed)")
+
+
+def test_what_scatters_is_said():
+    times = times_of([5 * ms for ms in NATIVE])
+    low = times.timings.times[times.kinds[0].case("two-shot")]
+    low[SIZES[2]] = (0.5, 0.5, 0.5, 0.5, 0.5, 9.0)  # 16 tokens: of six rounds the worst counts
+    found = passes(times, HIDDEN, longest=1024)
+    assert [one.unsure for one in found] == ["", "two-shot perhaps 2.00x", "", "", ""]
+    assert table(found)[2].endswith("  native (two-shot perhaps 2.00x)")
+    said = advice(found, None, None)
+    assert said[0].startswith("Leave low bits off here")
+    assert said[1] == "Not surely decided: decode, 16 sequences. More --seconds may tell."
+    assert not undecided(passes(times_of(LATE), HIDDEN, longest=1024))
 
 
 def test_expected_times_are_those_of_sums():

@@ -4,10 +4,11 @@ A pass is a step of decoding for so many sequences, or the prefill of a prompt. 
 that of its sums alone, codecs included: what the model computes in between is not in it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lowbit.comm.policy.timings import BF16_BYTES, NATIVE, ByTimes, size_text
+from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN, NATIVE, ByTimes, size_text
 from megatron_lowbit.text_table import aligned
 
 DECODE = (1, 16, 64)  # sequences
@@ -40,6 +41,15 @@ class Pass:
     def speedup(self) -> float:
         """Native's time over that of `auto`."""
         return self.ms[NATIVE] / self.taken_ms
+
+    @property
+    def unsure(self) -> str:
+        """What is faster by the medians alone, where native is kept; empty elsewhere."""
+        low = {name: ms for name, ms in self.ms.items() if name != NATIVE and not math.isnan(ms)}
+        best = min(low, key=low.__getitem__, default=NATIVE)
+        if self.taken != NATIVE or low.get(best, math.inf) > (1 - MARGIN) * self.taken_ms:
+            return ""
+        return f"{best} perhaps {self.taken_ms / low[best]:.2f}x"
 
     @property
     def name(self) -> str:
@@ -81,8 +91,17 @@ def table(found: Sequence[Pass]) -> list[str]:
     for one in found:
         rows.append([one.name, size_text(one.size), *(_ms(one.ms[name]) for name in names)])
         gain = f", {one.speedup:.2f}x" if one.speedup != 1 else ""
-        ends.append(one.taken + gain + ("" if one.is_timed else " (longer than what was timed)"))
+        notes = [one.unsure, "" if one.is_timed else "longer than what was timed"]
+        said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+        ends.append(one.taken + gain + said)
     return [f"{line}  {end}" for line, end in zip(aligned(rows), ends, strict=True)]
+
+
+def undecided(found: Sequence[Pass]) -> list[str]:
+    """A line, where native is kept only because times scatter or were not taken."""
+    if not (names := [one.name for one in found if one.unsure]):
+        return []
+    return [f"Not surely decided: {'; '.join(names)}. More --seconds may tell."]
 
 
 def expected(found: Sequence[Pass]) -> list[str]:
@@ -108,18 +127,20 @@ def advice(found: Sequence[Pass], tuning: str | None, calibrate: str | None) -> 
     """
     gains = [one for one in found if one.taken != NATIVE]
     if not gains:
-        saved = [one for one in found if one.speedup > 1]
-        if saved:
-            return ["Low bits gain only what the skipped sync points save: all others stay native."]
-        return [
-            "Leave low bits off here: native is as fast, or low bits are not surely faster, in "
-            "every pass above."
-        ]
+        if any(one.speedup > 1 for one in found):
+            line = "Low bits gain only what the skipped sync points save: all others stay native."
+        else:
+            line = (
+                "Leave low bits off here: native is as fast, or low bits are not surely faster, in "
+                "every pass above."
+            )
+        return [line, *undecided(found)]
     kept = [one.name for one in found if one.taken == NATIVE]
     each = "; ".join(f"{one.name} {one.speedup:.1f}x by {one.taken}" for one in gains)
     lines = [f"Low bits are faster here: {each}."]
     if kept:
         lines.append(f"auto keeps native: {'; '.join(kept)}.")
+    lines += undecided(found)
     if calibrate is not None:
         lines.append(f"first:  {calibrate}")
     flags = "--lowbit-tp-comm" + (f" --lowbit-tuning {tuning}" if tuning else "")

@@ -8,7 +8,14 @@ import torch.distributed as dist
 
 from megatron_lowbit import cli
 from megatron_lowbit.benchmark.collectives.sweep import process_group
-from megatron_lowbit.benchmark.doctor.doctor_advice import Pass, advice, expected, passes, table
+from megatron_lowbit.benchmark.doctor.doctor_advice import (
+    Pass,
+    advice,
+    expected,
+    passes,
+    table,
+    undecided,
+)
 from megatron_lowbit.benchmark.doctor.doctor_checks import check_bits, group_lines
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
@@ -29,7 +36,7 @@ def links_alone(seconds: float) -> None:
         assert group is not None, "torchrun has started it"
         for bits, found in examine_links(group, device, seconds).items():
             head = f"{DEFAULT_CODEC} in {bits} bits, errors carried:"
-            cli.say("\n".join(["", head, *table(found)]))
+            cli.say("\n".join(["", head, *table(found), *undecided(found)]))
         cli.say(
             "\nA sum each; a model has two a layer. Next: calibrate a checkpoint, and ask again "
             "with --load CKPT."

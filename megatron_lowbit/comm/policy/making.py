@@ -19,7 +19,7 @@ from megatron_lowbit.comm.policy.tuning import Tuning, read_tuning, this_machine
 from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
-_ROUNDS = 192  # of a size at the most, for a tuning file, which is there to stay
+_ROUNDS = 768  # of a size at the most, for a tuning file, which is there to stay
 
 
 def make_policy(
