@@ -138,7 +138,7 @@ class Handle:
 
     def _feedback_at(self, point: SyncPoint, reducer: CodecReducer) -> str:
         if reducer.link is not None:
-            return "carried"
+            return "off: the model is in training mode" if point.module.training else "carried"
         if not self._has_feedback:
             return "off"
         return f"off: {point.apart or 'no other sync point is in its chain'}"

@@ -165,7 +165,9 @@ def test_training_is_without_feedback_and_says_so_once(model, index):
         for mode in (False, True):  # gradients, then training
             model.train(mode)
             assert torch.equal(whole_vocabulary(in_training(model)[0].detach()), plain), mode
+        assert set(reasons(handle)) == {"off: the model is in training mode"}
         model.eval()
+        assert set(reasons(handle)) == {"carried"}
         (about,) = [str(w.message) for w in said if "no error feedback" in str(w.message)]
         assert "model.eval()" in about
         assert torch.equal(whole_logits(model), expected)
