@@ -116,10 +116,15 @@ def add_simulate_tp(parser: argparse.ArgumentParser) -> None:
 
 
 def progress(description: str, unit: str) -> Callable[[Iterable], Iterable]:
-    """A function that wraps an iterable in a progress bar, on rank 0 only."""
+    """A function that wraps an iterable in a progress bar, on rank 0 only.
+
+    A log, which keeps every state of the bar, gets one in 10 s.
+    """
     from tqdm import tqdm
 
-    return partial(tqdm, desc=description, unit=unit, disable=RANK != 0, dynamic_ncols=True)
+    wait = 0.1 if sys.stderr.isatty() else 10.0
+    options = {"disable": RANK != 0, "dynamic_ncols": True, "mininterval": wait}
+    return partial(tqdm, desc=description, unit=unit, **options)
 
 
 def say(text: str) -> None:

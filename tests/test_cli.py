@@ -150,3 +150,10 @@ def test_a_bad_number_is_named_with_what_is_wanted(kind, text, wanted, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--n", text])
     assert f"argument --n: {wanted}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("is_terminal", "seconds"), [(True, 0.1), (False, 10.0)])
+def test_a_log_gets_few_states_of_a_bar(monkeypatch, is_terminal, seconds):
+    monkeypatch.setattr(cli, "RANK", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    assert cli.progress("reading", "text")(range(0)).mininterval == seconds
