@@ -78,8 +78,12 @@ def expected(codec, steps, collective):
 @on_each_rank(2, pytest.param(3, marks=pytest.mark.slow))
 def test_all_reduces_carry_as_specified_on_every_rank_and_in_simulation(rank):
     ranks = dist.get_world_size()
-    dtypes = (torch.bfloat16, torch.float32)
-    for case in product(CODECS, SHAPES, dtypes, ("one-shot", "two-shot")):
+    ways = ("one-shot", "two-shot")
+    cases = [
+        *product(CODECS, SHAPES, [torch.bfloat16], ways),
+        *product(CODECS, SHAPES[:1], [torch.float32], ways),
+    ]
+    for case in cases:
         (name, bits), (shape, transport.CHUNK_VALUES), dtype, collective = case
         codec, steps = chain_of(name, bits, shape, ranks, dtype)
         wanted = expected(codec, steps, collective)

@@ -123,7 +123,7 @@ def test_without_gradients_a_plan_takes_the_end_of_a_stage_for_the_end_of_a_chai
     found = []
     for name, stages in (("whole", []), ("split", STAGES)):
         output = directory_of_all("plans") / name
-        some = ["--budget", "4", "--sequences", "2", *stages]
+        some = ["--budget", "4", "--sequences", "1", *stages]
         calibrate_command.main(_calibration(deep, output, *some))
         if os.environ["RANK"] == "0":
             reason = "no gradient goes through layer 4 mlp.linear_fc2"

@@ -58,7 +58,7 @@ CASES = [
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "sequence parallel"])
 def planner(release, request) -> Planner:
     """In fp32, free of rounding; its options by gradients."""
-    sequences = torch.randint(0, VOCAB, (12, LENGTH), generator=torch.Generator().manual_seed(5))
+    sequences = torch.randint(0, VOCAB, (6, LENGTH), generator=torch.Generator().manual_seed(5))
     model = build(torch.float32, sequence_parallel=request.param).eval()
     index = index_of(model)
     summing, _ = find_summing(model, None)
@@ -122,6 +122,7 @@ def test_a_plan_without_gradients_is_nearly_as_good_and_alike_on_all_ranks(plann
     assert planned(slow) < 2 * planned(planner.options)
 
 
+@pytest.mark.parametrize("planner", [False], ids=["whole"], indirect=True)
 def test_a_target_is_met_with_the_fewest_bits(planner):
     planner, _ = planner
     four = dict.fromkeys(planner.options, Assignment("shaped-hybrid", 4, 0))

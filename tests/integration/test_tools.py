@@ -67,7 +67,7 @@ SHORT = ["--tokens", "100", "--seq-length", "32", "--codecs", CODECS, "--data", 
 def evaluated(calibrated, tmp_path_factory) -> tuple[str, dict]:
     """What an evaluation at TP 3 printed and wrote."""
     output = tmp_path_factory.mktemp("evaluated") / "new" / "summary.json"
-    done = torchrun(3, EVALUATE, "--load", calibrated, "--output", output, *SHORT)
+    done = forked(3, EVALUATE, "--load", calibrated, "--output", output, *SHORT)
     assert [path.name for path in output.parent.iterdir()] == ["summary.json"]
     return done.stdout, json.loads(output.read_text())
 
@@ -158,7 +158,7 @@ def _start(command: list, is_under_way: Callable[[], bool]) -> subprocess.Popen:
 
 
 def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
-    """SIGKILL among the needles; going on under torchrun as two data-parallel ranks."""
+    """SIGKILL among the needles; going on as two data-parallel ranks."""
     arguments = ["--simulate-tp", "6", "--load", calibrated, "--data", TEXT, OTHER]
     arguments += ["--tokens", "100", "--seq-length", "32", "--codecs", "bf16,rotated-hybrid-4+4"]
     arguments += ["--tasks", "arc-easy,winogrande", "--long-context", "1024", "--generate", "3"]
@@ -185,7 +185,7 @@ def test_a_killed_evaluation_is_resumed_to_the_same_bytes(calibrated, tmp_path):
     assert "run without --resume" in error
 
     arguments += ["--limit", "4"]
-    resumed = torchrun(2, EVALUATE, *arguments, *resume)
+    resumed = forked(2, EVALUATE, *arguments, *resume)
     assert re.search(r"going on after \d+ of 42 units", resumed.stdout)
     assert not partial.exists()
     forked(1, EVALUATE, *arguments, "--output", straight)
@@ -467,7 +467,7 @@ def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, damage):
 
 def test_tp_size_that_does_not_divide_the_heads(checkpoint):
     arguments = ["--data", TEXT, "--tensor-model-parallel-size", "2"]
-    errors = _errors(torchrun(2, CALIBRATE, "--load", checkpoint, *arguments, status=1))
+    errors = _errors(forked(2, CALIBRATE, "--load", checkpoint, *arguments, status=1))
     assert errors and all("2 does not divide 3 query groups" in error for error in errors)
 
 
@@ -482,7 +482,7 @@ def test_a_dead_rank_stops_the_others_and_resume_goes_on(checkpoint, tmp_path):
     target, whole = tmp_path / "ckpt", tmp_path / "whole"
     shutil.copytree(checkpoint, target)
     shutil.copytree(checkpoint, whole)
-    length = ["--sequences", "300", "--seq-length", "16"]
+    length = ["--sequences", "128", "--seq-length", "16"]
     process = _start_long_calibration(target, *length)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     ranks = [int(child) for child in children.split()]

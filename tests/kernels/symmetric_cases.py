@@ -5,6 +5,7 @@ the memory that all can write is files that all of them map: the rows, the flags
 real, only the GPUs are not.
 """
 
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from cases import sample
 from ranks import on_each_rank
 
 from megatron_lowbit.benchmark.gpu_check.work import peer_cases
-from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret, same, tables_of
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import same, tables_of
 from megatron_lowbit.benchmark.gpu_check.work.peer_cases import MAPPED_BYTES, expected
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.codecs.folding import fold
@@ -27,6 +29,9 @@ from megatron_lowbit.comm.traffic import Traffic
 from megatron_lowbit.kernels import select
 from megatron_lowbit.kernels.peer_memory import PeerMemory
 from megatron_lowbit.kernels.switches import disabled
+
+# Operators of our own import the last at their first call, which takes a rank a second.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
 
 
 def _mapped(rank: int, directory: Path, seconds: float = 60) -> PeerMemory:

@@ -138,10 +138,10 @@ def test_every_kernel_of_symmetric_memory_is_compiled_before_it_runs():
 import os
 os.environ.pop("TRITON_INTERPRET", None)
 from triton.runtime.jit import JITFunction
-from megatron_lowbit.benchmark.gpu_check.work import kernel_cases, peer_compile
+from megatron_lowbit.benchmark.gpu_check.work import interpreted, peer_compile
 seen = []
 JITFunction.warmup = lambda self, *_, grid, **more: seen.append((self.__name__, grid, more["TRAP"]))
-kernel_cases.interpret()
+interpreted.interpret()
 cases = peer_compile.compilations((2, 4), "cpu")
 for _, case in cases:
     case()

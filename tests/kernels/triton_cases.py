@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_lowbit import kernels
 from megatron_lowbit.benchmark.gpu_check.work import hard_cases, kernel_cases
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
 from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import (
     ALL,
     GROUPED,
@@ -39,7 +40,7 @@ def triton_everywhere():
         if DEVICE == "cpu":
             patch.setattr(select, "_kind", select._kind)  # to be put back
             patch.setattr(select, "_trouble", select._trouble)
-            kernel_cases.interpret()
+            interpret()
         yield
 
 

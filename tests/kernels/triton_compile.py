@@ -205,15 +205,19 @@ def all_reduce(codec: Codec, partial: Tensor, carry: Carry) -> None:
         )
 
 
-def rotated_kernels(hidden: int, bits: int, *, butterflies: bool) -> None:
-    """Every kernel of the rotated codecs; those that carry are the same on tensor cores."""
+def rotated_kernels(hidden: int, bits: int, *, butterflies: bool, peers: bool) -> None:
+    """Every kernel of the rotated codecs; those that carry are the same on tensor cores.
+
+    Those over symmetric memory, which compile longest, where `peers` are.
+    """
     codec, tables, partial, payloads = encode_and_sum("shaped-hybrid", hidden, bits)
-    all_reduce(codec, partial, NO_CARRY)
+    carries = [NO_CARRY]
     if butterflies:
         codec.reduce_encode(payloads, tables)
-        carry = carry_of(partial)
-        codec.encode_with_carry(partial, tables, carry)
-        codec.reduce_encode_with_carry(payloads, tables, carry)
+        carries.append(carry_of(partial))
+        codec.encode_with_carry(partial, tables, carries[-1])
+        codec.reduce_encode_with_carry(payloads, tables, carries[-1])
+    for carry in carries if peers else ():
         all_reduce(codec, partial, carry)
     weight = partial[0].clone()
     norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
@@ -225,9 +229,10 @@ def every_kernel() -> None:
     for hidden, bits in CASES:
         for name in ("static-hybrid", "scaled-hybrid"):
             encode_and_sum(name, hidden, bits)
-        rotated_kernels(hidden, bits, butterflies=True)
+        peers = hidden == CASES[-1][0]
+        rotated_kernels(hidden, bits, butterflies=True, peers=peers)
         with switches.rotating_by(switches.TENSOR_CORES):
-            rotated_kernels(hidden, bits, butterflies=False)
+            rotated_kernels(hidden, bits, butterflies=False, peers=peers)
     for name in ("bf16", *PEERS):
         encode_and_sum(name, CASES[-1][0], None)
 

@@ -20,6 +20,7 @@ from megatron_lowbit.benchmark.codecs.codec_cases import (
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Rows, Task
 from megatron_lowbit.benchmark.gpu_check.work import kernel_cases
 from megatron_lowbit.benchmark.gpu_check.work.attempts import Case, attempts
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
 from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import with_warps
 from megatron_lowbit.benchmark.gpu_check.work.peer_compile import compilations
 from megatron_lowbit.codecs import parse_codec
@@ -34,7 +35,7 @@ _TOKENS = 16  # with which strides divide by 16 as at 4096: the compiler asks
 def run(task: Task) -> Rows:
     """A row for each case of this process."""
     if task.is_rehearsal:
-        kernel_cases.interpret()
+        interpret()
     found = few(task.device) if task.is_rehearsal else all_cases(task.device)
     yield from attempts(task.mine(found), task.device)
 

@@ -5,8 +5,9 @@ from functools import partial
 import torch
 
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Rows, Skip, Task
-from megatron_lowbit.benchmark.gpu_check.work import hard_cases, kernel_cases
+from megatron_lowbit.benchmark.gpu_check.work import hard_cases
 from megatron_lowbit.benchmark.gpu_check.work.attempts import Case, attempts
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
 from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import ALL, DTYPES, WAYS
 from megatron_lowbit.errors import LowbitError
 
@@ -14,7 +15,7 @@ from megatron_lowbit.errors import LowbitError
 def run(task: Task) -> Rows:
     """A row for each case; in a rehearsal a few without graphs."""
     if task.is_rehearsal:
-        kernel_cases.interpret()
+        interpret()
         yield from attempts(task.mine(_few(task.device)), task.device)
         raise Skip("a rehearsal captures no CUDA graph: what needs none was right")
     yield from attempts(task.mine(_all(task.device)), task.device)

@@ -12,7 +12,8 @@ import torch
 from megatron_lowbit.benchmark.gpu_check.saved_partials import Made, Saved, chain, digest, load
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row, Rows, Skip, Task
 from megatron_lowbit.benchmark.gpu_check.work.attempts import attempts
-from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret, same
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import same
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.kernels.switches import disabled
 

@@ -19,7 +19,6 @@ from megatron_lowbit.codecs.folding import fold
 from megatron_lowbit.codecs.peers.group_frame import Grouped
 from megatron_lowbit.codecs.peers.systems import PEERS
 from megatron_lowbit.errors import LowbitError
-from megatron_lowbit.kernels import select
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROTATED = ["rotated-hybrid", "shaped-hybrid"]
@@ -30,12 +29,6 @@ ALL = [*ROTATED, *GATHERED, *GROUPED, "bf16"]
 WAYS = [ROTATED[0], *GATHERED, GROUPED[0], "bf16"]
 BITS = [4, 3, 2, 1, 5, 6]
 OUTLIER = 5  # the feature that is large in "one-outlier"
-
-
-def interpret() -> None:
-    """From now on CPU tensors go the way of GPU tensors: for Triton's interpreter."""
-    select._kind = lambda *tensors: "cuda"
-    select._trouble = lambda: ""
 
 
 @contextmanager

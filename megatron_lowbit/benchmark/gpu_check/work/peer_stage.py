@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Rows, Task
 from megatron_lowbit.benchmark.gpu_check.work import peer_cases
 from megatron_lowbit.benchmark.gpu_check.work.attempts import attempts
-from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
 from megatron_lowbit.kernels.peer_memory import PeerMemory
 
 

@@ -20,7 +20,8 @@ from megatron_lowbit.benchmark.codecs.codec_cases import (
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row, Rows, Task
 from megatron_lowbit.benchmark.gpu_check.work import attempts
 from megatron_lowbit.benchmark.gpu_check.work.bit_stage import HIDDEN, MEASURED, RANKS, WARPS
-from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret, with_warps
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
+from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import with_warps
 from megatron_lowbit.benchmark.timing import time_alone
 from megatron_lowbit.codecs import Codec, Tables, parse_codec
 from megatron_lowbit.comm.transport import CHUNK_VALUES

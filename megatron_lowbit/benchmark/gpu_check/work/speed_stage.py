@@ -8,7 +8,7 @@ from megatron_lowbit.benchmark.codecs import codec_bench
 from megatron_lowbit.benchmark.gpu_check.stage_tasks import Row, Rows, Task
 from megatron_lowbit.benchmark.gpu_check.work.attempts import Case, attempts
 from megatron_lowbit.benchmark.gpu_check.work.bit_stage import HIDDEN, MEASURED, RANKS
-from megatron_lowbit.benchmark.gpu_check.work.kernel_cases import interpret
+from megatron_lowbit.benchmark.gpu_check.work.interpreted import interpret
 
 LONG, SHORT = 4096, (1, 16, 64)  # tokens
 _SECONDS = 0.1  # for each case
