@@ -82,6 +82,7 @@ def _key(item: pytest.Item) -> tuple[Path, int, str, Callable | None] | None:
 def _run(nodes: list[str], ranks: int, release: str, path: Callable | None) -> None:
     """Run tests in ranks of a release; keeps the outcomes up to the first that is a failure."""
     inside = {k: v for k, v in environment(release).items() if not k.startswith("PYTEST_")}
+    inside["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # nobody in ranks needs them
     command = ["-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", f"--rootdir={ROOT}"]
     with tempfile.TemporaryDirectory() as directory:
         inside |= {INSIDE: directory, "PYTEST_DEBUG_TEMPROOT": directory}
