@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the checks of the project: lint, formatting, types, tests.
 #
-#   tests/run.sh                         everything, on every release of Megatron-core: 25 minutes
+#   tests/run.sh                         everything, on every release of Megatron-core: 20 minutes
 #   tests/run.sh unit                    what needs neither Megatron nor Triton, and is not slow
 #   tests/run.sh [unit] PYTEST ARGUMENTS
 #                                        e.g. tests/run.sh unit -k wire
