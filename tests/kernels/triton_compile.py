@@ -205,34 +205,38 @@ def all_reduce(codec: Codec, partial: Tensor, carry: Carry) -> None:
         )
 
 
-def rotated_kernels(hidden: int, bits: int, *, butterflies: bool, peers: bool) -> None:
-    """Every kernel of the rotated codecs; those that carry are the same on tensor cores.
+def shared_kernels(hidden: int, bits: int, *, carries: bool) -> None:
+    """Those of the rotated codecs over symmetric memory, without a carry, and with one."""
+    codec = get_codec("shaped-hybrid", bits=bits)
+    partial = sample("normal", (2, hidden), 0).bfloat16()
+    for carry in (NO_CARRY, carry_of(partial)) if carries else (NO_CARRY,):
+        all_reduce(codec, partial, carry)
 
-    Those over symmetric memory, which compile longest, where `peers` are.
-    """
+
+def rotated_kernels(hidden: int, bits: int, *, butterflies: bool) -> None:
+    """The others of the rotated codecs; those that carry are the same on tensor cores."""
     codec, tables, partial, payloads = encode_and_sum("shaped-hybrid", hidden, bits)
-    carries = [NO_CARRY]
     if butterflies:
         codec.reduce_encode(payloads, tables)
-        carries.append(carry_of(partial))
-        codec.encode_with_carry(partial, tables, carries[-1])
-        codec.reduce_encode_with_carry(payloads, tables, carries[-1])
-    for carry in carries if peers else ():
-        all_reduce(codec, partial, carry)
+        carry = carry_of(partial)
+        codec.encode_with_carry(partial, tables, carry)
+        codec.reduce_encode_with_carry(payloads, tables, carry)
     weight = partial[0].clone()
     norm = {"weight": weight, "epsilon": 1e-5, "residual": partial, "bias": weight}
     codec.decode_sum_norm(payloads, tables, **norm)
 
 
 def every_kernel() -> None:
-    """At every case."""
+    """At every case; over symmetric memory, which compiles longest, at the long one."""
     for hidden, bits in CASES:
         for name in ("static-hybrid", "scaled-hybrid"):
             encode_and_sum(name, hidden, bits)
-        peers = hidden == CASES[-1][0]
-        rotated_kernels(hidden, bits, butterflies=True, peers=peers)
+        rotated_kernels(hidden, bits, butterflies=True)
         with switches.rotating_by(switches.TENSOR_CORES):
-            rotated_kernels(hidden, bits, butterflies=False, peers=peers)
+            rotated_kernels(hidden, bits, butterflies=False)
+    shared_kernels(*CASES[-1], carries=True)
+    with switches.rotating_by(switches.TENSOR_CORES):
+        shared_kernels(*CASES[-1], carries=False)
     for name in ("bf16", *PEERS):
         encode_and_sum(name, CASES[-1][0], None)
 

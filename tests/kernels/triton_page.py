@@ -39,14 +39,6 @@ def calls(ranks: int) -> None:
     codec.decode_sum_norm(payloads, tables, weight=weight, epsilon=1e-5, residual=partial)
 
 
-def shared_calls() -> None:
-    """The all-reduces over symmetric memory."""
-    codec = triton_compile.get_codec("shaped-hybrid", bits=BITS)
-    partial = triton_compile.sample("normal", (2, HIDDEN), 0).bfloat16()
-    for carry in (triton_compile.NO_CARRY, triton_compile.carry_of(partial)):
-        triton_compile.all_reduce(codec, partial, carry)
-
-
 def bytes_a_value(launch: triton_compile.Launch) -> float:
     """Read and written, of what is not a table."""
     values = launch.values
@@ -84,7 +76,8 @@ def costs(only: str) -> list[list[str]]:
 
 def resources(only: str) -> list[list[str]]:
     """Rows of the second table: registers, bytes spilled and KiB of shared memory of each GPU."""
-    found = triton_compile.listed(bound(calls, 1)) + triton_compile.listed(shared_calls)
+    shared = bound(triton_compile.shared_kernels, HIDDEN, BITS, carries=True)
+    found = triton_compile.listed(bound(calls, 1)) + triton_compile.listed(shared)
     return [
         [_title(launch), *(_used(triton_compile.compiled(launch, sm)) for sm in CAPABILITIES)]
         for launch in found

@@ -4,7 +4,6 @@ A pass is a step of decoding for so many sequences, or the prefill of a prompt. 
 that of its sums alone, codecs included: what the model computes in between is not in it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,11 +44,11 @@ class Pass:
     @property
     def unsure(self) -> str:
         """What is faster by the medians alone, where native is kept; empty elsewhere."""
-        low = {name: ms for name, ms in self.ms.items() if name != NATIVE and not math.isnan(ms)}
-        best = min(low, key=low.__getitem__, default=NATIVE)
-        if self.taken != NATIVE or low.get(best, math.inf) > (1 - MARGIN) * self.taken_ms:
+        if self.taken != NATIVE:
             return ""
-        return f"{best} perhaps {self.taken_ms / low[best]:.2f}x"
+        low = {name: ms for name, ms in self.ms.items() if ms <= (1 - MARGIN) * self.taken_ms}
+        best = min(low, key=low.__getitem__, default="")
+        return best and f"{best} perhaps {self.taken_ms / low[best]:.2f}x"
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.files import atomic_directory
 from megatron_lowbit.integration.convert.families import Architecture
@@ -208,9 +209,8 @@ def _fill(
     model: torch.nn.Module, arch: Architecture, get: Weights, *, hybrid: bool, progress: bool
 ) -> None:
     """Copies every weight into `model`; rows of the padded vocabulary become zero."""
-    from tqdm import tqdm
-
     parameters = dict(model.named_parameters())
+    layers = range(arch.layers)
 
     def put(weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
@@ -220,6 +220,6 @@ def _fill(
             parameter[: weight.shape[0]].copy_(weight)
 
     put(outer_weights(get, arch, hybrid=hybrid))
-    for layer in tqdm(range(arch.layers), desc="layers", unit="layer", disable=not progress):
+    for layer in cli.progress("layers", "layer")(layers) if progress else layers:
         put(layer_weights(get, arch, layer, hybrid=hybrid))
     assert not parameters, f"parameters that no weight went into: {sorted(parameters)}"
