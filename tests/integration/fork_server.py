@@ -28,6 +28,7 @@ from megatron_lowbit import cli
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.cpu.device import enable_cpu
 
+PORT = 5  # characters of a port's number
 GRACE = 30  # seconds that the others have after a rank that failed, as under torchrun
 
 
@@ -73,8 +74,8 @@ def variables(request: dict, rank: int, port: int) -> dict[str, str]:
     }
 
 
-def fork_rank(request: dict, rank: int, port: int, out: Path, err: Path) -> int:
-    """Fork a rank; gives its process number."""
+def fork_rank(request: dict, rank: int, ports: int, out: Path, err: Path) -> int:
+    """Fork a rank, which reads the store's port from `ports`; gives its process number."""
     process = os.fork()
     if process:
         return process
@@ -84,6 +85,7 @@ def fork_rank(request: dict, rank: int, port: int, out: Path, err: Path) -> int:
         for descriptor, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
         faulthandler.enable()  # for the SIGABRT of one that takes too long
+        port = int(os.read(ports, PORT)) if request["ranks"] else 0
         os.environ.clear()
         os.environ.update(variables(request, rank, port))
         cli.RANK = int(os.environ.get("RANK", "0"))
@@ -118,12 +120,16 @@ def run(argv: list[str]) -> None:
 
 def answer(request: dict) -> dict:
     """Run all ranks of a command line."""
-    ranks, directory, port = range(request["ranks"] or 1), Path(request["directory"]), 0
-    if request["ranks"]:
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        port = store.port
+    ranks, directory = range(request["ranks"] or 1), Path(request["directory"])
     outs, errs = ([directory / f"{kind}{rank}" for rank in ranks] for kind in ("out", "err"))
-    processes = [fork_rank(request, r, port, outs[r], errs[r]) for r in ranks]
+    ports, to_ranks = os.pipe()
+    processes = [fork_rank(request, r, ports, outs[r], errs[r]) for r in ranks]
+    # Later than the forks: its thread looks up who connects, and a rank forked meanwhile would wait
+    # for ever in a lookup of its own, whose lock nobody there lets go.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(to_ranks, f"{store.port:{PORT}}".encode() * len(ranks))
+    os.close(ports)
+    os.close(to_ranks)
     deadline, status = time.monotonic() + request["timeout"], [None] * len(processes)
     waiting_for = request["interrupt"]
     while None in status:
