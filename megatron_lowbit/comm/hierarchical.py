@@ -177,9 +177,10 @@ def hierarchical(
 
 
 def shares(tokens: int, nodes: Nodes) -> dict[str, int]:
-    """Rows of each of `Carries` but the first, for a message of so many tokens."""
+    """Rows of each of `Carries` but the first that there is, for a message of so many tokens."""
     inside = share(tokens, nodes.size)
-    return {"node": inside, "across": tokens, "total": inside}
+    across = {"across": tokens} if nodes.count > 2 else {}
+    return {"node": inside, **across, "total": inside}
 
 
 def _of_chunk(carries: Carries, a: int, b: int, nodes: Nodes) -> Carries:

@@ -233,6 +233,17 @@ def test_hierarchical_carries_every_quantization_once(rank):
                 errors[name] = stream.square().mean().item()
             # Of five equal errors one is left, and of each row's carry what BF16 keeps.
             assert errors["carried"] < errors["plain"] / 3, (size, low_bit_inside, errors)
+            assert feedback.dropped == 0
+            all_reduce(
+                partials[rank].float(), feedback=feedback, **{**call, "collective": "one-shot"}
+            )
+            sums = 3 if ranks // size > 2 else 2
+            assert feedback.dropped == sums, "one-shot makes none of hierarchical's sums"
+            all_reduce(
+                partials[rank].float(), feedback=feedback, **{**call, "collective": "two-shot"}
+            )
+            all_reduce(partials[rank].float(), feedback=feedback, **call)
+            assert feedback.dropped == sums + 1, "nor does hierarchical two-shot's"
 
 
 @on_each_rank(4)

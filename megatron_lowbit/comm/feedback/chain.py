@@ -17,17 +17,17 @@ to the longest pass, never with the number of passes; those that a capture has u
 
 Two-shot and hierarchical quantize sums again. The owner of a token carries that error in the fp32
 sum, so that a token's result does not depend on which rank owns it. Where the next collective sends
-no sum, it goes into the owner's partial.
+no sum, two-shot's goes into the owner's partial. Between hierarchical and any other collective the
+carries of sums are dropped, and counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_lowbit.codecs.carry import Carry
-from megatron_lowbit.comm.transport import chunks, owned
 from megatron_lowbit.errors import LowbitError
 
 SLOTS = 3
@@ -93,7 +93,8 @@ class Chain:
     """The carries of one chain on this rank.
 
     Attributes:
-        dropped: How many carries were lost since their shape or pass was another.
+        dropped: How many carries were lost: their shape or pass was another, or they were of sums
+            that the next collective does not make.
     """
 
     def __init__(self, slots: int = SLOTS):
@@ -188,6 +189,12 @@ class Step:
         """Of the sums that this rank owns: ``[rows, hidden]``, under the collective's `name`."""
         return self._of(self._chain.sums(name), rows)
 
+    def takes_sums_of(self, names: Iterable[str]) -> None:
+        """It goes on with sums of these names: others that the place before gave are counted."""
+        for name, carries in self._chain._sums.items():
+            if name not in names and carries.gave_in(self._place - 1, self.key.number):
+                self._chain.dropped += 1
+
     def sums_taken(self, rows: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
         """Carries of sums that the place before gave, by name, with so many rows each."""
         for name, count in rows.items():
@@ -238,7 +245,8 @@ class ErrorFeedback:
                 h = h + megatron_lowbit.all_reduce(layer(h), feedback=feedback)
 
     All ranks of a group must use it alike. A call of another shape or dtype than the one before
-    takes nothing: that one's carry is dropped, and counted.
+    takes nothing: that one's carry is dropped, and counted. So are those of sums between
+    hierarchical and another collective.
     """
 
     def __init__(self) -> None:
@@ -262,31 +270,10 @@ class ErrorFeedback:
 
     @property
     def dropped(self) -> int:
-        """How many carries were lost since the next call had another shape or dtype."""
+        """How many carries the next call could not take (`Chain.dropped`)."""
         return self._chain.dropped
 
     @property
     def bounded(self) -> int:
         """How many rows' carries were scaled down to their bound (`codecs.carry`)."""
         return self._chain.bounded
-
-
-def with_owned(carry: Carry, taken: Tensor, *, tokens: int, ranks: int, rank: int) -> Carry:
-    """`carry` with the error of sums that this rank owns in the rows of its partial.
-
-    Args:
-        carry: Of this rank's partial, ``[tokens, hidden]``.
-        taken: ``[share, hidden]``: of the sums that it owned in two-shot, chunk by chunk.
-        tokens: Of the message.
-        ranks: Of the group.
-        rank: This one.
-    """
-    hidden = taken.shape[1]
-    if carry.taken is None:
-        whole = torch.zeros(tokens, hidden, device=taken.device)
-    else:
-        whole = carry.taken.float()
-    for a, b in chunks(tokens, hidden, ranks):
-        start, stop = owned(b - a, ranks)[rank]
-        whole[a + start : a + stop] += taken[a // ranks : a // ranks + stop - start].float()
-    return carry._replace(taken=whole)

@@ -1,14 +1,15 @@
 """What the collectives do with a step of error feedback: carries for each way a message may go."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lowbit.codecs.carry import NO_CARRY, Carry
 from megatron_lowbit.comm.call import Call
-from megatron_lowbit.comm.feedback.chain import Step, with_owned
+from megatron_lowbit.comm.feedback.chain import Step
 from megatron_lowbit.comm.hierarchical import Carries, shares
 from megatron_lowbit.comm.traffic import Decision
-from megatron_lowbit.comm.transport import share
+from megatron_lowbit.comm.transport import chunks, owned, share
 
 TWO_SHOT = "two-shot"
 SKIPPED = Decision("skip", "0 bits")
@@ -19,15 +20,40 @@ def partial_carry(call: Call, step: Step | None, tokens: int) -> Carry:
     if step is None:
         return NO_CARRY
     rows = {TWO_SHOT: share(tokens, call.ranks)}
+    step.takes_sums_of(rows)
     for _, taken in step.sums_taken(rows):
         rank = dist.get_rank(call.group)
-        return with_owned(step.carry, taken, tokens=tokens, ranks=call.ranks, rank=rank)
+        return _with_owned(step.carry, taken, tokens=tokens, ranks=call.ranks, rank=rank)
     return step.carry
+
+
+def _with_owned(carry: Carry, taken: Tensor, *, tokens: int, ranks: int, rank: int) -> Carry:
+    """`carry` with the error of sums that this rank owns in the rows of its partial.
+
+    Args:
+        carry: Of this rank's partial, ``[tokens, hidden]``.
+        taken: ``[share, hidden]``: of the sums that it owned in two-shot, chunk by chunk.
+        tokens: Of the message.
+        ranks: Of the group.
+        rank: This one.
+    """
+    hidden = taken.shape[1]
+    if carry.taken is None:
+        whole = torch.zeros(tokens, hidden, device=taken.device)
+    else:
+        whole = carry.taken.float()
+    for a, b in chunks(tokens, hidden, ranks):
+        start, stop = owned(b - a, ranks)[rank]
+        whole[a + start : a + stop] += taken[a // ranks : a // ranks + stop - start].float()
+    return carry._replace(taken=whole)
 
 
 def sum_carry(call: Call, step: Step | None, tokens: int) -> Carry:
     """Of the sums that this rank owns in two-shot."""
-    return NO_CARRY if step is None else step.sum(TWO_SHOT, share(tokens, call.ranks))
+    if step is None:
+        return NO_CARRY
+    step.takes_sums_of([TWO_SHOT])
+    return step.sum(TWO_SHOT, share(tokens, call.ranks))
 
 
 def node_carries(call: Call, step: Step | None, tokens: int) -> Carries:
@@ -35,6 +61,7 @@ def node_carries(call: Call, step: Step | None, tokens: int) -> Carries:
     if step is None:
         return Carries()
     rows = shares(tokens, call.policy.nodes)
+    step.takes_sums_of(rows)
     return Carries(step.carry, **{name: step.sum(name, count) for name, count in rows.items()})
 
 
