@@ -210,6 +210,9 @@ def test_headline_without_a_ratio(tmp_path):
 def test_headline_without_the_paper_or_anything(tmp_path):
     alone = sample.keep_codecs(_texts_only(), {"rotated-hybrid"})
     assert "is the best; static-hybrid was not measured" in _page(tmp_path, alone).text
+    carried = json.dumps(sample.keep_codecs(_texts_only(), {"rotated-hybrid", "static-hybrid"}))
+    carried = json.loads(carried.replace('"static-hybrid"', '"static-hybrid@feedback"'))
+    assert "is the best; static-hybrid was not measured" in _page(tmp_path, carried).text
     nothing = _page(tmp_path, sample.keep_codecs(_texts_only(), {"bf16"})).text
     assert "No codec at no more than 4.2 bits a value was measured" in nothing
 

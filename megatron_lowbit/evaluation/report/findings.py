@@ -78,10 +78,15 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
             ]
             if within:
                 variant, best = min(within, key=lambda pair: _kl(pair[1]))
-                papers = [result for one, result in within if family_of(one.name) == PAPER]
+                papers = [result for one, result in within if _is_papers(one.name)]
                 paper = min(papers, key=_kl, default=None)
                 found.append(Comparison(text, variant, best, paper))
     return found
+
+
+def _is_papers(name: str) -> bool:
+    """With error feedback it is the paper's method no more."""
+    return family_of(name) == PAPER and "@feedback" not in name
 
 
 def _kl(result: TextResult) -> float:
