@@ -155,6 +155,8 @@ def _check_a_tuning_file_that_serves_auto(path: Path) -> None:
     assert reduced in ("native", "one-shot", "two-shot")
     assert scattered in ("native reduce-scatter", "reduce-scatter")
     times = json.loads(path.read_text())["times"]
+    # Short messages are summed by native several times in a round.
+    times = [entry for entry in times if not entry["collective"][-1].isdigit()]
     names = {(entry["codec"], entry["carries"], entry["collective"]) for entry in times}
     # The peers' formats carry nothing by default, ours do.
     codecs = [("int4-g32 (4 bits)", False), (OURS, False), (OURS, True)]

@@ -1,7 +1,9 @@
 """The policy: modes, tuning files, times taken at load, nodes, and all ranks decide alike."""
 
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
 from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
-from megatron_lowbit.comm.policy.making import make_policy
+from megatron_lowbit.comm.policy.making import _stand_ins, make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
 from megatron_lowbit.comm.policy.tuning import (
@@ -107,10 +109,14 @@ def test_times_taken_at_load(rank):
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(1)), "the times drew random numbers"
     first = policy.times.timings
-    natives = [Case("", False, "native"), Case("", False, "native reduce-scatter")]
+    natives = [
+        Case("", False, f"{name}{number}")
+        for name in ("native", "native reduce-scatter")
+        for number in ("", " 2")  # as often in a round as a collective in low bits
+    ]
     ways = ("one-shot", "reduce-scatter", "two-shot")
     low = [Case(str(codec), True, by) for codec in codecs for by in ways]
-    assert sorted(first.times) == [*natives, *low]
+    assert sorted(first.times) == sorted([*natives, *low])
     # A token of 64 features, then four times as many.
     assert first.sizes() == [128 << 2 * n for n in range(5)][: len(first.sizes())]
     rounds = [each for points in first.times.values() for each in points.values()]
@@ -125,6 +131,21 @@ def test_times_taken_at_load(rank):
     policy.retune()
     assert policy.times.timings != first
     require_equal("all of it", [first, decided, text, policy.times.timings])
+
+
+def test_three_kinds_stand_for_all_at_load():
+    """Each for those of fewer bits, too, so that a pass is never timed as shorter than it is."""
+    counts = {2: 4, 3: 8, 4: 8, 5: 4, 6: 4}
+    kinds = [
+        Kind(codec, codec.tables(64), count)
+        for codec, count in ((get_codec("rotated-hybrid", bits=b), n) for b, n in counts.items())
+    ]
+    given = random.Random(0).sample(kinds, 5)
+    assert [(one.codec.bits, one.count) for one in _stand_ins(given)] == [(3, 12), (4, 8), (6, 8)]
+    assert _stand_ins(kinds[:3]) == kinds[:3]
+    mostly_two = [replace(kinds[0], count=90), *kinds[1:]]
+    found = [(one.codec.bits, one.count) for one in _stand_ins(mostly_two)]
+    assert found == [(2, 90), (3, 8), (6, 16)]
 
 
 @on_each_rank(2)

@@ -1,6 +1,7 @@
 """How rounds are shared out among message sizes. The times themselves are given."""
 
 import itertools
+import time
 from unittest.mock import patch
 
 import pytest
@@ -11,11 +12,12 @@ from ranks import on_each_rank
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.policy import rounds
-from megatron_lowbit.comm.policy.timings import NATIVE, Case, Kind, Timings
+from megatron_lowbit.comm.policy.timings import NATIVE, Case, Kind, Timings, natives
 
 HIDDEN = 64
 ROW = 2 * HIDDEN  # bytes
 SURE, OPEN = 1, 4  # tokens of messages where low bits always win, and by turns
+CPU = torch.device("cpu")
 KINDS = [Kind(get_codec(), get_codec().tables(HIDDEN))]
 CASES = (Case("", False, NATIVE), KINDS[0].case("one-shot"))
 
@@ -37,7 +39,7 @@ class GivenTimes:
 
 
 def make_calls():
-    by_turns = itertools.cycle((0.5, 1.5))
+    by_turns = itertools.cycle((0.5, 0.91, 1.6))
 
     def native(x):
         GivenTimes.taken = 1.0
@@ -49,8 +51,7 @@ def make_calls():
 
 
 def measure(seconds: float) -> Timings:
-    place = rounds.Place(dist.group.WORLD, {}, torch.device("cpu"))
-    family = rounds.Family(make_calls, KINDS, place)
+    family = rounds.Family(make_calls, KINDS, rounds.Place(dist.group.WORLD, {}, CPU))
     with patch.object(rounds, "Clock", GivenTimes):
         family.measure([SURE, OPEN], seconds, 80, all_sizes=False)
     require_equal("times", sorted(family.timings.times.items()))
@@ -71,6 +72,20 @@ def test_without_time_the_shortest_message_is_timed(rank):
     timings = measure(0.0)
     assert timings.sizes() == [ROW * SURE]
     assert len(timings.ratios(KINDS, "one-shot", ROW * SURE)) == 3
+
+
+@on_each_rank(2)
+def test_native_is_called_once_where_calls_are_long(rank):
+    first, second = natives(NATIVE, 2)
+    calls = dict.fromkeys(
+        [first, second, *CASES[1:]], lambda x: time.sleep(0.005 * (len(x) > SURE))
+    )
+    family = rounds.Family(lambda: calls, KINDS, rounds.Place(dist.group.WORLD, {}, CPU))
+    with patch.object(rounds, "_LONG", 0.005):
+        family.measure([SURE, OPEN, 4 * OPEN], 1.0, 8, all_sizes=True)
+    found = family.timings
+    assert found.sizes() == [ROW * tokens for tokens in (SURE, OPEN, 4 * OPEN)]
+    assert list(found.times[second]) == [ROW * SURE]
 
 
 @pytest.mark.parametrize(("device", "computes"), [("cpu", True), ("meta", False)])

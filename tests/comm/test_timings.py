@@ -6,17 +6,8 @@ import random
 import pytest
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm.policy.timings import (
-    MARGIN,
-    ByTimes,
-    Case,
-    Kind,
-    Timings,
-    interpolate,
-    lower_end,
-    upper_end,
-    worst_at,
-)
+from megatron_lowbit.comm.policy.bounds import Bound, _outside, interpolate, interval, worst_at
+from megatron_lowbit.comm.policy.timings import MARGIN, ByTimes, Case, Kind, Timings, natives
 
 KB = 1 << 10
 NATIVE = Case("", False, "native")
@@ -34,22 +25,29 @@ def by_times(native, low, kinds=None, names=("one-shot", "two-shot")) -> ByTimes
     return ByTimes(Timings(times), kinds, names, source="a test")
 
 
-@pytest.mark.parametrize(("count", "place"), [(1, 1), (8, 8), (9, 9), (12, 12), (15, 14), (24, 20)])
-def test_upper_end_of_the_median(count, place):
-    values = list(range(1, count + 1))
-    random.Random(0).shuffle(values)
-    assert upper_end(values) == place
+# One-sided 0.0025 of Wilcoxon's signed-rank test, as tables have it; above 64 approximated.
+@pytest.mark.parametrize(("rounds", "outside"), [(8, 0), (9, 0), (10, 1), (12, 5), (20, 32)])
+def test_how_many_means_of_pairs_are_outside(rounds, outside):
+    assert _outside(rounds) == outside
 
 
-def test_lower_end_is_the_upper_end_from_below():
-    assert lower_end(list(range(1, 25))) == 5
-    assert lower_end([3.0, 1.0, 2.0]) == 1.0
+def test_where_chances_are_approximated_the_interval_is_a_little_wider():
+    exact = {100: 1714, 200: 7757, 400: 33616}
+    assert all(0 <= exact[n] - _outside(n) <= 0.004 * exact[n] for n in exact)
 
 
-def test_the_interval_holds_the_median_as_often_as_it_says():
+def test_the_interval_is_of_means_of_pairs():
+    values = [1.0, 4.0, 9.0, 16.0] * 3  # 78 pairs, of which 5 are outside at each end
+    pairs = sorted(math.sqrt(a * b) for n, a in enumerate(values) for b in values[n:])
+    assert interval(values) == (pairs[5], pairs[-6])
+    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_the_interval_holds_what_it_is_drawn_around_as_often_as_it_says():
     draw = random.Random(1)
-    below = sum(upper_end([draw.random() for _ in range(10)]) < 0.5 for _ in range(20_000))
-    assert 0.0002 < below / 20_000 < 0.0025  # 0.00098 by the binomial distribution
+    ends = [interval([math.exp(draw.gauss(0, 1)) for _ in range(10)]) for _ in range(20_000)]
+    for outside in (sum(upper < 1 for _, upper in ends), sum(lower > 1 for lower, _ in ends)):
+        assert 0.001 < outside / 20_000 < 0.003  # 0.00195: 2 of 2**10
 
 
 def test_an_advantage_within_the_scatter_is_none():
@@ -105,25 +103,41 @@ def test_a_kind_that_was_not_timed_is_never_settled():
     assert not timings.settled([kind(2)], ["one-shot"], 8)
 
 
+def bounds(*given: tuple[int, float]) -> list[Bound]:
+    """Native takes 1 ms and 1 ms more for each KB, and low bits the worst of that."""
+    natives_ms = [1.0 + kb for kb, _ in given]
+    return [
+        Bound(kb * KB, worst, worst * ms, ms)
+        for (kb, worst), ms in zip(given, natives_ms, strict=True)
+    ]
+
+
 def test_between_two_sizes_the_worse_counts():
-    bounds = [(8 * KB, 0.5), (32 * KB, 0.95), (128 * KB, 0.3)]
-    worst = [worst_at(bounds, size * KB) for size in (8, 9, 32, 64, 128)]
+    given = bounds((8, 0.5), (32, 0.95), (128, 0.3))
+    worst = [worst_at(given, size * KB) for size in (8, 9, 32, 64, 128)]
     assert worst == [0.5, 0.95, 0.95, 0.95, 0.3]
 
 
 def test_beyond_the_sizes_what_gets_worse_goes_on():
-    rising = [(8 * KB, 0.4), (32 * KB, 0.6)]  # 0.1 a doubling
-    assert worst_at(rising, 64 * KB) == pytest.approx(0.7)
-    assert worst_at(rising, 65 * KB) == pytest.approx(0.8)  # a part of a doubling is a whole one
+    """Low bits take 0.675 of native's time for each byte more, however long the message is."""
+    rising = bounds((7, 0.4), (31, 0.6))  # 3.2 of 8 ms, 19.2 of 32
+    assert worst_at(rising, 63 * KB) == pytest.approx((19.2 + 32 * 16 / 24) / 64)
+    assert worst_at(rising, 1 << 40) == pytest.approx(16 / 24)
     assert worst_at(rising, 2 * KB) == 0.4  # towards small sizes it gets better: not counted on
-    falling = [(8 * KB, 0.6), (32 * KB, 0.4)]
+    falling = bounds((8, 0.6), (32, 0.4))
     assert worst_at(falling, 1024 * KB) == 0.4
-    assert worst_at(falling, 4 * KB) == pytest.approx(0.7)
+    assert worst_at(falling, 4 * KB) == pytest.approx(0.7)  # 0.1 a halving
+
+
+def test_a_worst_case_grows_as_the_medians_do():
+    """However it scatters itself: that of the longest size may be below that of the one before."""
+    latency, bandwidth = Bound(8 * KB, 0.9, 0.5, 1.0), Bound(32 * KB, 0.6, 1.0, 1.5)
+    assert worst_at([latency, bandwidth], 104 * KB) == pytest.approx(0.6 * (2.5 / 3.0) / (1 / 1.5))
 
 
 def test_a_single_size_says_nothing_of_others():
-    assert worst_at([(8 * KB, 0.1)], 8 * KB) == 0.1
-    assert worst_at([(8 * KB, 0.1)], 16 * KB) == math.inf
+    assert worst_at(bounds((8, 0.1)), 8 * KB) == 0.1
+    assert worst_at(bounds((8, 0.1)), 16 * KB) == math.inf
     assert worst_at([], 8) == math.inf
 
 
@@ -149,6 +163,19 @@ def test_a_pass_is_decided_as_a_whole():
     assert mostly_slow.decide("native", 8).collective == "native"
     assert both.timings.pass_times([two, six], "one-shot", 8) == (81.0,) * 6
     assert both.timings.pass_ms([two, six], "native", 8) == 120.0
+
+
+def test_as_many_calls_of_native_are_compared_as_a_pass_has_kinds():
+    """A mean of several calls is compared with a mean, a single call with a single one."""
+    kinds = [kind(bits) for bits in (2, 3, 4, 5)]
+    first, second, third, fourth = natives("native", len(kinds))
+    times = {first: {8: (1.0,)}, second: {8: (3.0,)}, third: {8: (8.0,)}, fourth: {8: (4.0,)}}
+    compared = Timings(times | {one.case("one-shot"): {8: (2.0,)} for one in kinds})
+    ratios = [compared.ratios(kinds[:count], "one-shot", 8) for count in (1, 2, 3, 4)]
+    assert ratios == [[2.0], [1.0], [0.5], [0.5]]
+    single = {c: points for c, points in compared.times.items() if c.codec or c == first}
+    assert Timings(single).ratios(kinds, "one-shot", 8) == [2.0], "as older tuning files have it"
+    assert len(natives("native", 9)) == 5
 
 
 def test_carries_have_times_of_their_own():

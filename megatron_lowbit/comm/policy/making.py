@@ -20,6 +20,7 @@ from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
 _ROUNDS = 768  # of a size at the most, for a tuning file, which is there to stay
+_KINDS = 3  # that are timed at load, where more of them would leave too few rounds
 
 
 def make_policy(
@@ -143,7 +144,7 @@ def _candidates(kinds: Sequence[Kind], nodes: Nodes | None) -> list[str]:
 def _measured(kinds: Sequence[Kind], place: Place) -> ByTimes:
     """By times that are taken now."""
     start = time.perf_counter()
-    timed = _sent(kinds) or kinds
+    timed = _stand_ins(_sent(kinds) or kinds)
     timings = time_collectives(timed, place)
     seconds = max(gather_values(time.perf_counter() - start, group=place.group))
     sizes = timings.sizes()
@@ -152,6 +153,20 @@ def _measured(kinds: Sequence[Kind], place: Place) -> ByTimes:
         f"taken in {seconds:.1f} s"
     )
     return ByTimes(timings, timed, _collectives(place), source="times of this group", how=how)
+
+
+def _stand_ins(kinds: Sequence[Kind]) -> list[Kind]:
+    """At most three kinds, each for about a third of a pass: for itself and those of fewer bits."""
+    if len(kinds) <= _KINDS:
+        return list(kinds)
+    total, seen, chosen = sum(kind.count for kind in kinds), 0, list[Kind]()
+    for kind in sorted(
+        kinds, key=lambda kind: (kind.codec.bits, kind.codec.sum_bits, kind.carries)
+    ):
+        seen += kind.count
+        if seen * _KINDS >= (len(chosen) + 1) * total:
+            chosen.append(replace(kind, count=seen - sum(one.count for one in chosen)))
+    return chosen
 
 
 def _by_tuning(tuning: Tuning, kinds: Sequence[Kind], place: Place, nodes: Nodes | None) -> ByTimes:

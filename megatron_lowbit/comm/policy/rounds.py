@@ -37,6 +37,8 @@ LARGEST = 64 << 20
 # The first visits, size after size, get a share of the time.
 _VISITS, _FIRST = 8, 0.6
 _ROUNDS = 3  # of a first visit
+# Seconds of a call in the mean, beyond which a call hardly scatters: a few turns of the scheduler.
+_LONG = 0.01
 _COMPUTING = 0.0005  # seconds, before each call
 
 Call = Callable[[Tensor], object]
@@ -68,8 +70,9 @@ class Family:
     """Cases that are timed together.
 
     Args:
-        make_calls: What is called, by case, native first. Made for each size, so that each has
-            carries of its own.
+        make_calls: What is called, by case, native first; it may be called several times, but is
+            called once where calls are long. Made for each size, so that each has carries of its
+            own.
         kinds: The sync points of a pass.
         place: Where.
     """
@@ -79,15 +82,16 @@ class Family:
         self._kinds, self._hidden, self._place = kinds, kinds[0].tables.hidden, place
         self._sizes: list[_Size] = []
         self._compiling = 0.0  # seconds by which first rounds were longer than the next
+        self._are_long = False  # the calls of this size and longer ones
 
     @property
     def timings(self) -> Timings:
         """What was found so far."""
-        times: dict[Case, dict[int, Rounds]] = {
-            case: {size.bytes: tuple(each[number] for each in size.found) for size in self._sizes}
-            for number, case in enumerate(self._cases)
-        }
-        return Timings(times)
+        times: dict[Case, dict[int, Rounds]] = {case: {} for case in self._cases}
+        for size in self._sizes:
+            for number, case in enumerate(size.cases):
+                times[case][size.bytes] = tuple(each[number] for each in size.found)
+        return Timings({case: points for case, points in times.items() if points})
 
     def measure(self, tokens: list[int], seconds: float, most: int, *, all_sizes: bool) -> None:
         """Take times within `seconds`; if `all_sizes` are wanted, however long they take.
@@ -102,40 +106,59 @@ class Family:
         def left() -> float:
             return seconds + self._compiling - _most(time.perf_counter() - start, self._place)
 
-        for count in tokens:
+        waiting = tokens[::-1]
+        while waiting:
             spare = math.inf if all_sizes else left() - (1 - _FIRST) * seconds
-            if not self._reach(count, spare):
+            if not self._reach(waiting[-1], spare):
                 break
+            waiting.pop()
         for visits in range(_VISITS - 1, 0, -1):
-            if not (unsettled := self._unsettled()):
+            while not (unsettled := self._unsettled()) and waiting:
+                if not self._reach(waiting.pop(), left()):
+                    waiting.clear()
+            if not unsettled:
                 break
             share = left() / (visits * len(unsettled))
             for size in unsettled:
                 rounds = min(max(int(share / size.cost), 1), most // _VISITS)
                 if rounds * size.cost <= left():
-                    size.take(rounds)
+                    size.cost = size.take(rounds)
 
     def _reach(self, tokens: int, seconds: float) -> bool:
         """Visit a size for the first time, unless that is longer than `seconds`."""
-        shorter = self._sizes[-1:]
-        if any((2 + _ROUNDS) * tokens / one.tokens * one.cost > seconds for one in shorter):
+        if self._sizes and (1 + _ROUNDS) * self._expected(tokens) > seconds:
             return False
         size = self._size(tokens)
         first = size.seconds()  # its buffers and pages; kernels that are new at this size
-        size.cost = size.seconds()
-        self._compiling += max(first - size.cost, 0)
-        if shorter and (1 + _ROUNDS) * size.cost > seconds:
+        is_longer = not self._are_long and first > _LONG * len(size.cases)
+        if is_longer:
+            self._are_long = True
+            size.call_native_once()
+        size.cost = size.take(1)
+        self._compiling += 0 if is_longer else max(first - size.cost, 0)
+        if self._sizes and _ROUNDS * size.cost > seconds:
             return False
         self._sizes.append(size)
-        size.take(_ROUNDS)
+        size.cost = size.take(_ROUNDS - 1)
         return True
 
+    def _expected(self, tokens: int) -> float:
+        """Seconds of a round at the next size, by what each token more took last."""
+        inner, last = self._sizes[-2:][0], self._sizes[-1]
+        if last is inner:
+            return last.cost * tokens / last.tokens
+        a_token = max(last.cost - inner.cost, 0.0) / (last.tokens - inner.tokens)
+        return last.cost + a_token * (tokens - last.tokens)
+
     def _size(self, tokens: int) -> "_Size":
-        return _Size(tokens, self._hidden, list(self._make_calls().values()), self._place)
+        size = _Size(tokens, self._hidden, self._make_calls(), self._place)
+        if self._are_long:
+            size.call_native_once()
+        return size
 
     def _unsettled(self) -> list["_Size"]:
         """The sizes where more rounds could change something; alike on all ranks."""
-        collectives = list(dict.fromkeys(case.collective for case in self._cases[1:]))
+        collectives = list(dict.fromkeys(case.collective for case in self._cases if case.codec))
         found, kinds = self.timings, self._kinds
         return [size for size in self._sizes if not found.settled(kinds, collectives, size.bytes)]
 
@@ -144,14 +167,21 @@ class _Size:
     """One message size: its calls, and the rounds that were taken of them.
 
     Attributes:
+        cases: What is called, in turn.
         cost: Seconds of a round, on the slowest rank.
         found: Milliseconds of a call of each case, means over ranks, by round.
     """
 
-    def __init__(self, tokens: int, hidden: int, calls: list[Call], place: Place):
+    def __init__(self, tokens: int, hidden: int, calls: Calls, place: Place):
         self.tokens, self.bytes = tokens, BF16_BYTES * hidden * tokens
-        self.cost, self.found = 0.0, list[list[float]]()
-        self._hidden, self._calls, self._place = hidden, calls, place
+        self.cost, self.found, self.cases = 0.0, list[list[float]](), list(calls)
+        self._hidden, self._calls, self._place = hidden, list(calls.values()), place
+
+    def call_native_once(self) -> None:
+        """Its first case, and those in low bits."""
+        kept = [n for n, case in enumerate(self.cases) if case.codec or n == 0]
+        self.cases = [self.cases[n] for n in kept]
+        self._calls = [self._calls[n] for n in kept]
 
     def seconds(self) -> float:
         """Of a round, on the slowest rank."""
@@ -159,14 +189,15 @@ class _Size:
         self._round(mine)
         return _most(time.perf_counter() - start, self._place)
 
-    def take(self, count: int) -> None:
-        """So many rounds."""
-        mine = self._partial()
+    def take(self, count: int) -> float:
+        """So many rounds; gives the seconds of one, on the slowest rank."""
+        mine, start = self._partial(), time.perf_counter()
         rounds = [self._round(mine, backwards=n % 2 == 1) for n in range(count)]
         over_ranks = gather_values(rounds, group=self._place.group)
         for of_ranks in zip(*over_ranks, strict=True):
             means = [1000 * sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
             self.found.append(means)
+        return _most((time.perf_counter() - start) / count, self._place)
 
     def _round(self, mine: Tensor, *, backwards: bool = False) -> list[float]:
         """Seconds of each call on this rank. Before each the partial is put back, as just made."""

@@ -4,22 +4,18 @@ Times are taken in *rounds* (`comm.policy.rounds`): a round calls native and eve
 one after the other, so what slows the machine for a while slows all of a round. A pass of a model
 sums its sync points by one collective, whatever bits each of them has; so what is compared is a
 pass: in each round the low-bit times, each as often as the model has such sync points, over as many
-of native's.
+of native's (the mean of its calls in the round, see `natives`).
 
 Low bits are taken only where they surely save at least `MARGIN` of native's time: where the upper
-end of the interval that holds the median of these ratios with 99.5 % is at most 1 - MARGIN. A dozen
-decisions are made, by size and collective, and none is to be chance. (With 95 %, on 2 cores with 30
-other processes, 2 of 10 decisions for low bits were slower than native.) No shape of the scatter is
-assumed: the interval is that of order statistics. Of fewer than nine rounds the worst counts. An
-interval of the unpaired times, the ratio of the two medians, was wider wherever it mattered.
-
-Between two timed sizes the worse of both counts. Outside of them, what gets worse towards the end
-goes on getting worse, and what gets better does not. A size that is alone says nothing of others.
+end of the 99.5 % interval of these ratios is at most 1 - MARGIN. A dozen decisions are made, by
+size and collective, and none is to be chance. (With 95 %, on 2 cores with 30 other processes, 2 of
+10 decisions for low bits were slower than native.) `comm.policy.bounds` has the interval, and what
+counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
+wherever it mattered.
 
 All ranks have the same times and only add, multiply and compare them, so all choose alike.
 """
 
-import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -28,14 +24,20 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_lowbit.codecs import Codec, Tables
+from megatron_lowbit.comm.policy.bounds import (
+    ENOUGH,
+    Bound,
+    interpolate,
+    interval,
+    worst_at,
+)
 from megatron_lowbit.comm.traffic import Decision
 
 BF16_BYTES = 2
 # What low bits must save of native's time: they cost accuracy, and another day scatters otherwise.
 MARGIN = 0.1
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
-_OUTSIDE = 0.0025  # of the 99.5 % interval, at each end
-_ENOUGH = 9  # rounds: fewer do not hold the interval, since 2**-8 is more than that
+_NATIVES = 5  # calls of native in a round, at the most
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,16 @@ class Case(NamedTuple):
 
 
 Rounds = tuple[float, ...]
-Bounds = list[tuple[int, float]]
+
+
+def natives(native: str, kinds: int) -> list[Case]:
+    """Under what a round keeps its calls of native: one for each kind, but no more than five.
+
+    Of low bits a round has a call of each kind. Short calls have a long tail, so that their median
+    is below their mean: one call of native beside five in low bits would look faster than it is.
+    """
+    names = (native, *(f"{native} {number}" for number in range(2, min(kinds, _NATIVES) + 1)))
+    return [Case("", False, name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,9 @@ class Timings:
         """Milliseconds of a whole pass, by round; empty if a kind was not timed."""
         if collective in (NATIVE, NATIVE_SCATTER):
             count = sum(kind.count for kind in kinds)
-            own = self.times.get(Case("", False, collective), {}).get(size, ())
-            return tuple(count * ms for ms in own)
+            cases = natives(collective, len(kinds))
+            own = [self.times[case][size] for case in cases if size in self.times.get(case, {})]
+            return tuple(count * sum(each) / len(each) for each in zip(*own, strict=True))
         by_kind = [self.times.get(kind.case(collective), {}).get(size, ()) for kind in kinds]
         if not all(by_kind):
             return ()
@@ -122,21 +134,23 @@ class Timings:
         rival = self.pass_times(kinds, native_of(collective), size)
         return [a / b for a, b in zip(low, rival, strict=True)] if low else []
 
-    def bounds(self, kinds: Sequence[Kind], collective: str) -> Bounds:
+    def bounds(self, kinds: Sequence[Kind], collective: str) -> list[Bound]:
         """By size, ascending: what a pass takes at the worst, of native's time."""
-        by_size = (
-            (size, self.ratios(kinds, collective, size))
-            for size in self.sizes(native_of(collective))
-        )
-        return [(size, upper_end(ratios)) for size, ratios in by_size if ratios]
+        found, native = [], native_of(collective)
+        for size in self.sizes(native):
+            if ratios := self.ratios(kinds, collective, size):
+                by = (self.pass_times(kinds, name, size) for name in (collective, native))
+                found.append(Bound(size, interval(ratios)[1], *map(statistics.median, by)))
+        return found
 
     def settled(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> bool:
         """Whether one collective is surely fast enough at a size, or none surely is."""
         by_collective = [self.ratios(kinds, name, size) for name in collectives]
-        if any(len(ratios) < _ENOUGH for ratios in by_collective):
+        if any(len(ratios) < ENOUGH for ratios in by_collective):
             return False
-        one_is = any(upper_end(ratios) <= 1 - MARGIN for ratios in by_collective)
-        return one_is or all(lower_end(ratios) > 1 - MARGIN for ratios in by_collective)
+        ends = [interval(ratios) for ratios in by_collective]
+        one_is = any(upper <= 1 - MARGIN for _, upper in ends)
+        return one_is or all(lower > 1 - MARGIN for lower, _ in ends)
 
 
 class ByTimes:
@@ -171,79 +185,13 @@ class ByTimes:
         return Decision(best, f"{why} by {self.source}")
 
     @cached_property
-    def _bounds(self) -> dict[str, Bounds]:
+    def _bounds(self) -> dict[str, list[Bound]]:
         return {name: self.timings.bounds(self.kinds, name) for name in self.candidates}
 
 
 def native_of(collective: str) -> str:
     """What a collective is measured against."""
     return NATIVE_SCATTER if "reduce-scatter" in collective else NATIVE
-
-
-def upper_end(values: Sequence[float]) -> float:
-    """The upper end of the 99.5 % interval of the median that these were drawn around.
-
-    The largest of fewer than nine, which cannot hold it so surely.
-    """
-    ordered, count = sorted(values), len(values)
-    above = 0
-    # At place k (from 0): the chance that k + 1 or more of all are below the median.
-    for k in range(count - 1, -1, -1):
-        above += math.comb(count, k + 1)
-        if above > _OUTSIDE * 2**count:
-            return ordered[min(k + 1, count - 1)]
-    return ordered[0]
-
-
-def lower_end(values: Sequence[float]) -> float:
-    """The lower end of the same interval; the smallest of fewer than nine."""
-    return -upper_end([-value for value in values])
-
-
-def worst_at(bounds: Bounds, size: int) -> float:
-    """What is to be feared at any size, from the `bounds` of those that were timed."""
-    sizes = [at for at, _ in bounds]
-    place = bisect.bisect_left(sizes, size)
-    if place < len(sizes) and sizes[place] == size:
-        return bounds[place][1]
-    if len(bounds) < 2:
-        return math.inf
-    if place == 0:
-        return _beyond(bounds[1], bounds[0], size)
-    if place == len(bounds):
-        return _beyond(bounds[-2], bounds[-1], size)
-    return max(bounds[place - 1][1], bounds[place][1])
-
-
-def _beyond(inner: tuple[int, float], last: tuple[int, float], size: int) -> float:
-    """Outside of the timed sizes: in steps of doublings, rounded up."""
-    a_step = (last[1] - inner[1]) / _doublings(inner[0], last[0], up=False)
-    return last[1] + max(a_step, 0.0) * _doublings(last[0], size, up=True)
-
-
-def _doublings(a: int, b: int, *, up: bool) -> int:
-    """How many lie between two sizes: whole ones (all computers agree on them), at least 1."""
-    small, large = min(a, b), max(a, b)
-    if up:
-        return max((-(-large // small) - 1).bit_length(), 1)
-    return max((large // small).bit_length() - 1, 1)
-
-
-def interpolate(points: Sequence[tuple[int, float]], size: int) -> float:
-    """The time at `size`, from ``(size, time)`` in ascending order.
-
-    Between two sizes on logarithmic scales; below the smallest it is the smallest's, and above the
-    largest it grows with the size.
-    """
-    sizes = [point[0] for point in points]
-    if size <= sizes[0]:
-        return points[0][1]
-    if size >= sizes[-1]:
-        return points[-1][1] * size / sizes[-1]
-    above = bisect.bisect_left(sizes, size)
-    (x0, y0), (x1, y1) = points[above - 1], points[above]
-    share = math.log(size / x0) / math.log(x1 / x0)
-    return math.exp(math.log(y0) + share * math.log(y1 / y0))
 
 
 def size_text(count: int) -> str:

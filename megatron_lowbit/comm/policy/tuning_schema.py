@@ -18,7 +18,7 @@ def _pair(value: Any) -> Any:
 
 
 Rounds = Annotated[
-    tuple[Milliseconds, ...], BeforeValidator(_pair), Field(min_length=1, max_length=10_000)
+    tuple[Milliseconds, ...], BeforeValidator(_pair), Field(min_length=1, max_length=1000)
 ]
 
 
