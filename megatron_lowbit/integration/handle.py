@@ -148,7 +148,8 @@ class Handle:
 
         Returns:
             ``sync_points``; ``bytes`` of this rank's carries; ``dropped``: carries that were lost
-            as shapes changed; ``bounded``: rows whose carry was scaled down (`codecs.carry`).
+            as shapes or collectives changed; ``bounded``: rows whose carry was scaled down
+            (`codecs.carry`).
         """
         chains = {id(link.chain): link.chain for link in self._links if link}.values()
         return {

@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
 from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
+from megatron_lowbit.comm.policy import rounds
 from megatron_lowbit.comm.policy.making import _stand_ins, make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
@@ -104,7 +106,8 @@ def test_times_taken_at_load(rank):
     """What they leave alone, and what they decide: alike on all ranks, also after retuning."""
     codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, 4)]
     torch.manual_seed(7)
-    policy = _policy([Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs])
+    with patch.object(rounds, "_LONG", 60.0):  # however busy this machine is
+        policy = _policy([Kind(codec, codec.tables(64), count=3, carries=True) for codec in codecs])
     drawn = torch.rand(1)
     torch.manual_seed(7)
     assert torch.equal(drawn, torch.rand(1)), "the times drew random numbers"
@@ -119,15 +122,15 @@ def test_times_taken_at_load(rank):
     assert sorted(first.times) == sorted([*natives, *low])
     # A token of 64 features, then four times as many.
     assert first.sizes() == [128 << 2 * n for n in range(5)][: len(first.sizes())]
-    rounds = [each for points in first.times.values() for each in points.values()]
-    assert {len(each) for each in rounds} <= set(range(3, 49))
-    assert min(ms for each in rounds for ms in each) > 0
+    taken = [each for points in first.times.values() for each in points.values()]
+    assert {len(each) for each in taken} <= set(range(3, 49))
+    assert min(ms for each in taken for ms in each) > 0
     decided = [policy.all_reduce(1 << n) for n in range(6, 20)]
     assert decided == [policy.all_reduce(1 << n) for n in range(6, 20)]
     assert all(one.why.endswith("by times of this group") for one in decided)
     text = policy.spans()
-    taken = r"by times of this group, 128 B to \d+ K?B, taken in \d+\.\d s: \w+"
-    assert re.match(taken, text) and "; scatters: " in text
+    said = r"by times of this group, 128 B to \d+ K?B, taken in \d+\.\d s: \w+"
+    assert re.match(said, text) and "; scatters: " in text
     policy.retune()
     assert policy.times.timings != first
     require_equal("all of it", [first, decided, text, policy.times.timings])
@@ -146,6 +149,20 @@ def test_three_kinds_stand_for_all_at_load():
     mostly_two = [replace(kinds[0], count=90), *kinds[1:]]
     found = [(one.codec.bits, one.count) for one in _stand_ins(mostly_two)]
     assert found == [(2, 90), (3, 8), (6, 16)]
+
+
+def test_nothing_stands_for_what_may_take_longer():
+    codecs = [get_codec("rotated-hybrid", bits=bits) for bits in (2, (3, 6), 4)]
+    codecs.append(get_codec("int4-g32"))
+    kinds = [Kind(codec, codec.tables(64)) for codec in codecs]
+    kinds += [Kind(codecs[2], codecs[2].tables(64), 40, carries=True)]
+    found = [(str(one.codec), one.carries, one.count) for one in _stand_ins(kinds)]
+    name = "rotated-hybrid"
+    assert found == [
+        ("int4-g32 (4 bits)", False, 1),
+        (f"{name} (3+6 bits)", False, 2),  # and (2 bits)
+        (f"{name} (4 bits)", True, 41),  # with carries for without
+    ]
 
 
 @on_each_rank(2)

@@ -141,6 +141,10 @@ def test_a_single_size_says_nothing_of_others():
     assert worst_at([], 8) == math.inf
 
 
+def test_an_empty_message_is_as_the_shortest():
+    assert worst_at(bounds((8, 0.4), (32, 0.3)), 0) == worst_at(bounds((8, 0.4), (32, 0.3)), 1)
+
+
 def test_the_surest_of_several_is_taken():
     native, sizes = (10.0,) * 6, (8 * KB, 32 * KB)
     low = {

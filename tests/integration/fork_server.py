@@ -74,8 +74,8 @@ def variables(request: dict, rank: int, port: int) -> dict[str, str]:
     }
 
 
-def fork_rank(request: dict, rank: int, ports: int, out: Path, err: Path) -> int:
-    """Fork a rank, which reads the store's port from `ports`; gives its process number."""
+def fork_rank(request: dict, rank: int, pipe: tuple[int, int], out: Path, err: Path) -> int:
+    """Fork a rank, which reads the store's port from `pipe`; gives its process number."""
     process = os.fork()
     if process:
         return process
@@ -85,7 +85,9 @@ def fork_rank(request: dict, rank: int, ports: int, out: Path, err: Path) -> int
         for descriptor, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
         faulthandler.enable()  # for the SIGABRT of one that takes too long
-        port = int(os.read(ports, PORT)) if request["ranks"] else 0
+        os.close(pipe[1])  # so that it ends if this process does
+        port = int(os.read(pipe[0], PORT)) if request["ranks"] else 0
+        os.close(pipe[0])
         os.environ.clear()
         os.environ.update(variables(request, rank, port))
         cli.RANK = int(os.environ.get("RANK", "0"))
@@ -122,14 +124,15 @@ def answer(request: dict) -> dict:
     """Run all ranks of a command line."""
     ranks, directory = range(request["ranks"] or 1), Path(request["directory"])
     outs, errs = ([directory / f"{kind}{rank}" for rank in ranks] for kind in ("out", "err"))
-    ports, to_ranks = os.pipe()
-    processes = [fork_rank(request, r, ports, outs[r], errs[r]) for r in ranks]
-    # Later than the forks: its thread looks up who connects, and a rank forked meanwhile would wait
-    # for ever in a lookup of its own, whose lock nobody there lets go.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    os.write(to_ranks, f"{store.port:{PORT}}".encode() * len(ranks))
-    os.close(ports)
-    os.close(to_ranks)
+    pipe = os.pipe()
+    processes = [fork_rank(request, r, pipe, outs[r], errs[r]) for r in ranks]
+    if request["ranks"]:
+        # Later than the forks: its thread looks up who connects, and a rank forked meanwhile would
+        # wait for ever in a lookup of its own, whose lock nobody there lets go.
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(pipe[1], f"{store.port:{PORT}}".encode() * len(ranks))
+    for end in pipe:
+        os.close(end)
     deadline, status = time.monotonic() + request["timeout"], [None] * len(processes)
     waiting_for = request["interrupt"]
     while None in status:

@@ -21,7 +21,7 @@ no sum, two-shot's goes into the owner's partial. Between hierarchical and any o
 carries of sums are dropped, and counted.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -189,7 +189,7 @@ class Step:
         """Of the sums that this rank owns: ``[rows, hidden]``, under the collective's `name`."""
         return self._of(self._chain.sums(name), rows)
 
-    def takes_sums_of(self, names: Iterable[str]) -> None:
+    def takes_sums_of(self, names: Container[str]) -> None:
         """It goes on with sums of these names: others that the place before gave are counted."""
         for name, carries in self._chain._sums.items():
             if name not in names and carries.gave_in(self._place - 1, self.key.number):

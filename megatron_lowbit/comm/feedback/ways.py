@@ -96,4 +96,6 @@ def skip(call: Call, step: Step, x: Tensor, out: Tensor, *, first: int = 0) -> N
     call.codec.decode_sum(payload[None, first : first + len(rows)], call.tables, out=rows)
     nodes = call.policy.nodes
     owed = {} if nodes is None else shares(len(partial), nodes)
-    step.pass_on({TWO_SHOT: share(len(partial), call.ranks), **owed})
+    sums = {TWO_SHOT: share(len(partial), call.ranks), **owed}
+    step.takes_sums_of(sums)
+    step.pass_on(sums)

@@ -1,7 +1,7 @@
 """What is surely true of times that scatter, and of sizes between those that were timed.
 
-An interval of ratios is Wilcoxon's. It assumes that a ratio is as often so many times above what it
-was drawn around as below. A stall of a second is one round of many, whatever it took. Of fewer than
+An interval of ratios is Wilcoxon's. It assumes that their logarithms scatter alike to both sides. A
+stall of a second is one round of many, whatever it took. Of fewer than
 nine rounds the worst counts. The interval of the median assumes nothing, and needs more rounds than
 there is time for at load. (3 ranks on 2 cores of an EPYC, loopback, 1 to 64 tokens of 576 features,
 0.6 s each: one-shot, which takes half of native's time, was sure in 27 to 69 of 100 tries by the
@@ -9,7 +9,7 @@ median, and in 73 to 83 by Wilcoxon's.)
 
 Between two timed sizes the worse of both counts. Outside of them, what gets worse towards the end
 goes on getting worse, and what gets better does not. Longer messages take what each byte more took
-last, so that a codec that is slower than the link is seen before it loses. (4 ranks on 2 cores of
+last, so that a codec that is slower than the link is seen. (4 ranks on 2 cores of
 an EPYC, loopback, one-shot of native: 0.5 at 128 KB, 0.65 at 512 KB, 1.3 at 2 MB, 2.2 at 8 MB.) A
 size that is alone says nothing of others.
 """
@@ -51,14 +51,16 @@ Bounds = Sequence[Bound]
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The 99.5 % interval of what ratios were drawn around: both ends.
 
-    Wilcoxon's: of the geometric means of all pairs, and each with itself, so many are left out at
-    each end. The smallest and the largest of fewer than nine, which cannot hold it so surely.
+    Wilcoxon's: the geometric means of all pairs (each value with itself, too) in order, without the
+    `_outside` outermost at each end. Of fewer than nine values, which cannot hold it so surely, the
+    smallest and the largest.
     """
-    first, second = torch.triu_indices(len(values), len(values))
-    given = torch.tensor(values, dtype=torch.float64)
-    squares = (given[first] * given[second]).sort().values
-    outside = _outside(len(values))
-    return math.sqrt(squares[outside]), math.sqrt(squares[-1 - outside])
+    given = torch.tensor(values, dtype=torch.float64, device="cpu")
+    first, second = torch.triu_indices(len(given), len(given), device="cpu")
+    squares, outside = given[first] * given[second], _outside(len(given))
+    ends = (squares.kthvalue(place).values for place in (1 + outside, len(squares) - outside))
+    lower, upper = map(math.sqrt, ends)
+    return lower, upper
 
 
 @cache
@@ -78,6 +80,7 @@ def _outside(count: int) -> int:
 
 def worst_at(bounds: Bounds, size: int) -> float:
     """What is to be feared at any size, from the `bounds` of those that were timed."""
+    size = max(size, 1)  # an empty message
     sizes = [bound.size for bound in bounds]
     place = bisect.bisect_left(sizes, size)
     if place < len(sizes) and sizes[place] == size:

@@ -20,7 +20,7 @@ from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
 _ROUNDS = 768  # of a size at the most, for a tuning file, which is there to stay
-_KINDS = 3  # that are timed at load, where more of them would leave too few rounds
+_KINDS = 3  # that are timed at load, about: more of them would leave too few rounds
 
 
 def make_policy(
@@ -156,17 +156,30 @@ def _measured(kinds: Sequence[Kind], place: Place) -> ByTimes:
 
 
 def _stand_ins(kinds: Sequence[Kind]) -> list[Kind]:
-    """At most three kinds, each for about a third of a pass: for itself and those of fewer bits."""
+    """Few kinds for all, each for itself and for those that take no longer: about three.
+
+    One that has most of a pass stands for itself, and so does what none of the others stands for.
+    """
     if len(kinds) <= _KINDS:
         return list(kinds)
+    ordered = sorted(kinds, key=lambda kind: (kind.codec.name, kind.carries, *_bits(kind)))
     total, seen, chosen = sum(kind.count for kind in kinds), 0, list[Kind]()
-    for kind in sorted(
-        kinds, key=lambda kind: (kind.codec.bits, kind.codec.sum_bits, kind.carries)
-    ):
+    for number, kind in enumerate(ordered, 1):
         seen += kind.count
-        if seen * _KINDS >= (len(chosen) + 1) * total:
+        is_third = seen * _KINDS >= (len(chosen) + 1) * total
+        if is_third or not any(_takes_as_long(one, kind) for one in ordered[number : number + 1]):
             chosen.append(replace(kind, count=seen - sum(one.count for one in chosen)))
     return chosen
+
+
+def _takes_as_long(kind: Kind, other: Kind) -> bool:
+    """As another one, or longer."""
+    is_same = kind.codec.name == other.codec.name and kind.carries >= other.carries
+    return is_same and all(a >= b for a, b in zip(_bits(kind), _bits(other), strict=True))
+
+
+def _bits(kind: Kind) -> tuple[int, int]:
+    return kind.codec.bits, kind.codec.sum_bits
 
 
 def _by_tuning(tuning: Tuning, kinds: Sequence[Kind], place: Place, nodes: Nodes | None) -> ByTimes:

@@ -7,7 +7,7 @@ rounds would change nothing (`Timings.settled`), and the others have what is lef
 
 Short messages need many rounds. Over Gloo on two cores of a Xeon, 4 ranks, 128 KB, native took 2 to
 10 ms and one-shot 2 to 5: it saves a third, which 24 rounds saw in 7 of 100 tries, and 96 in 38 to
-66 of them.
+66 of them (by the interval of the median, which needs twice as many as the one that is used now).
 
 On a CPU a rank computes before each call, as it does between two sums of a model. Calls without a
 pause let ranks fall into step and stay there: native then took 2.2 ms in some runs and 4.7 in
@@ -81,6 +81,7 @@ class Family:
         self._make_calls, self._cases = make_calls, list(make_calls())
         self._kinds, self._hidden, self._place = kinds, kinds[0].tables.hidden, place
         self._sizes: list[_Size] = []
+        self._waiting: list[int] = []  # tokens of sizes that are not reached yet, the longest first
         self._compiling = 0.0  # seconds by which first rounds were longer than the next
         self._are_long = False  # the calls of this size and longer ones
 
@@ -106,46 +107,44 @@ class Family:
         def left() -> float:
             return seconds + self._compiling - _most(time.perf_counter() - start, self._place)
 
-        waiting = tokens[::-1]
-        while waiting:
-            spare = math.inf if all_sizes else left() - (1 - _FIRST) * seconds
-            if not self._reach(waiting[-1], spare):
-                break
-            waiting.pop()
+        self._waiting = tokens[::-1]
+        while self._reach(math.inf if all_sizes else left() - (1 - _FIRST) * seconds):
+            pass
         for visits in range(_VISITS - 1, 0, -1):
-            while not (unsettled := self._unsettled()) and waiting:
-                if not self._reach(waiting.pop(), left()):
-                    waiting.clear()
+            while not (unsettled := self._unsettled()) and self._reach(left()):
+                pass
             if not unsettled:
                 break
             share = left() / (visits * len(unsettled))
             for size in unsettled:
-                rounds = min(max(int(share / size.cost), 1), most // _VISITS)
+                rounds = max(min(int(share / size.cost), most // _VISITS), 1)
                 if rounds * size.cost <= left():
                     size.cost = size.take(rounds)
 
-    def _reach(self, tokens: int, seconds: float) -> bool:
-        """Visit a size for the first time, unless that is longer than `seconds`."""
-        if self._sizes and (1 + _ROUNDS) * self._expected(tokens) > seconds:
+    def _reach(self, seconds: float) -> bool:
+        """Visit the next size for the first time; False if none is left for so many `seconds`."""
+        if not self._waiting or (2 + _ROUNDS) * self._expected(self._waiting[-1]) > seconds:
             return False
-        size = self._size(tokens)
+        size = self._size(self._waiting.pop())
         first = size.seconds()  # its buffers and pages; kernels that are new at this size
-        is_longer = not self._are_long and first > _LONG * len(size.cases)
-        if is_longer:
+        size.cost = size.seconds()
+        self._compiling += max(first - size.cost, 0)
+        if self._sizes and (1 + _ROUNDS) * size.cost > seconds:
+            self._waiting.clear()
+            return False
+        if not self._are_long and min(first, size.cost) > _LONG * len(size.cases):
             self._are_long = True
             size.call_native_once()
-        size.cost = size.take(1)
-        self._compiling += 0 if is_longer else max(first - size.cost, 0)
-        if self._sizes and _ROUNDS * size.cost > seconds:
-            return False
         self._sizes.append(size)
-        size.cost = size.take(_ROUNDS - 1)
+        size.cost = size.take(_ROUNDS)
         return True
 
     def _expected(self, tokens: int) -> float:
-        """Seconds of a round at the next size, by what each token more took last."""
+        """Seconds of a round at a size, by what each token more took last; the first is free."""
+        if not self._sizes:
+            return -math.inf
         inner, last = self._sizes[-2:][0], self._sizes[-1]
-        if last is inner:
+        if len(inner.cases) != len(last.cases) or inner is last:
             return last.cost * tokens / last.tokens
         a_token = max(last.cost - inner.cost, 0.0) / (last.tokens - inner.tokens)
         return last.cost + a_token * (tokens - last.tokens)
@@ -191,8 +190,8 @@ class _Size:
 
     def take(self, count: int) -> float:
         """So many rounds; gives the seconds of one, on the slowest rank."""
-        mine, start = self._partial(), time.perf_counter()
-        rounds = [self._round(mine, backwards=n % 2 == 1) for n in range(count)]
+        mine, start, done = self._partial(), time.perf_counter(), len(self.found)
+        rounds = [self._round(mine, backwards=n % 2 == 1) for n in range(done, done + count)]
         over_ranks = gather_values(rounds, group=self._place.group)
         for of_ranks in zip(*over_ranks, strict=True):
             means = [1000 * sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
