@@ -6,7 +6,14 @@ import random
 import pytest
 
 from megatron_lowbit.codecs import get_codec
-from megatron_lowbit.comm.policy.bounds import Bound, _outside, interpolate, interval, worst_at
+from megatron_lowbit.comm.policy.bounds import (
+    Bound,
+    _outside,
+    interpolate,
+    interval,
+    middle_at,
+    worst_at,
+)
 from megatron_lowbit.comm.policy.timings import MARGIN, ByTimes, Case, Kind, Timings, natives
 
 KB = 1 << 10
@@ -145,15 +152,22 @@ def test_an_empty_message_is_as_the_shortest():
     assert worst_at(bounds((8, 0.4), (32, 0.3)), 0) == worst_at(bounds((8, 0.4), (32, 0.3)), 1)
 
 
-def test_the_surest_of_several_is_taken():
-    native, sizes = (10.0,) * 6, (8 * KB, 32 * KB)
+def test_the_fastest_of_those_that_are_sure_is_taken():
+    """However short its interval: one bad round of nine is no reason to take the slower one."""
+    native, sizes = (10.0,) * 9, (8 * KB, 32 * KB)
     low = {
-        "one-shot": dict.fromkeys(sizes, (6.0,) * 6),
-        # Faster in the median, less sure.
-        "two-shot": dict.fromkeys(sizes, (5.0, 5.0, 5.0, 5.0, 5.0, 8.0)),
+        "one-shot": dict.fromkeys(sizes, (7.0,) * 9),
+        "two-shot": dict.fromkeys(sizes, (5.0,) * 8 + (8.0,)),
+        "hierarchical": dict.fromkeys(sizes, (4.0,) * 8 + (9.5,)),  # not sure
     }
-    times = by_times(dict.fromkeys(sizes, native), low)
-    assert times.decide("native", 16 * KB).collective == "one-shot"
+    times = by_times(dict.fromkeys(sizes, native), low, names=tuple(low))
+    for size in (1, 8, 16, 32, 64):
+        assert times.decide("native", size * KB).collective == "two-shot"
+
+
+def test_between_two_sizes_the_worse_median_counts():
+    given = [Bound(8 * KB, 0.9, 5.0, 10.0), Bound(32 * KB, 0.9, 6.0, 20.0)]
+    assert [middle_at(given, n * KB) for n in (4, 8, 9, 32, 99)] == [0.5, 0.5, 0.5, 0.3, 0.3]
 
 
 def test_a_pass_is_decided_as_a_whole():

@@ -1,17 +1,17 @@
 """What is surely true of times that scatter, and of sizes between those that were timed.
 
-An interval of ratios is Wilcoxon's. It assumes that their logarithms scatter alike to both sides. A
-stall of a second is one round of many, whatever it took. Of fewer than
-nine rounds the worst counts. The interval of the median assumes nothing, and needs more rounds than
-there is time for at load. (3 ranks on 2 cores of an EPYC, loopback, 1 to 64 tokens of 576 features,
-0.6 s each: one-shot, which takes half of native's time, was sure in 27 to 69 of 100 tries by the
-median, and in 73 to 83 by Wilcoxon's.)
+An interval of ratios is Wilcoxon's. It assumes that their logarithms scatter alike to both sides.
+A stall of a second is one round of many, whatever it took. Of fewer than nine rounds the worst
+counts. The interval of the median assumes nothing, and needs more rounds than there is time for at
+load. (3 ranks on 2 cores of an EPYC, loopback, 1 to 64 tokens of 576 features, 0.6 s each: by the
+median one-shot, which takes half of native's time, was sure in 27 to 69 of 100 tries, and by
+Wilcoxon's in 73 to 83.)
 
 Between two timed sizes the worse of both counts. Outside of them, what gets worse towards the end
 goes on getting worse, and what gets better does not. Longer messages take what each byte more took
-last, so that a codec that is slower than the link is seen. (4 ranks on 2 cores of
-an EPYC, loopback, one-shot of native: 0.5 at 128 KB, 0.65 at 512 KB, 1.3 at 2 MB, 2.2 at 8 MB.) A
-size that is alone says nothing of others.
+last, so that a codec that is slower than the link is seen. (4 ranks on 2 cores of an EPYC,
+loopback, one-shot of native: 0.5 at 128 KB, 0.65 at 512 KB, 1.3 at 2 MB, 2.2 at 8 MB.) A size that
+is alone says nothing of others.
 """
 
 import bisect
@@ -92,6 +92,14 @@ def worst_at(bounds: Bounds, size: int) -> float:
     if place == len(bounds):
         return _longer(bounds[-2], bounds[-1], size)
     return max(bounds[place - 1].worst, bounds[place].worst)
+
+
+def middle_at(bounds: Bounds, size: int) -> float:
+    """The ratio of the medians, the worse of the timed sizes next to `size`."""
+    place = bisect.bisect_left([bound.size for bound in bounds], size)
+    is_timed = place < len(bounds) and bounds[place].size == size
+    around = bounds[place : place + 1] if is_timed else bounds[max(place - 1, 0) : place + 1]
+    return max(bound.low_ms / bound.native_ms for bound in around)
 
 
 def _longer(inner: Bound, last: Bound, size: int) -> float:

@@ -11,8 +11,11 @@ end of the 99.5 % interval of these ratios is at most 1 - MARGIN. A dozen decisi
 size and collective, and none is to be chance. (With 95 %, on 2 cores with 30 other processes, 2 of
 10 decisions for low bits were slower than native.) `comm.policy.bounds` has the interval, and what
 counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
-wherever it mattered. Times are looked at after each of eight visits, and no more are taken once
-they are sure: so where the saving is just short of `MARGIN`, 1 decision in 100 is chance.
+wherever it mattered. Of several that are sure, the one with the least median is taken: the end of a
+short interval is the worst of nine rounds, and says little of which is faster.
+
+Times are looked at after each of eight visits, and no more are taken once they are sure. So where
+the saving is just short of `MARGIN`, 1 decision in 100 is chance.
 
 All ranks have the same times, and what they do with them is rounded exactly, so all choose alike.
 """
@@ -30,6 +33,7 @@ from megatron_lowbit.comm.policy.bounds import (
     Bound,
     interpolate,
     interval,
+    middle_at,
     worst_at,
 )
 from megatron_lowbit.comm.traffic import Decision
@@ -179,9 +183,12 @@ class ByTimes:
 
     def decide(self, native: str, size: int) -> Decision:
         """Native or a low-bit collective for messages of so many bytes of BF16."""
-        worst = {name: worst_at(bounds, size) for name, bounds in self._bounds.items()}
-        sure = [n for n, w in worst.items() if native_of(n) == native and w <= 1 - MARGIN]
-        best = min(sure, key=worst.__getitem__, default=native)
+        sure = {
+            name: middle_at(bounds, size)
+            for name, bounds in self._bounds.items()
+            if native_of(name) == native and worst_at(bounds, size) <= 1 - MARGIN
+        }
+        best = min(sure, key=sure.__getitem__, default=native)
         why = "native is kept" if best == native else "faster"
         return Decision(best, f"{why} by {self.source}")
 
