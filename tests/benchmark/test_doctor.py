@@ -116,18 +116,21 @@ def test_advice_where_only_skipping_gains():
 
 
 @pytest.mark.parametrize(
-    ("taken", "speedups", "word"),
+    ("taken", "unsure", "speedups", "word"),
     [
-        ("native", {"one-shot": 1.05, "two-shot": 0.5}, "right"),
-        ("native", {"one-shot": 1.5, "two-shot": 0.5}, "missed"),
-        ("one-shot", {"one-shot": 1.01, "two-shot": 2.0}, "right"),
-        ("one-shot", {"one-shot": 0.99, "two-shot": 2.0}, "wrong"),
+        ("native", "", {"one-shot": 1.05, "two-shot": 0.5}, "right"),
+        ("native", "one-shot perhaps 1.27x", {"one-shot": 1.05, "two-shot": 0.5}, "right"),
+        ("native", "", {"one-shot": 1.5, "two-shot": 0.5}, "missed"),
+        ("native", "one-shot perhaps 1.27x", {"one-shot": 1.5, "two-shot": 0.5}, "open"),
+        ("one-shot", "", {"one-shot": 1.01, "two-shot": 2.0}, "right"),
+        ("one-shot", "", {"one-shot": 0.99, "two-shot": 2.0}, "wrong"),
     ],
 )
-def test_verdicts_of_the_trial(taken, speedups, word):
-    verdict = Verdict(2, "1gbit", 4, 8192, taken, speedups)
+def test_verdicts_of_the_trial(taken, unsure, speedups, word):
+    verdict = Verdict(2, "1gbit", 4, 8192, taken, unsure, speedups)
     assert verdict.word == word
-    assert verdict.line.startswith("| 1gbit, 2 ranks, 4 bits, 8 KB | ")
+    said = f"{taken} ({unsure})" if unsure else taken
+    assert verdict.line.startswith(f"| 1gbit, 2 ranks, 4 bits, 8 KB | {said} | ")
 
 
 @pytest.mark.parametrize(

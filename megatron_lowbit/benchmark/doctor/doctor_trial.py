@@ -5,7 +5,8 @@ collective is timed at the same messages, with carries, by the sweep, call by ca
 between, as in a model. Advice is *right* where low bits that it takes are not slower than native in
 the sweep, and where native that it keeps is not slower than low bits by more than the margin that
 `auto` asks for. It is *wrong* where low bits are slower, and *missed* where they would have been
-faster.
+faster; *open* where the doctor says so itself: that low bits are perhaps faster, and more seconds
+may tell.
 """
 
 import json
@@ -33,6 +34,7 @@ SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
 )
 _LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
 _COLLECTIVES = ("one-shot", "two-shot")
+_WORDS = ("right", "open", "missed", "wrong")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Verdict:
         link: Its rate, or ``loopback``.
         size: Bytes of the message in BF16.
         taken: What the doctor says `auto` takes.
+        unsure: What it says is perhaps faster; empty if nothing.
         speedups: By collective: what the sweep measured, over native.
     """
 
@@ -51,21 +54,25 @@ class Verdict:
     bits: int
     size: int
     taken: str
+    unsure: str
     speedups: dict[str, float]
 
     @property
     def word(self) -> str:
-        """``right``, ``wrong`` or ``missed``."""
+        """``right``, ``wrong``, ``missed`` or ``open``."""
         if self.taken != NATIVE:
             return "right" if self.speedups[self.taken] >= 1 else "wrong"
-        return "missed" if max(self.speedups.values()) > 1 / (1 - MARGIN) else "right"
+        if max(self.speedups.values()) <= 1 / (1 - MARGIN):
+            return "right"
+        return "open" if self.unsure else "missed"
 
     @property
     def line(self) -> str:
         """A row of a Markdown table."""
         measured = " | ".join(f"{self.speedups[name]:.2f}x" for name in _COLLECTIVES)
         what = f"{self.link}, {self.ranks} ranks, {self.bits} bits, {size_text(self.size)}"
-        return f"| {what} | {self.taken} | {measured} | {self.word} |"
+        taken = f"{self.taken} ({self.unsure})" if self.unsure else self.taken
+        return f"| {what} | {taken} | {measured} | {self.word} |"
 
 
 def run(seconds: float) -> None:
@@ -76,7 +83,7 @@ def run(seconds: float) -> None:
     cli.say("\n| message | the doctor takes | sweep: one-shot | two-shot | advice |")
     cli.say("| --- " * 5 + "|\n" + "\n".join(one.line for one in found))
     words = [one.word for one in found]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in ("right", "missed", "wrong"))
+    counts = ", ".join(f"{words.count(word)} {word}" for word in _WORDS)
     cli.say(f"\n{len(found)} cases: {counts}")
 
 
@@ -115,14 +122,14 @@ def _rank_main() -> None:
 
 def _verdicts(examined: dict[int, list[Pass]], rows: list[dict], link: str) -> Iterator[Verdict]:
     for bits, passes in examined.items():
-        taken = {one.size: one.taken for one in passes}
+        said = {one.size: (one.taken, one.unsure) for one in passes}
         for size in sorted({row["bytes"] for row in rows}):
             mine = {
                 row["collective"]: row["speedup"]
                 for row in rows
                 if row["bytes"] == size and f"({bits} bits)" in row["codec"]
             }
-            yield Verdict(dist.get_world_size(), link, bits, size, taken[size], mine)
+            yield Verdict(dist.get_world_size(), link, bits, size, *said[size], mine)
 
 
 if __name__ == "__main__":
