@@ -69,7 +69,7 @@ def simulated_all_reduce(
         sent = (ranks - 1) * payload
     else:
         sum_codec, sum_tables = codec.for_sum(), codec.sum_tables(tables)
-        carry = steps[0].sum(TWO_SHOT, tokens) if steps else NO_CARRY
+        carry = steps[0].sums({TWO_SHOT: tokens})[TWO_SHOT] if steps else NO_CARRY
         of_sum = codec.reduce_encode_with_carry(payloads, tables, carry)
         sum_codec.decode_sum(of_sum[None], sum_tables, out=out)
         sum_row = sum_codec.row_bytes(sum_tables)

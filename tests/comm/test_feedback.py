@@ -353,7 +353,7 @@ def test_memory_does_not_grow_with_passes_of_random_lengths():
         x = torch.empty(tokens, HIDDEN)
         for place in range(4):
             step = chain.step(place, x, HIDDEN, gives=place < 3, needs=False)
-            step.sum("two-shot", transport.share(tokens, 3))
+            step.sums({"two-shot": transport.share(tokens, 3)})
     partial = 2 * most * HIDDEN
     assert chain.bytes() <= 3 * partial + 3 * 2 * transport.share(most, 3) * HIDDEN
     assert chain.bytes() <= 4.2 * partial  # four, but for the last rank's rounding up

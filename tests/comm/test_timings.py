@@ -126,7 +126,7 @@ def test_between_two_sizes_the_worse_counts():
 
 
 def test_beyond_the_sizes_what_gets_worse_goes_on():
-    """Low bits take 0.675 of native's time for each byte more, however long the message is."""
+    """Low bits take two thirds of native's time for each byte more, however long it gets."""
     rising = bounds((7, 0.4), (31, 0.6))  # 3.2 of 8 ms, 19.2 of 32
     assert worst_at(rising, 63 * KB) == pytest.approx((19.2 + 32 * 16 / 24) / 64)
     assert worst_at(rising, 1 << 40) == pytest.approx(16 / 24)

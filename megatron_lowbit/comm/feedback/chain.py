@@ -185,18 +185,17 @@ class Step:
         self._gives, self._device, self.key = gives, device, key
         self.carry = self._of(chain._partials, key.shape[:-1].numel())
 
-    def sum(self, name: str, rows: int) -> Carry:
-        """Of the sums that this rank owns: ``[rows, hidden]``, under the collective's `name`."""
-        return self._of(self._chain.sums(name), rows)
+    def sums(self, rows: dict[str, int]) -> dict[str, Carry]:
+        """Of the sums that this rank owns, by name, with so many rows each.
 
-    def takes_sums_of(self, names: Container[str]) -> None:
-        """It goes on with sums of these names: others that the place before gave are counted."""
-        for name, carries in self._chain._sums.items():
-            if name not in names and carries.gave_in(self._place - 1, self.key.number):
-                self._chain.dropped += 1
+        Carries of other sums that the place before gave are lost, and counted.
+        """
+        self._lose_others(rows)
+        return {name: self._of(self._chain.sums(name), count) for name, count in rows.items()}
 
     def sums_taken(self, rows: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        """Carries of sums that the place before gave, by name, with so many rows each."""
+        """Those of `sums` that there are, of a sync point that makes no sums itself."""
+        self._lose_others(rows)
         for name, count in rows.items():
             if name in self._chain._sums:
                 taken = self._chain._sums[name].take(self._place, self.key, count, self._hidden)
@@ -206,13 +205,18 @@ class Step:
     def pass_on(self, rows: dict[str, int]) -> None:
         """Give the carries of sums on as they are: this sync point sends no sum and no partial."""
         for name, taken in self.sums_taken(rows):
-            given = self.sum(name, len(taken)).given
+            given = self._of(self._chain.sums(name), len(taken)).given
             if given is not None:
                 given.copy_(taken)
 
     def give_nothing(self) -> None:
         """This sync point leaves no error of its partial behind."""
         self._chain._partials.forget(self._place)
+
+    def _lose_others(self, names: Container[str]) -> None:
+        for name, carries in self._chain._sums.items():
+            if name not in names and carries.gave_in(self._place - 1, self.key.number):
+                self._chain.dropped += 1
 
     def _of(self, carries: Carries, rows: int) -> Carry:
         place, key, hidden = self._place, self.key, self._hidden

@@ -20,7 +20,6 @@ def partial_carry(call: Call, step: Step | None, tokens: int) -> Carry:
     if step is None:
         return NO_CARRY
     rows = {TWO_SHOT: share(tokens, call.ranks)}
-    step.takes_sums_of(rows)
     for _, taken in step.sums_taken(rows):
         rank = dist.get_rank(call.group)
         return _with_owned(step.carry, taken, tokens=tokens, ranks=call.ranks, rank=rank)
@@ -52,17 +51,14 @@ def sum_carry(call: Call, step: Step | None, tokens: int) -> Carry:
     """Of the sums that this rank owns in two-shot."""
     if step is None:
         return NO_CARRY
-    step.takes_sums_of([TWO_SHOT])
-    return step.sum(TWO_SHOT, share(tokens, call.ranks))
+    return step.sums({TWO_SHOT: share(tokens, call.ranks)})[TWO_SHOT]
 
 
 def node_carries(call: Call, step: Step | None, tokens: int) -> Carries:
     """Of every quantization of the hierarchical all-reduce."""
     if step is None:
         return Carries()
-    rows = shares(tokens, call.policy.nodes)
-    step.takes_sums_of(rows)
-    return Carries(step.carry, **{name: step.sum(name, count) for name, count in rows.items()})
+    return Carries(step.carry, **step.sums(shares(tokens, call.policy.nodes)))
 
 
 def native_input(x: Tensor, step: Step | None, call: Call) -> Tensor:
@@ -96,6 +92,4 @@ def skip(call: Call, step: Step, x: Tensor, out: Tensor, *, first: int = 0) -> N
     call.codec.decode_sum(payload[None, first : first + len(rows)], call.tables, out=rows)
     nodes = call.policy.nodes
     owed = {} if nodes is None else shares(len(partial), nodes)
-    sums = {TWO_SHOT: share(len(partial), call.ranks), **owed}
-    step.takes_sums_of(sums)
-    step.pass_on(sums)
+    step.pass_on({TWO_SHOT: share(len(partial), call.ranks), **owed})

@@ -81,25 +81,26 @@ def _outside(count: int) -> int:
 def worst_at(bounds: Bounds, size: int) -> float:
     """What is to be feared at any size, from the `bounds` of those that were timed."""
     size = max(size, 1)  # an empty message
-    sizes = [bound.size for bound in bounds]
-    place = bisect.bisect_left(sizes, size)
-    if place < len(sizes) and sizes[place] == size:
-        return bounds[place].worst
+    if bounds and bounds[0].size <= size <= bounds[-1].size:
+        return max(bound.worst for bound in _next_to(bounds, size))
     if len(bounds) < 2:
         return math.inf
-    if place == 0:
+    if size < bounds[0].size:
         return _shorter(bounds[1], bounds[0], size)
-    if place == len(bounds):
-        return _longer(bounds[-2], bounds[-1], size)
-    return max(bounds[place - 1].worst, bounds[place].worst)
+    return _longer(bounds[-2], bounds[-1], size)
 
 
 def middle_at(bounds: Bounds, size: int) -> float:
     """The ratio of the medians, the worse of the timed sizes next to `size`."""
-    place = bisect.bisect_left([bound.size for bound in bounds], size)
-    is_timed = place < len(bounds) and bounds[place].size == size
-    around = bounds[place : place + 1] if is_timed else bounds[max(place - 1, 0) : place + 1]
-    return max(bound.low_ms / bound.native_ms for bound in around)
+    return max(bound.low_ms / bound.native_ms for bound in _next_to(bounds, size))
+
+
+def _next_to(bounds: Bounds, size: int) -> Bounds:
+    """That of `size` itself, or of the timed sizes on both sides of it, as far as there are any."""
+    place = bisect.bisect_left(bounds, size, key=lambda bound: bound.size)
+    if place < len(bounds) and bounds[place].size == size:
+        return bounds[place : place + 1]
+    return bounds[max(place - 1, 0) : place + 1]
 
 
 def _longer(inner: Bound, last: Bound, size: int) -> float:
