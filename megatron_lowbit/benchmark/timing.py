@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_lowbit.comm.policy.rounds import compute
+from megatron_lowbit.comm.policy.runs import compute
 from megatron_lowbit.comm.traffic import Clock
 
 _ROUNDS = 7
@@ -23,14 +23,14 @@ _ROUNDS = 7
 _SHORT = 0.05
 _MOST_LEADS = 3
 _MOST_CALLS = 1000  # a turn, in one process: as many events are open on a GPU
-_MOST_TURNS = 4000
+_PASS = 96  # calls of a pass, at the most: those of a model with 48 layers
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a call, each the mean over ranks."""
+    """Milliseconds of a call, each the mean over ranks; how many were timed."""
 
     median: float
     p10: float
@@ -44,7 +44,6 @@ def time_calls(
     seconds: float,
     device: torch.device,
     prepare: Call | None = None,
-    call_by_call: bool = False,
 ) -> list[Times]:
     """Time every call; on every rank alike, each having been made once before (that warms it up).
 
@@ -54,32 +53,61 @@ def time_calls(
         device: Where they work: a GPU's times are those on its stream.
         prepare: Made before each turn, not timed: what is summed in place grows by the number of
             ranks with every call, and a turn is short enough for it to stay within 2**48.
-        call_by_call: As in a model: a turn is one call, before which a rank computes
-            (`comm.policy.rounds.compute`), and there are as many as `seconds` hold. Calls of a
-            longer turn are in or out of step together, so the medians of seven turns differ by
-            10 % where the calls do not (8 KB to 64 MB, 2 ranks on 2 cores), and by twice at 128 KB
-            over 4 ranks.
     """
-    first = torch.tensor([_seconds([call], device).item() for call in calls], dtype=torch.float64)
-    once = _over_ranks(first, dist.ReduceOp.MAX, device).tolist()  # all ranks must count alike
+    once = _once(calls, device)
     most = max(int(48 / math.log2(dist.get_world_size())) - _MOST_LEADS, 1)
     turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), most) for t in once]
-    leads, rounds = [min(int(_SHORT / t), _MOST_LEADS) for t in once], _ROUNDS
-    if call_by_call:
-        rounds = min(max(int(seconds / max(once)), _ROUNDS), _MOST_TURNS)
-        turns, leads = [1] * len(calls), [0] * len(calls)
+    leads = _leads(once)
     times: list[list[torch.Tensor]] = [[] for _ in calls]
     cases = list(zip(calls, leads, turns, times, strict=True))
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         for call, lead, count, mine in cases:
             if prepare is not None:
                 prepare()
-            if call_by_call:
-                compute(device)
             mine.append(_seconds([call] * (lead + count), device)[lead:])
         cases.reverse()  # no case always comes after the same other one
-    means = [_over_ranks(torch.cat(mine), dist.ReduceOp.SUM, device) for mine in times]
-    return [_summary(1000 * mean / dist.get_world_size()) for mean in means]
+    return [_over_ranks(torch.cat(mine), device, sum(map(len, mine))) for mine in times]
+
+
+def time_passes(
+    calls: list[Call], *, seconds: float, device: torch.device, prepare: Call
+) -> list[Times]:
+    """Time every call as a model makes it; on every rank alike, each having been made once before.
+
+    A turn is a pass of `_PASS` calls, fewer where they are long. Before each call a rank computes
+    (`comm.policy.runs.compute`). What is told are seven means, of a seventh of the passes each: a
+    model waits for all of its calls. (8 KB over 2 ranks, native: the median pass takes 0.8 of the
+    mean one.)
+
+    Args:
+        calls: The cases.
+        seconds: For each case, with computing; it has seven passes in any case.
+        device: Where they work: a GPU's times are those on its stream.
+        prepare: Made before each call, not timed.
+    """
+
+    def before() -> None:
+        prepare()
+        compute(device)
+
+    once = _once(calls, device)
+    turns = [min(max(math.ceil(seconds / t / _ROUNDS), 1), _PASS) for t in once]
+    means: list[list[torch.Tensor]] = [[] for _ in calls]
+    cases = list(zip(calls, _leads(once), turns, means, strict=True))
+
+    def take(rounds: int) -> None:
+        for _ in range(rounds):
+            for call, lead, count, mine in cases:
+                mine.append(_seconds([call] * (lead + count), device, before)[lead:].mean())
+            cases.reverse()
+
+    (taken,) = _once([lambda: take(_ROUNDS)], device)
+    take(int(_ROUNDS * max(seconds * len(calls) / taken - 1, 0)))
+    sevenths = [torch.stack(mine).tensor_split(_ROUNDS) for mine in means]
+    return [
+        _over_ranks(torch.stack([part.mean() for part in each]), device, len(mine) * count)
+        for each, mine, count in zip(sevenths, means, turns, strict=True)
+    ]
 
 
 def time_alone(calls: list[Call], *, seconds: float, device: torch.device) -> list[Times]:
@@ -96,26 +124,41 @@ def time_alone(calls: list[Call], *, seconds: float, device: torch.device) -> li
     for _ in range(_ROUNDS):
         for call, count, mine in zip(calls, turns, times, strict=True):
             mine.append(_seconds([call] * (1 + count), device)[1:])
-    return [_summary(1000 * torch.cat(mine)) for mine in times]
+    return [_summary(1000 * torch.cat(mine), sum(map(len, mine))) for mine in times]
 
 
-def _seconds(calls: list[Call], device: torch.device) -> torch.Tensor:
-    """fp64 ``[len(calls)]``: this rank's times of calls back to back."""
+def _once(calls: list[Call], device: torch.device) -> list[float]:
+    """Seconds of each call on the slowest rank: all ranks must count alike."""
+    seconds = torch.cat([_seconds([call], device) for call in calls]).to(device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.tolist()
+
+
+def _leads(once: list[float]) -> list[int]:
+    """How many calls of a turn are not timed."""
+    return [min(int(_SHORT / seconds), _MOST_LEADS) for seconds in once]
+
+
+def _seconds(calls: list[Call], device: torch.device, before: Call | None = None) -> torch.Tensor:
+    """fp64 ``[len(calls)]``: this rank's times of calls back to back, or with something before."""
     clocks = []
     for call in calls:
+        if before is not None:
+            before()
         clock = Clock(device)
         call()
         clocks.append(clock.stop())
     return torch.tensor([clock.seconds() for clock in clocks], dtype=torch.float64)
 
 
-def _over_ranks(values: torch.Tensor, op, device: torch.device) -> torch.Tensor:
-    values = values.to(device)
-    dist.all_reduce(values, op=op)
-    return values.cpu()
+def _over_ranks(seconds: torch.Tensor, device: torch.device, calls: int) -> Times:
+    """Of each value the mean over ranks."""
+    seconds = seconds.to(device)
+    dist.all_reduce(seconds)
+    return _summary(1000 * seconds.cpu() / dist.get_world_size(), calls)
 
 
-def _summary(milliseconds: torch.Tensor) -> Times:
+def _summary(milliseconds: torch.Tensor, calls: int) -> Times:
     at = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
     median, p10, p90 = torch.quantile(milliseconds, at).tolist()
-    return Times(median, p10, p90, len(milliseconds))
+    return Times(median, p10, p90, calls)

@@ -27,7 +27,7 @@ from megatron_lowbit.comm.agreement import (
 from megatron_lowbit.comm.call_check import CHECK_SWITCH, is_checking
 from megatron_lowbit.comm.policy.making import make_policy
 from megatron_lowbit.comm.policy.policy import DEFAULT_MODE, Policy, Settings
-from megatron_lowbit.comm.policy.rounds import LARGEST
+from megatron_lowbit.comm.policy.runs import LARGEST
 from megatron_lowbit.comm.policy.timings import BF16_BYTES
 from megatron_lowbit.errors import LowbitError
 from megatron_lowbit.integration.assignment import AssignedPoints, assign

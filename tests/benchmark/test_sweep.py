@@ -27,7 +27,7 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     shape_of,
 )
 from megatron_lowbit.benchmark.collectives.targets import lower_end
-from megatron_lowbit.benchmark.timing import time_calls
+from megatron_lowbit.benchmark.timing import time_calls, time_passes
 from megatron_lowbit.codecs import CODECS, get_codec
 from megatron_lowbit.codecs.rotated_hybrid import RotatedHybrid
 from megatron_lowbit.comm.agreement import require_equal
@@ -166,17 +166,16 @@ def _check_a_tuning_file_that_serves_auto(path: Path) -> None:
 
 
 def _check_the_order_of_timed_calls() -> None:
-    """What two cases do while they are timed, by `call_by_call`; ``.`` is before a turn."""
+    """What two cases do while they are timed; ``.`` is what prepares."""
     # One call of each says how long it takes; three untimed ones lead in a turn of a short one.
-    turns = {False: (".aaaa.bbbb.bbbb.aaaa" * 4)[: 7 * 10], True: (".a.b.b.a" * 4)[: 7 * 4]}
-    for by_call in (False, True):
+    turns = {time_calls: ".aaaa.bbbb.bbbb.aaaa", time_passes: 4 * ".a" + 8 * ".b" + 4 * ".a"}
+    for time_them, two_rounds in turns.items():
         done = []
         calls = [partial(done.append, name) for name in "ab"]
         prepare = partial(done.append, ".")
-        options = {"seconds": 1e-9, "device": torch.device("cpu"), "call_by_call": by_call}
-        times = time_calls(calls, prepare=prepare, **options)
+        times = time_them(calls, seconds=1e-9, device=torch.device("cpu"), prepare=prepare)
         assert [t.calls for t in times] == [7, 7]
-        assert "".join(done) == "ab" + turns[by_call]
+        assert "".join(done) == "ab" + (4 * two_rounds)[: 7 * len(two_rounds) // 2]
 
 
 def _row(size: int, codec: str, by: str, speedup: float, ranks: int = 2) -> dict:

@@ -2,43 +2,28 @@
 
 import itertools
 import time
+from dataclasses import replace
 from unittest.mock import patch
 
-import pytest
 import torch
+from given_times import GivenTimes
 from ranks import on_each_rank
 
 from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm.agreement import require_equal
-from megatron_lowbit.comm.policy import rounds
-from megatron_lowbit.comm.policy.timings import NATIVE, Case, Kind, Timings, natives
+from megatron_lowbit.comm.policy import rounds, runs
+from megatron_lowbit.comm.policy.timings import NATIVE, Case, Kind, Timings
 
 HIDDEN = 64
 ROW = 2 * HIDDEN  # bytes
 SURE, OPEN = 1, 4  # tokens of messages where low bits always win, and by turns
-PLACE = rounds.Place(None, {}, torch.device("cpu"))  # all ranks
+PLACE = runs.Place(None, {}, torch.device("cpu"), calls=1)  # all ranks
 KINDS = [Kind(get_codec(), get_codec().tables(HIDDEN))]
 CASES = (Case("", False, NATIVE), KINDS[0].case("one-shot"))
 
 
-class GivenTimes:
-    """Stands for `Clock`: shows what the call before `stop` took."""
-
-    taken = 0.0
-
-    def __init__(self, _device):
-        pass
-
-    def stop(self):
-        self.mine = GivenTimes.taken
-        return self
-
-    def seconds(self):
-        return self.mine
-
-
 def make_calls():
-    by_turns = itertools.cycle((0.5, 0.91, 1.6))
+    by_turns = itertools.cycle((0.5, 0.5, 1.0, 1.0, 1.7, 1.7))
 
     def native(x):
         GivenTimes.taken = 1.0
@@ -51,26 +36,30 @@ def make_calls():
 
 def measure(seconds: float) -> Timings:
     family = rounds.Family(make_calls, KINDS, PLACE)
-    with patch.object(rounds, "Clock", GivenTimes):
+    with patch.object(runs, "Clock", GivenTimes):
         family.measure([SURE, OPEN], seconds, 80, all_sizes=False)
     require_equal("times", sorted(family.timings.times.items()))
     return family.timings
 
 
+def number_of_rounds(timings: Timings, tokens: int) -> int:
+    return len(timings.times[CASES[1]][ROW * tokens])
+
+
 @on_each_rank(2)
 def test_a_settled_size_leaves_its_time_to_the_others(rank):
-    """With time for all rounds: 3 of a first visit, and an eighth of 80 in each of seven others."""
+    """With time for all rounds: 3 of a first visit, and what is left of 80 in seven others."""
     timings = measure(500.0)
-    sure, unsure = (timings.ratios(KINDS, "one-shot", ROW * tokens) for tokens in (SURE, OPEN))
-    assert sure == [0.5] * (3 + 10)
-    assert len(unsure) == 3 + 7 * 10
+    sure = timings.ratios(KINDS, "one-shot", ROW * SURE)
+    assert sure == [0.5] * (3 + 11)
+    assert number_of_rounds(timings, OPEN) == 80
 
 
 @on_each_rank(2)
 def test_without_time_the_shortest_message_is_timed(rank):
     timings = measure(0.0)
     assert timings.sizes() == [ROW * SURE]
-    assert len(timings.ratios(KINDS, "one-shot", ROW * SURE)) == 3
+    assert number_of_rounds(timings, SURE) == 3
 
 
 @on_each_rank(2)
@@ -80,8 +69,8 @@ def test_what_settled_sizes_leave_is_for_longer_messages(rank):
         timings = measure(500.0)
     assert timings.sizes() == [ROW * tokens for tokens in (SURE, OPEN)]
     # Decided in its first visit and one more; the other one has the six visits that are left.
-    assert len(timings.ratios(KINDS, "one-shot", ROW * SURE)) == 3 + 10
-    assert len(timings.ratios(KINDS, "one-shot", ROW * OPEN)) == 3 + 6 * 10
+    assert number_of_rounds(timings, SURE) == 3 + 11
+    assert number_of_rounds(timings, OPEN) == 80
 
 
 @on_each_rank(2)
@@ -95,33 +84,36 @@ def test_a_size_that_takes_too_long_is_left_out(rank):
 
 
 @on_each_rank(2)
-def test_native_is_called_once_where_calls_are_long(rank):
-    def slow(x):
-        time.sleep(0.0 if len(x) == SURE else 0.1)
+def test_what_surely_gains_nothing_is_called_no_longer(rank):
+    """One-shot is faster and slower by turns; two-shot is out after one visit more."""
+    native, one_shot = make_calls().values()
 
-    first, second = natives(NATIVE, 2)
-    calls = dict.fromkeys([first, second, *CASES[1:]], slow)
+    def slow(x):
+        GivenTimes.taken = 2.0
+
+    out = KINDS[0].case("two-shot")
+    calls = {CASES[0]: native, CASES[1]: one_shot, out: slow}
     family = rounds.Family(lambda: calls, KINDS, PLACE)
-    with patch.object(rounds, "_LONG", 0.1):
-        family.measure([SURE, OPEN, 4 * OPEN], 1.0, 8, all_sizes=True)
-    found = family.timings
-    assert found.sizes() == [ROW * tokens for tokens in (SURE, OPEN, 4 * OPEN)]
-    assert list(found.times[second]) == [ROW * SURE]
+    with patch.object(runs, "Clock", GivenTimes):
+        family.measure([OPEN], 500.0, 80, all_sizes=False)
+    assert number_of_rounds(family.timings, OPEN) == 80
+    assert len(family.timings.times[out][ROW * OPEN]) == 3 + 11
 
 
 @on_each_rank(2)
-def test_rounds_go_forwards_and_backwards_by_turns(rank):
-    done = []
-    calls = [lambda _, name=name: done.append(name) for name in "ab"]
-    size = rounds._Size(SURE, HIDDEN, dict(zip(CASES, calls, strict=True)), PLACE)
-    for count in (3, 1, 2):
-        size.take(count)
-    assert "".join(done) == "abbaabbaabba"
+def test_runs_of_many_calls_stay_within_the_time(rank):
+    """Native takes 10 ms and low bits 1, by three kinds: each run is as long as its calls need."""
 
+    def native(x):
+        time.sleep(0.01)
 
-@pytest.mark.parametrize(("device", "computes"), [("cpu", True), ("meta", False)])
-def test_a_rank_computes_before_a_call_on_a_cpu_only(monkeypatch, device, computes):
-    calls = []
-    monkeypatch.setattr(torch, "mm", lambda *given: calls.append(given))
-    rounds.compute(torch.device(device))
-    assert bool(calls) == computes
+    def low_bits(x):
+        time.sleep(0.001)
+
+    names = ("one-shot", "two-shot")
+    low = {Case(f"kind {n}", False, name): low_bits for name in names for n in range(3)}
+    family = rounds.Family(lambda: {CASES[0]: native, **low}, KINDS, replace(PLACE, calls=24))
+    start = time.perf_counter()
+    family.measure([1, 4, 16, 64, 256], 3.0, 768, all_sizes=False)
+    assert time.perf_counter() - start < 4.5, "with what compiles"
+    assert family.timings.sizes()[1:], "more than one size"

@@ -38,7 +38,7 @@ from megatron_lowbit.benchmark.collectives.sweep_plan import (
     parse_codec,
     shape_of,
 )
-from megatron_lowbit.benchmark.timing import Times, time_calls
+from megatron_lowbit.benchmark.timing import Times, time_calls, time_passes
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.making import take_tuning
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, Kind
@@ -182,12 +182,11 @@ def _measure_size(
                 floor=case.floor,
                 case=_name(case.variant, shape),
             )
-        times = time_calls(
+        times = (time_passes if plan.in_passes else time_calls)(
             [case.call for case in cases],
             seconds=plan.seconds,
             device=device,
             prepare=buffers.refill,  # sums of sums would grow to infinity
-            call_by_call=plan.call_by_call,
         )
         _add_rows(plan, variants, times, shape, policies, measured)
 

@@ -97,7 +97,7 @@ class Plan:
         tuned: Codecs, as `parse_codec` reads them.
         feedback: Whether low-bit calls carry errors, each to the next (`comm.feedback`).
         seconds: Of timed calls for each size and variant, at the least seven calls.
-        call_by_call: As for `timing.time_calls`.
+        in_passes: Whether calls are made and timed as in a model (`timing.time_passes`).
 
     Raises:
         LowbitError: A value that cannot be measured; the message names it.
@@ -114,7 +114,7 @@ class Plan:
     tuned: tuple[str, ...] = TUNED
     feedback: bool = False
     seconds: float = 1.0
-    call_by_call: bool = False
+    in_passes: bool = False
 
     def __post_init__(self):
         if self.ranks is not None and not 2 <= self.ranks <= MOST_RANKS:

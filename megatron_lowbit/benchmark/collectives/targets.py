@@ -128,7 +128,7 @@ def auto(ranks: int, link: str | None, rows: list[dict]) -> "AutoRuns":
     # Often both are native. Many calls: a short one takes 0.3 ms, or 4 where a rank waits for the
     # other's time slice.
     variants = (NATIVE, Variant(DEFAULT_CODEC, "auto"))
-    plan = Plan(variants, _ALL, ranks, link, seconds=1.0, call_by_call=True, feedback=True)
+    plan = Plan(variants, _ALL, ranks, link, seconds=1.0, in_passes=True, feedback=True)
     runs = AutoRuns(f"auto, {ranks} ranks, {link or 'loopback'}", {})
     for _ in range(_RUNS):
         measured = sweep.run(plan, quiet=True)

@@ -43,7 +43,7 @@ class Pass:
 
     @property
     def unsure(self) -> str:
-        """What is faster by the medians alone, where native is kept; empty elsewhere."""
+        """What is faster in the middle, where native is kept; empty elsewhere."""
         if self.taken != NATIVE:
             return ""
         low = {name: ms for name, ms in self.ms.items() if ms <= (1 - MARGIN) * self.taken_ms}

@@ -20,7 +20,7 @@ from megatron_lowbit.benchmark.doctor.doctor_checks import check_bits, group_lin
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
 from megatron_lowbit.comm.policy.making import take_tuning
-from megatron_lowbit.comm.policy.rounds import LARGEST
+from megatron_lowbit.comm.policy.runs import LARGEST
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, ByTimes, Kind
 from megatron_lowbit.comm.policy.tuning import Tuning, write_tuning
 

@@ -1,12 +1,12 @@
 """The doctor's advice behind emulated links, held against a sweep in the same processes.
 
 At each setting the ranks are examined as torchrun's would be, without a model, and then every
-collective is timed at the same messages, with carries, by the sweep, call by call with computing in
-between, as in a model. Advice is *right* where low bits that it takes are not slower than native in
-the sweep, and where native that it keeps is not slower than low bits by more than the margin that
-`auto` asks for. It is *wrong* where low bits are slower, and *missed* where they would have been
-faster; *open* where the doctor says so itself: that low bits are perhaps faster, and more seconds
-may tell.
+collective is timed at the same messages, with carries, by the sweep, in passes of 96 calls with
+computing in between, as in a model. Advice is *right* where low bits that it takes are not slower
+than native in the sweep, and where native that it keeps is not slower than low bits by more than
+the margin that `auto` asks for. It is *wrong* where low bits are slower, and *missed* where they
+would have been faster; *open* where the doctor says so itself: that low bits are perhaps faster,
+and more seconds may tell.
 """
 
 import json
@@ -33,6 +33,7 @@ SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
     (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
 )
 _LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
+_SECONDS = 3.0  # of the sweep for each size and case
 _COLLECTIVES = ("one-shot", "two-shot")
 _WORDS = ("right", "open", "missed", "wrong")
 
@@ -112,7 +113,9 @@ def _rank_main() -> None:
         variants = tuple(
             Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
         )
-        plan = Plan(variants, sizes, None, hidden=HIDDEN, feedback=True, call_by_call=True)
+        plan = Plan(
+            variants, sizes, None, hidden=HIDDEN, feedback=True, seconds=_SECONDS, in_passes=True
+        )
         rows = sweep.measure(plan, device=device, quiet=True).rows
         verdicts = list(_verdicts(examined, rows, link))
         if dist.get_rank() == 0:

@@ -24,9 +24,7 @@ from typing import NamedTuple
 import torch
 
 _OUTSIDE = 0.0025  # of the 99.5 % interval, at each end
-_DEVIATIONS = 2.807  # of a normal distribution, outside of which there is as much
 ENOUGH = 9  # rounds: fewer do not hold the interval, since 2**-8 is more than that
-_COUNTED = 64  # rounds, up to which chances are counted and not approximated
 
 
 class Bound(NamedTuple):
@@ -35,12 +33,14 @@ class Bound(NamedTuple):
     Attributes:
         size: Bytes of the message in BF16.
         worst: What low bits take at the worst, of native's time.
+        middle: What they take in the middle.
         low_ms: A pass in low bits, the median.
         native_ms: A native one.
     """
 
     size: int
     worst: float
+    middle: float
     low_ms: float
     native_ms: float
 
@@ -48,27 +48,24 @@ class Bound(NamedTuple):
 Bounds = Sequence[Bound]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 99.5 % interval of what ratios were drawn around: both ends.
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The 99.5 % interval of what ratios were drawn around: lower end, middle, upper end.
 
     Wilcoxon's: the geometric means of all pairs (each value with itself, too) in order, without the
-    `_outside` outermost at each end. Of fewer than nine values, which cannot hold it so surely, the
-    smallest and the largest.
+    `_outside` outermost at each end, and their median. Of fewer than nine values, which cannot hold
+    it so surely, the ends are the smallest and the largest.
     """
     given = torch.tensor(values, dtype=torch.float64, device="cpu")
     first, second = torch.triu_indices(len(given), len(given), device="cpu")
     squares, outside = given[first] * given[second], _outside(len(given))
-    ends = (squares.kthvalue(place).values for place in (1 + outside, len(squares) - outside))
-    lower, upper = map(math.sqrt, ends)
-    return lower, upper
+    places = (1 + outside, len(squares) // 2 + 1, len(squares) - outside)
+    lower, middle, upper = (math.sqrt(squares.kthvalue(place).values) for place in places)
+    return lower, middle, upper
 
 
 @cache
 def _outside(count: int) -> int:
     """How many means of pairs are left out at each end."""
-    if count > _COUNTED:  # the normal distribution, rounded down
-        middle = count * (count + 1) / 4
-        return int(middle - _DEVIATIONS * math.sqrt(middle * (2 * count + 1) / 6) - 0.5)
     ways = [1]  # of drawing signs, by the sum of the places of the negative ones
     for place in range(1, count + 1):
         gap = [0] * place
@@ -78,44 +75,40 @@ def _outside(count: int) -> int:
     return max(len(list(within)) - 1, 0)
 
 
-def worst_at(bounds: Bounds, size: int) -> float:
-    """What is to be feared at any size, from the `bounds` of those that were timed."""
+def ratio_at(bounds: Bounds, size: int) -> tuple[float, float]:
+    """The worst and the middle at any size, from the `bounds` of those that were timed."""
     size = max(size, 1)  # an empty message
     if bounds and bounds[0].size <= size <= bounds[-1].size:
-        return max(bound.worst for bound in _next_to(bounds, size))
+        near = _next_to(bounds, size)
+        return max(bound.worst for bound in near), max(bound.middle for bound in near)
     if len(bounds) < 2:
-        return math.inf
+        return math.inf, math.inf
     if size < bounds[0].size:
         return _shorter(bounds[1], bounds[0], size)
     return _longer(bounds[-2], bounds[-1], size)
 
 
-def middle_at(bounds: Bounds, size: int) -> float:
-    """The ratio of the medians, the worse of the timed sizes next to `size`."""
-    return max(bound.low_ms / bound.native_ms for bound in _next_to(bounds, size))
-
-
 def _next_to(bounds: Bounds, size: int) -> Bounds:
-    """That of `size` itself, or of the timed sizes on both sides of it, as far as there are any."""
+    """That of `size` itself, or of the timed sizes on both sides of it."""
     place = bisect.bisect_left(bounds, size, key=lambda bound: bound.size)
-    if place < len(bounds) and bounds[place].size == size:
-        return bounds[place : place + 1]
-    return bounds[max(place - 1, 0) : place + 1]
+    return bounds[place if bounds[place].size == size else place - 1 : place + 1]
 
 
-def _longer(inner: Bound, last: Bound, size: int) -> float:
+def _longer(inner: Bound, last: Bound, size: int) -> tuple[float, float]:
     """Beyond the longest: by what each byte more took between the two longest."""
     bytes_more = (size - last.size) / (last.size - inner.size)
     low = last.low_ms + max(last.low_ms - inner.low_ms, 0.0) * bytes_more
     native = last.native_ms + max(last.native_ms - inner.native_ms, 0.0) * bytes_more
-    return last.worst * max(low / native * last.native_ms / last.low_ms, 1.0)
+    factor = max(low / native * last.native_ms / last.low_ms, 1.0)
+    return last.worst * factor, last.middle * factor
 
 
-def _shorter(inner: Bound, last: Bound, size: int) -> float:
+def _shorter(inner: Bound, last: Bound, size: int) -> tuple[float, float]:
     """Below the shortest: by what each halving added, in whole steps (all computers agree)."""
     timed = max((inner.size // last.size).bit_length() - 1, 1)
     beyond = max((-(-last.size // size) - 1).bit_length(), 1)
-    return last.worst + max(last.worst - inner.worst, 0.0) / timed * beyond
+    worst = last.worst + max(last.worst - inner.worst, 0.0) / timed * beyond
+    return worst, last.middle + max(last.middle - inner.middle, 0.0) / timed * beyond
 
 
 def interpolate(points: Sequence[tuple[int, float]], size: int) -> float:

@@ -13,13 +13,14 @@ from megatron_lowbit.comm.agreement import gather_values, on_every_rank, require
 from megatron_lowbit.comm.hierarchical import Nodes, make_nodes, node_size, spans_nodes
 from megatron_lowbit.comm.policy.measurement import time_collectives
 from megatron_lowbit.comm.policy.policy import Policy, Settings
-from megatron_lowbit.comm.policy.rounds import LARGEST, Place
+from megatron_lowbit.comm.policy.runs import LARGEST, Place
 from megatron_lowbit.comm.policy.timings import ByTimes, Kind, size_text
 from megatron_lowbit.comm.policy.tuning import Tuning, read_tuning, this_machine
 from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
-_ROUNDS = 768  # of a size at the most, for a tuning file, which is there to stay
+# For a tuning file, which is there to stay: rounds of a size, and calls of a run of short ones.
+_ROUNDS, _CALLS = 768, 24
 _KINDS = 3  # that are timed at load, about: more of them would leave too few rounds
 
 
@@ -104,7 +105,7 @@ def take_tuning(
     """Take times for a tuning file; call it on every rank of `group`.
 
     Args:
-        kinds: Codecs, with carries or without; how many a pass has of each does not matter.
+        kinds: The sync points of a pass. They are timed until it is sure which way it goes best.
         group: The ranks that will all-reduce.
         device: Where the partials are.
         seconds: For all of it; as long as it takes if `sizes` take longer.
@@ -115,7 +116,8 @@ def take_tuning(
         link: What joins the ranks, in words.
     """
     nodes = None if node_size is None else make_nodes(group, size=node_size)
-    place = replace(_place(kinds, group, nodes, device), largest=largest, scatters=scatters)
+    place = _place(kinds, group, nodes, device)
+    place = replace(place, largest=largest, scatters=scatters, calls=_CALLS)
     timings = time_collectives(kinds, place, seconds=seconds, rounds=_ROUNDS, sizes=sizes)
     return Tuning(this_machine(group), dist.get_world_size(group), node_size, link, timings)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_lowbit.comm.all_reduce import all_reduce
 from megatron_lowbit.comm.feedback.chain import ErrorFeedback
 from megatron_lowbit.comm.policy.policy import Policy
-from megatron_lowbit.comm.policy.rounds import Call, Calls, Family, Place
+from megatron_lowbit.comm.policy.rounds import Family
+from megatron_lowbit.comm.policy.runs import Calls, Place
 from megatron_lowbit.comm.policy.timings import (
     BF16_BYTES,
     NATIVE,
@@ -27,13 +28,11 @@ from megatron_lowbit.comm.policy.timings import (
     Kind,
     Rounds,
     Timings,
-    natives,
 )
 from megatron_lowbit.comm.reduce_scatter import reduce_scatter
 from megatron_lowbit.comm.transport import native_reduce_scatter
 
-# At load: with what starts and ends it, 5 s at the most. More rounds hardly fit for large models,
-# and would take small ones seconds.
+# At load: with what starts and ends it, 5 s at the most.
 SECONDS, ROUNDS = 4.3, 48
 # A message of a token, then four times as long each.
 _GROWTH = 4
@@ -87,11 +86,11 @@ def _tokens(sizes: Sequence[int] | None, hidden: int, multiple: int, largest: in
 def _all_reduces(kinds: Sequence[Kind], place: Place) -> Calls:
     """In place, as Megatron's own."""
     group = place.group
-    low_bits: Calls = {}
+    calls: Calls = {Case("", False, NATIVE): lambda x: dist.all_reduce(x, group=group)}
     for collective, policy in place.policies.items():
         call = partial(all_reduce, collective=policy, in_place=True)
-        low_bits |= _of_kinds(call, kinds, collective, place)
-    return _among(low_bits, NATIVE, lambda x: dist.all_reduce(x, group=group), len(kinds))
+        calls |= _of_kinds(call, kinds, collective, place)
+    return calls
 
 
 def _scatters(kinds: Sequence[Kind], place: Place) -> Calls:
@@ -103,16 +102,7 @@ def _scatters(kinds: Sequence[Kind], place: Place) -> Calls:
 
     call = partial(reduce_scatter, collective=Policy("one-shot"))
     low_bits = _of_kinds(call, kinds, "reduce-scatter", place)
-    return _among(low_bits, NATIVE_SCATTER, native, len(kinds))
-
-
-def _among(low_bits: Calls, name: str, native: Call, kinds: int) -> Calls:
-    """A round: the calls of native, each before its share of those in low bits."""
-    calls, cases, rest = Calls(), natives(name, kinds), list(low_bits.items())
-    for number, case in enumerate(cases):
-        first, last = (len(rest) * n // len(cases) for n in (number, number + 1))
-        calls |= {case: native, **dict(rest[first:last])}
-    return calls
+    return {Case("", False, NATIVE_SCATTER): native, **low_bits}
 
 
 def _of_kinds(

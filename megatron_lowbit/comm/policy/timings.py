@@ -1,25 +1,30 @@
 """Times of collectives on one group, and which collective they allow: pure functions.
 
-Times are taken in *rounds* (`comm.policy.rounds`): a round calls native and every low-bit case,
-one after the other, so what slows the machine for a while slows all of a round. A pass of a model
-sums its sync points by one collective, whatever bits each of them has; so what is compared is a
-pass: in each round the low-bit times, each as often as the model has such sync points, over as many
-of native's (the mean of its calls in the round, see `natives`).
+Times are taken in *rounds* (`comm.policy.rounds`): a round calls native and low bits one after the
+other, so what slows the machine for a while slows all of a round. A pass of a model sums its sync
+points by one collective, whatever bits each of them has; so what is compared is a pass: in each
+round the low-bit times, each as often as the model has such sync points, over as many of native's.
 
-Low bits are taken only where they surely save at least `MARGIN` of native's time: where the upper
-end of the 99.5 % interval of these ratios is at most 1 - MARGIN. A dozen decisions are made, by
-size and collective, and none is to be chance. (With 95 %, on 2 cores with 30 other processes, 2 of
-10 decisions for low bits were slower than native.) `comm.policy.bounds` has the interval, and what
+A pass waits for the mean of its calls. Short ones have a long tail: their mean is above their
+median, in native by another factor than in low bits. So adjacent rounds are averaged, to `_PASSES`
+means of many calls each.
+
+Low bits are taken only where they are surely faster: where the upper end of the 99.5 % interval of
+these ratios is at most 1. And they must save `MARGIN` of native's time in the middle. Of fewer
+rounds than an interval needs, all must save that much. A dozen decisions are made, by size and
+collective, and none is to be chance. (With 95 %, on 2 cores with 30 other processes, 2 of 10
+decisions for low bits were slower than native.) `comm.policy.bounds` has the interval, and what
 counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
-wherever it mattered. Of several that are sure, the one with the least median is taken: the end of a
+wherever it mattered. Of several that are sure, the one with the least middle is taken: the end of a
 short interval is the worst of nine rounds, and says little of which is faster.
 
 Times are looked at after each of eight visits, and no more are taken once they are sure. So where
-the saving is just short of `MARGIN`, 1 decision in 100 is chance.
+low bits are just as fast as native, 1 decision in 100 is chance.
 
 All ranks have the same times, and what they do with them is rounded exactly, so all choose alike.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -33,16 +38,15 @@ from megatron_lowbit.comm.policy.bounds import (
     Bound,
     interpolate,
     interval,
-    middle_at,
-    worst_at,
+    ratio_at,
 )
 from megatron_lowbit.comm.traffic import Decision
 
 BF16_BYTES = 2
 # What low bits must save of native's time: they cost accuracy, and another day scatters otherwise.
 MARGIN = 0.1
+_PASSES = 24  # their interval is a tenth wider than that of all rounds would be
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
-_NATIVES = 5  # calls of native in a round, at the most
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Kind:
 
 
 class Case(NamedTuple):
-    """What was timed; natives have no codec and carry nothing."""
+    """What was timed; native has no codec and carries nothing."""
 
     codec: str
     carries: bool
@@ -80,22 +84,12 @@ class Case(NamedTuple):
 Rounds = tuple[float, ...]
 
 
-def natives(native: str, kinds: int) -> list[Case]:
-    """Under what a round keeps its calls of native: one for each kind, but no more than five.
-
-    Of low bits a round has a call of each kind. Short calls have a long tail, so that their median
-    is below their mean: one call of native beside five in low bits would look faster than it is.
-    """
-    names = (native, *(f"{native} {number}" for number in range(2, min(kinds, _NATIVES) + 1)))
-    return [Case("", False, name) for name in names]
-
-
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds by case, bytes of the message in BF16, and round.
 
     Attributes:
-        times: All cases have as many rounds at a size.
+        times: At a size native has all rounds, and low bits all or the first of them.
     """
 
     times: dict[Case, dict[int, Rounds]]
@@ -113,9 +107,7 @@ class Timings:
         """Milliseconds of a whole pass, by round; empty if a kind was not timed."""
         if collective in (NATIVE, NATIVE_SCATTER):
             count = sum(kind.count for kind in kinds)
-            cases = natives(collective, len(kinds))
-            own = [self.times[case][size] for case in cases if size in self.times.get(case, {})]
-            return tuple(count * sum(each) / len(each) for each in zip(*own, strict=True))
+            return tuple(count * ms for ms in self.times[Case("", False, collective)][size])
         by_kind = [self.times.get(kind.case(collective), {}).get(size, ()) for kind in kinds]
         if not all(by_kind):
             return ()
@@ -126,36 +118,57 @@ class Timings:
         )
 
     def pass_ms(self, kinds: Sequence[Kind], collective: str, size: int) -> float:
-        """Milliseconds of a pass of any size: medians, interpolated; NaN if not timed."""
-        points = []
-        for timed in self.sizes(native_of(collective)):
-            if times := self.pass_times(kinds, collective, timed):
-                points.append((timed, statistics.median(times)))
+        """Milliseconds of a pass of any size, interpolated; NaN if not timed.
+
+        Native's median; of low bits the middle of what they take of it, in the rounds they had.
+        """
+        points, native = [], native_of(collective)
+        for timed in self.sizes(native):
+            ms = statistics.median(_together(self.pass_times(kinds, native, timed)))
+            if collective == native:
+                points.append((timed, ms))
+            elif ratios := self.ratios(kinds, collective, timed):
+                points.append((timed, ms * interval(ratios)[1]))
         return interpolate(points, size) if points else math.nan
 
+    def compared(self, kinds: Sequence[Kind], collective: str, size: int) -> list[Rounds]:
+        """Times of passes and of as many native ones, rounds together; empty if not timed."""
+        if not (low := self.pass_times(kinds, collective, size)):
+            return []
+        native = self.pass_times(kinds, native_of(collective), size)
+        return [_together(low), _together(native[: len(low)])]
+
     def ratios(self, kinds: Sequence[Kind], collective: str, size: int) -> list[float]:
-        """What a pass takes of native's time, by round; empty if a kind was not timed."""
-        low = self.pass_times(kinds, collective, size)
-        rival = self.pass_times(kinds, native_of(collective), size)
-        return [a / b for a, b in zip(low, rival, strict=True)] if low else []
+        """What passes take of native's time; empty if a kind was not timed."""
+        compared = self.compared(kinds, collective, size)
+        return [low / native for low, native in zip(*compared, strict=True)]
 
     def bounds(self, kinds: Sequence[Kind], collective: str) -> list[Bound]:
-        """By size, ascending: what a pass takes at the worst, of native's time."""
-        found, native = [], native_of(collective)
-        for size in self.sizes(native):
+        """By size, ascending: what a pass takes of native's time, in the middle and at worst."""
+        found = []
+        for size in self.sizes(native_of(collective)):
             if ratios := self.ratios(kinds, collective, size):
-                by = (self.pass_times(kinds, name, size) for name in (collective, native))
-                found.append(Bound(size, interval(ratios)[1], *map(statistics.median, by)))
+                _, middle, worst = interval(ratios)
+                if len(ratios) < ENOUGH:
+                    worst /= 1 - MARGIN
+                compared = self.compared(kinds, collective, size)
+                found.append(Bound(size, worst, middle, *map(statistics.median, compared)))
         return found
 
-    def settled(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> bool:
-        """Whether one collective is surely fast enough at a size, or none surely is."""
-        by_collective = [self.ratios(kinds, name, size) for name in collectives]
-        if any(len(ratios) < ENOUGH for ratios in by_collective):
-            return False
-        ends = [interval(ratios) for ratios in by_collective]
-        one_is = any(upper <= 1 - MARGIN for _, upper in ends)
-        return one_is or all(lower > 1 - MARGIN for lower, _ in ends)
+    def open_at(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> list[str]:
+        """Those of which more rounds could change something; none if one is surely faster."""
+        still_open = []
+        for name in collectives:
+            ratios = self.ratios(kinds, name, size)
+            if len(ratios) < ENOUGH:
+                still_open.append(name)
+                continue
+            lower, middle, upper = interval(ratios)
+            if _gains(upper, middle):
+                return []
+            if lower <= 1 - MARGIN:
+                still_open.append(name)
+        return still_open
 
 
 class ByTimes:
@@ -183,11 +196,11 @@ class ByTimes:
 
     def decide(self, native: str, size: int) -> Decision:
         """Native or a low-bit collective for messages of so many bytes of BF16."""
-        sure = {
-            name: middle_at(bounds, size)
-            for name, bounds in self._bounds.items()
-            if native_of(name) == native and worst_at(bounds, size) <= 1 - MARGIN
-        }
+        sure = {}
+        for name, bounds in self._bounds.items():
+            worst, middle = ratio_at(bounds, size)
+            if native_of(name) == native and _gains(worst, middle):
+                sure[name] = middle
         best = min(sure, key=sure.__getitem__, default=native)
         why = "native is kept" if best == native else "faster"
         return Decision(best, f"{why} by {self.source}")
@@ -195,6 +208,20 @@ class ByTimes:
     @cached_property
     def _bounds(self) -> dict[str, list[Bound]]:
         return {name: self.timings.bounds(self.kinds, name) for name in self.candidates}
+
+
+def _gains(worst: float, middle: float) -> bool:
+    """Whether low bits that take as much of native's time are taken."""
+    return worst <= 1 and middle <= 1 - MARGIN
+
+
+def _together(rounds: Rounds) -> Rounds:
+    """Means of rounds that follow each other, at least two each, or the rounds if they are few."""
+    count = len(rounds)
+    if count < 2 * _PASSES:
+        return rounds
+    ends = [count * number // _PASSES for number in range(_PASSES + 1)]
+    return tuple(statistics.fmean(rounds[a:b]) for a, b in itertools.pairwise(ends))
 
 
 def native_of(collective: str) -> str:

@@ -7,7 +7,7 @@
                 "points": [[8192, [0.41, 0.43, 0.40]], ...]}, ...]}
 
 A point is the message's size in bytes of BF16 and the milliseconds of each round
-(`comm.policy.timings`). Natives have no codec and carry nothing. Format 1 had a median alone, which
+(`comm.policy.timings`). Native has no codec and carries nothing. Format 1 had a median alone, which
 does not say what is surely faster.
 """
 

@@ -57,15 +57,15 @@ class TuningFile(Exact):
 
     @model_validator(mode="after")
     def _has_whole_rounds(self) -> Self:
-        """A round calls every case, so all of a size and rival have as many."""
-        natives = {entry.collective: entry for entry in self.times if not entry.codec}
-        for entry in self.times:
-            native = natives.get(native_of(entry.collective))
-            rival = {size: len(rounds) for size, rounds in native.points} if native else {}
+        """A round calls native, and all codecs by a collective or none of them."""
+        found: dict[tuple[str, int], int] = {}
+        for entry in sorted(self.times, key=lambda entry: entry.codec):  # native first
             for size, rounds in entry.points:
-                if rival.get(size) != len(rounds):
+                native = found.get((native_of(entry.collective), size), 0)
+                count = found.setdefault((entry.collective, size), len(rounds))
+                if len(rounds) != count or (entry.codec and count > native):
                     raise ValueError(
                         f"{entry.codec or entry.collective} has {len(rounds)} rounds at {size} "
-                        f"bytes, native {rival.get(size, 0)}"
+                        f"bytes, {entry.collective} has {count}, native {native}"
                     )
         return self
