@@ -38,9 +38,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--seconds",
         type=cli.positive_number,
-        default=60.0,
+        default=120.0,
         metavar="S",
-        help="for all times; the longest messages are left out if it is too little (default: 60)",
+        help="for all times; the longest messages are left out if it is too little (default: 120)",
     )
     parser.add_argument(
         "--output",

@@ -20,7 +20,7 @@ from megatron_lowbit.comm.symmetric_memory import open_symmetric_memory
 from megatron_lowbit.errors import LowbitError
 
 # For a tuning file, which is there to stay: rounds of a size, and calls of a run of short ones.
-_ROUNDS, _CALLS = 768, 24
+_ROUNDS, _CALLS = 768, 64
 _KINDS = 3  # that are timed at load, about: more of them would leave too few rounds
 
 

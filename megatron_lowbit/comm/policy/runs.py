@@ -1,11 +1,11 @@
 """Runs of calls: what a round of one message size is made of.
 
 A run is what a pass of a model is: the sync points one after the other, all by one collective.
-Short calls are made 4 times at load, and 24 times for a tuning file. The first ones are not timed:
-what ran before leaves the ranks out of step. (2 ranks on 2 cores of an EPYC, 1 Gbit/s, 128 KB:
-single calls by turns said that one-shot takes 0.87 of native's time by the medians, and 24 calls in
-a row that it takes 0.56. Loopback, 2 MB: 0.92 by runs of 4, 0.89, 0.84 and 0.79 by 8, 16 and 32.)
-Long calls are made once.
+Short calls are made 4 times at load, which leaves time for many rounds, and 64 times for a tuning
+file. The first ones are not timed: what ran before leaves the ranks out of step. (2 ranks on 2
+cores of an EPYC, 1 Gbit/s, 128 KB: single calls by turns said that one-shot takes 0.87 of native's
+time by the medians, and 24 calls in a row that it takes 0.56. Loopback, 2 MB: 0.92 by runs of 4,
+0.89, 0.84 and 0.79 by 8, 16 and 32.) Long calls are made once.
 
 On a CPU a rank computes before each call, as it does between two sums of a model. Calls without a
 pause let ranks fall into step and stay there: on a Xeon native then took 2.2 ms in some runs and
@@ -31,9 +31,9 @@ from megatron_lowbit.comm.policy.timings import BF16_BYTES, NATIVE, NATIVE_SCATT
 from megatron_lowbit.comm.traffic import Clock
 
 LARGEST = 64 << 20
-# Seconds: a run of so many short calls is shorter than as many times this. A longer call hardly
-# scatters: it waits for a few turns of the scheduler.
-_SHORT = 0.0025
+# Seconds: of longer calls a run has fewer, so that it takes as long as a run of calls of this.
+# Those hardly scatter: they wait for a few turns of the scheduler.
+_SHORT = 0.0015
 _LEADS = 3  # the first calls of a run that are not timed, at most; a quarter of a shorter one
 _COMPUTING = 0.0005  # seconds, before each call
 
