@@ -146,7 +146,7 @@ class Run:
 
     def fit(self, seconds: float) -> None:
         """Be as long as calls need that take so many seconds."""
-        self._repeats = math.ceil(self._most * _SHORT / max(seconds, _SHORT))
+        self._repeats = math.ceil(self._most * (_SHORT / max(seconds, _SHORT)))
 
     def make(self, x: Tensor, mine: Tensor) -> list[list[Clock]]:
         """Clocks of the timed calls of each case; before each call `x` is the partial again."""
