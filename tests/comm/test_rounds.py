@@ -3,8 +3,10 @@
 import itertools
 import time
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
+import pytest
 import torch
 from given_times import GivenTimes
 from ranks import on_each_rank
@@ -102,18 +104,48 @@ def test_what_surely_gains_nothing_is_called_no_longer(rank):
 
 @on_each_rank(2)
 def test_runs_of_many_calls_stay_within_the_time(rank):
-    """Native takes 10 ms and low bits 1, by three kinds: each run is as long as its calls need."""
+    """Native takes 10 ms and low bits 1, by three kinds, on a clock that only calls move on."""
+    now = 0.0
 
-    def native(x):
-        time.sleep(0.01)
+    def read() -> float:
+        nonlocal now
+        now += 1e-5  # computing ends
+        return now
 
-    def low_bits(x):
-        time.sleep(0.001)
+    def call(_, seconds):
+        nonlocal now
+        GivenTimes.taken = seconds
+        now += seconds
 
-    names = ("one-shot", "two-shot")
-    low = {Case(f"kind {n}", False, name): low_bits for name in names for n in range(3)}
-    family = rounds.Family(lambda: {CASES[0]: native, **low}, KINDS, replace(PLACE, calls=24))
-    start = time.perf_counter()
-    family.measure([1, 4, 16, 64, 256], 3.0, 768, all_sizes=False)
-    assert time.perf_counter() - start < 4.5, "with what compiles"
+    low = {
+        Case(f"kind {n}", False, name): partial(call, seconds=0.001)
+        for name in ("one-shot", "two-shot")
+        for n in range(3)
+    }
+    calls = {CASES[0]: partial(call, seconds=0.01), **low}
+    family = rounds.Family(lambda: calls, KINDS, replace(PLACE, calls=24))
+    with patch.object(runs, "Clock", GivenTimes), patch.object(time, "perf_counter", read):
+        family.measure([1, 4, 16, 64, 256], 3.0, 768, all_sizes=False)
+    assert now < 3.0 + 0.3, "with two rounds before"
     assert family.timings.sizes()[1:], "more than one size"
+
+
+@on_each_rank(2)
+def test_the_cost_of_longer_messages_is_of_all_collectives(rank):
+    """Also of one that is called no longer."""
+    out = KINDS[0].case("two-shot")
+
+    def call(_, seconds):
+        GivenTimes.taken = seconds
+
+    calls = {
+        case: partial(call, seconds=s) for case, s in zip((*CASES, out), (1, 2, 4), strict=True)
+    }
+    size = runs.Size(SURE, HIDDEN, calls, PLACE)
+    with patch.object(runs, "Clock", GivenTimes):
+        size.take(2)
+        before = size.once
+        size.keep(["one-shot"])
+        size.take(3)
+    assert size.once == before == pytest.approx(7 + 3 * 0.0005)
+    assert (size.rounds, len(size.found[out])) == (5, 2)

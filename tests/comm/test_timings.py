@@ -106,11 +106,7 @@ def test_a_pass_waits_for_the_mean_of_its_calls():
         ((1.2,) * 9, (0.5, 1.5) * 5, ["two-shot"]),
         ((0.5,) * 8, (0.5,) * 8, ["one-shot", "two-shot"]),  # too few rounds to be sure
         ((0.9,) * 9, (0.95,) * 9, []),
-        (
-            (0.85, 0.85, 0.85, 0.99) * 4,
-            (1.5,) * 16,
-            [],
-        ),  # surely faster, and by enough in the middle
+        ((0.85, 0.85, 0.85, 0.99) * 4, (1.5,) * 16, []),  # faster, by enough in the middle
         ((0.88, 0.95) * 9, (1.5,) * 18, ["one-shot"]),  # surely faster, perhaps by enough
         ((0.5, 1.5) * 9, (1.5,) * 9, ["one-shot"]),  # the other one has no more rounds since
         ((0.5, 1.5) * 9, (0.5,) * 8, ["one-shot", "two-shot"]),

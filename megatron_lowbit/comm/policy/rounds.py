@@ -14,7 +14,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from megatron_lowbit.comm.policy.runs import Calls, Place, Size, longest_run, most_of_ranks
+from megatron_lowbit.comm.agreement import gather_values
+from megatron_lowbit.comm.policy.runs import Calls, Place, Size, longest_run
 from megatron_lowbit.comm.policy.timings import Kind, Timings
 
 # The first visits, size after size, get a share of the time.
@@ -60,8 +61,8 @@ class Family:
         start = time.perf_counter()
 
         def left() -> float:
-            done = most_of_ranks(time.perf_counter() - start, self._place)
-            return seconds + self._compiling - done
+            done = gather_values(time.perf_counter() - start, group=self._place.group)
+            return seconds + self._compiling - max(done)
 
         self._waiting = tokens[::-1]
         while self._reach(math.inf if all_sizes else left() - (1 - _FIRST) * seconds):

@@ -68,19 +68,27 @@ class Size:
     """One message size: its runs, and the rounds that were taken of them.
 
     Attributes:
-        once: Seconds of one call of each case.
         cost: Seconds of a round, as they were taken last, on the slowest rank.
-        rounds: How many were kept.
         found: Milliseconds of a call of each case, means of a run and over ranks, by round.
     """
 
     def __init__(self, tokens: int, hidden: int, calls: Calls, place: Place):
         self.tokens, self.bytes = tokens, BF16_BYTES * hidden * tokens
-        self.once, self.cost, self.rounds = 0.0, 0.0, 0
+        self.cost = 0.0
         self.found: dict[Case, list[float]] = {case: [] for case in calls}
         self._hidden, self._place, self._done = hidden, place, 0
         by_collective = itertools.groupby(calls.items(), lambda item: item[0].collective)
         self._runs = {name: Run(dict(of_it), place.calls) for name, of_it in by_collective}
+
+    @property
+    def rounds(self) -> int:
+        """How many were kept: native has all of them."""
+        return max(map(len, self.found.values()))
+
+    @property
+    def once(self) -> float:
+        """Seconds of one call of each case, those too that are called no longer."""
+        return sum(_COMPUTING + statistics.median(ms) / 1000 for ms in self.found.values())
 
     def keep(self, collectives: Sequence[str]) -> None:
         """Go on with native and these."""
@@ -94,22 +102,20 @@ class Size:
         """
         mine, start = self._partial(), time.perf_counter()
         rounds = [self._round(mine) for _ in range(count)]
-        self.cost = most_of_ranks((time.perf_counter() - start) / count, self._place)
-        over_ranks = gather_values(rounds, group=self._place.group)
+        own = (time.perf_counter() - start) / count, rounds
+        seconds, over_ranks = zip(*gather_values(own, group=self._place.group), strict=True)
+        self.cost = max(seconds)
         means = [
             [sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
             for of_ranks in zip(*over_ranks, strict=True)
         ]
         cases = [case for run in self._runs.values() for case in run.cases]
         by_case = dict(zip(cases, zip(*means, strict=True), strict=True))
-        middle = {case: statistics.median(seconds) for case, seconds in by_case.items()}
-        self.once = sum(middle.values()) + len(cases) * _COMPUTING
         for run in self._runs.values():
-            run.fit(statistics.fmean(middle[case] for case in run.cases))
+            run.fit(statistics.fmean(statistics.median(by_case[case]) for case in run.cases))
         if keep:
-            self.rounds += count
-            for case, seconds in by_case.items():
-                self.found[case] += [1000 * each for each in seconds]
+            for case, taken in by_case.items():
+                self.found[case] += [1000 * each for each in taken]
         return self.cost
 
     def _round(self, mine: Tensor) -> list[float]:
@@ -165,11 +171,6 @@ class Run:
 def longest_run(place: Place) -> float:
     """Seconds at the most that repeats add to one call of each case."""
     return place.calls * (_SHORT + _COMPUTING)
-
-
-def most_of_ranks(seconds: float, place: Place) -> float:
-    """The largest over ranks, the same on all of them."""
-    return max(gather_values(seconds, group=place.group))
 
 
 def compute(device: torch.device) -> None:

@@ -122,14 +122,14 @@ class Timings:
 
         Native's median; of low bits the middle of what they take of it, in the rounds they had.
         """
-        points, native = [], native_of(collective)
+        native, points = native_of(collective), dict[int, float]()
         for timed in self.sizes(native):
-            ms = statistics.median(_together(self.pass_times(kinds, native, timed)))
-            if collective == native:
-                points.append((timed, ms))
-            elif ratios := self.ratios(kinds, collective, timed):
-                points.append((timed, ms * interval(ratios)[1]))
-        return interpolate(points, size) if points else math.nan
+            rounds = self.pass_times(kinds, native, timed)
+            points[timed] = statistics.median(_together(rounds))
+        if collective != native:
+            bounds = self.bounds(kinds, collective)
+            points = {bound.size: bound.middle * points[bound.size] for bound in bounds}
+        return interpolate(list(points.items()), size) if points else math.nan
 
     def compared(self, kinds: Sequence[Kind], collective: str, size: int) -> list[Rounds]:
         """Times of passes and of as many native ones, rounds together; empty if not timed."""
@@ -140,18 +140,17 @@ class Timings:
 
     def ratios(self, kinds: Sequence[Kind], collective: str, size: int) -> list[float]:
         """What passes take of native's time; empty if a kind was not timed."""
-        compared = self.compared(kinds, collective, size)
-        return [low / native for low, native in zip(*compared, strict=True)]
+        return _ratios(self.compared(kinds, collective, size))
 
     def bounds(self, kinds: Sequence[Kind], collective: str) -> list[Bound]:
         """By size, ascending: what a pass takes of native's time, in the middle and at worst."""
         found = []
         for size in self.sizes(native_of(collective)):
-            if ratios := self.ratios(kinds, collective, size):
+            if compared := self.compared(kinds, collective, size):
+                ratios = _ratios(compared)
                 _, middle, worst = interval(ratios)
                 if len(ratios) < ENOUGH:
                     worst /= 1 - MARGIN
-                compared = self.compared(kinds, collective, size)
                 found.append(Bound(size, worst, middle, *map(statistics.median, compared)))
         return found
 
@@ -208,6 +207,10 @@ class ByTimes:
     @cached_property
     def _bounds(self) -> dict[str, list[Bound]]:
         return {name: self.timings.bounds(self.kinds, name) for name in self.candidates}
+
+
+def _ratios(compared: list[Rounds]) -> list[float]:
+    return [low / native for low, native in zip(*compared, strict=True)]
 
 
 def _gains(worst: float, middle: float) -> bool:
