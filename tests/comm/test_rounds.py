@@ -102,32 +102,54 @@ def test_what_surely_gains_nothing_is_called_no_longer(rank):
     assert len(family.timings.times[out][ROW * OPEN]) == 3 + 11
 
 
+class CallsMoveOn:
+    """A clock that only calls move on, for all that reads one."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def read(self) -> float:
+        self.now += 1e-5  # computing ends
+        return self.now
+
+    def call(self, _, seconds):
+        GivenTimes.taken = seconds
+        self.now += seconds
+
+    def measure(self, family, tokens, seconds):
+        with (
+            patch.object(runs, "Clock", GivenTimes),
+            patch.object(time, "perf_counter", self.read),
+        ):
+            family.measure(tokens, seconds, 768, all_sizes=False)
+
+
 @on_each_rank(2)
 def test_runs_of_many_calls_stay_within_the_time(rank):
-    """Native takes 10 ms and low bits 1, by three kinds, on a clock that only calls move on."""
-    now = 0.0
-
-    def read() -> float:
-        nonlocal now
-        now += 1e-5  # computing ends
-        return now
-
-    def call(_, seconds):
-        nonlocal now
-        GivenTimes.taken = seconds
-        now += seconds
-
+    """Native takes 10 ms and low bits 1, by three kinds."""
+    clock = CallsMoveOn()
     low = {
-        Case(f"kind {n}", False, name): partial(call, seconds=0.001)
+        Case(f"kind {n}", False, name): partial(clock.call, seconds=0.001)
         for name in ("one-shot", "two-shot")
         for n in range(3)
     }
-    calls = {CASES[0]: partial(call, seconds=0.01), **low}
+    calls = {CASES[0]: partial(clock.call, seconds=0.01), **low}
     family = rounds.Family(lambda: calls, KINDS, replace(PLACE, calls=24))
-    with patch.object(runs, "Clock", GivenTimes), patch.object(time, "perf_counter", read):
-        family.measure([1, 4, 16, 64, 256], 3.0, 768, all_sizes=False)
-    assert now < 3.0 + 0.3, "with two rounds before"
+    clock.measure(family, [1, 4, 16, 64, 256], 3.0)
+    assert clock.now < 3.0 + 0.3, "with two rounds before"
     assert family.timings.sizes()[1:], "more than one size"
+
+
+@on_each_rank(2)
+def test_a_long_message_has_no_more_than_its_share(rank):
+    """Its rounds take 0.2 s, and a quarter of 4 s is for five. None is ever decided."""
+    clock = CallsMoveOn()
+    calls = dict.fromkeys(CASES, lambda x: clock.call(x, 0.1 if len(x) == 64 else 0.001))
+    family = rounds.Family(lambda: calls, KINDS, PLACE)
+    with patch.object(Timings, "open_at", return_value=["one-shot"]):
+        clock.measure(family, [1, 2, 4, 64], 4.0)
+    assert number_of_rounds(family.timings, 64) <= 4
+    assert number_of_rounds(family.timings, 1) > 250
 
 
 @on_each_rank(2)

@@ -9,6 +9,7 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm.policy.bounds import (
     Bound,
     _outside,
+    best_at,
     interpolate,
     interval,
     ratio_at,
@@ -110,6 +111,8 @@ def test_a_pass_waits_for_the_mean_of_its_calls():
         ((0.88, 0.95) * 9, (1.5,) * 18, ["one-shot"]),  # surely faster, perhaps by enough
         ((0.5, 1.5) * 9, (1.5,) * 9, ["one-shot"]),  # the other one has no more rounds since
         ((0.5, 1.5) * 9, (0.5,) * 8, ["one-shot", "two-shot"]),
+        ((1.01,) * 5, (1.01,) * 4, ["two-shot"]),  # slower each time
+        ((1.5,) * 4 + (1.0,), (1.5,) * 7 + (1.0,), ["one-shot", "two-shot"]),  # but once
     ],
 )
 def test_what_is_open_at_a_size(one_shot, two_shot, still_open):
@@ -135,7 +138,7 @@ def bounds(*given: tuple[int, float]) -> list[Bound]:
     """Native takes 1 ms and 1 ms more for each KB, low bits a share; at the worst twice that."""
     natives_ms = [1.0 + kb for kb, _ in given]
     return [
-        Bound(kb * KB, 2 * middle, middle, middle * ms, ms)
+        Bound(kb * KB, middle / 2, middle, 2 * middle, middle * ms, ms)
         for (kb, middle), ms in zip(given, natives_ms, strict=True)
     ]
 
@@ -153,6 +156,29 @@ def test_between_two_sizes_the_worse_counts():
     assert middles == [0.5, 0.95, 0.95, 0.95, 0.3]
 
 
+def test_at_best_the_better_of_two_sizes_counts():
+    given = bounds((8, 0.5), (32, 0.9), (128, 0.3))
+    best = [best_at(given, size * KB) for size in (1, 8, 9, 32, 64, 1024)]
+    assert best == [0.25, 0.25, 0.25, 0.45, 0.15, 0.15]
+
+
+@pytest.mark.parametrize(
+    ("one_shot", "two_shot", "perhaps"),
+    [
+        ((0.85, 1.2) * 9, (1.5,) * 18, ("one-shot", 0.85)),
+        ((0.95, 1.2) * 9, (1.5,) * 18, None),  # never by the margin
+        ((0.5, 1.5) * 9, (0.4, 1.5) * 9, ("two-shot", 0.4)),
+        ((1.0, 1.2, 1.2), (1.5,) * 3, ("one-shot", 0.9)),  # of few rounds the margin comes on top
+        ((1.1, 1.2, 1.2), (1.5,) * 3, None),
+    ],
+)
+def test_what_may_gain(one_shot, two_shot, perhaps):
+    low = {"one-shot": {8: one_shot}, "two-shot": {8: two_shot}}
+    times = by_times({8: (1.0,) * len(one_shot)}, low)
+    assert times.decide("native", 8).collective == "native"
+    assert times.perhaps("native", 8) == pytest.approx(perhaps)
+
+
 def test_beyond_the_sizes_what_gets_worse_goes_on():
     """Low bits take two thirds of native's time for each byte more, however long it gets."""
     rising = bounds((7, 0.4), (31, 0.6))  # 3.2 of 8 ms, 19.2 of 32
@@ -166,7 +192,10 @@ def test_beyond_the_sizes_what_gets_worse_goes_on():
 
 def test_a_worst_case_grows_as_the_medians_do():
     """However it scatters itself: that of the longest size may be below that of the one before."""
-    latency, bandwidth = Bound(8 * KB, 0.9, 0.5, 0.5, 1.0), Bound(32 * KB, 0.7, 0.6, 1.0, 1.5)
+    latency, bandwidth = (
+        Bound(8 * KB, 0.4, 0.5, 0.9, 0.5, 1.0),
+        Bound(32 * KB, 0.5, 0.6, 0.7, 1.0, 1.5),
+    )
     factor = (2.5 / 3.0) / (1 / 1.5)
     assert ratio_at([latency, bandwidth], 104 * KB) == pytest.approx((0.7 * factor, 0.6 * factor))
 

@@ -7,7 +7,7 @@ that of its sums alone, codecs included: what the model computes in between is n
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN, NATIVE, ByTimes, size_text
+from megatron_lowbit.comm.policy.timings import BF16_BYTES, NATIVE, ByTimes, size_text
 from megatron_lowbit.text_table import aligned
 
 DECODE = (1, 16, 64)  # sequences
@@ -25,6 +25,7 @@ class Pass:
         ms: Milliseconds by collective, ``native`` among them; NaN where nothing was timed.
         taken: What `auto` takes.
         taken_ms: How long that is; in native it may have fewer sums, where some have 0 bits.
+        unsure: What may be faster where native is kept, as far as times tell; empty if nothing.
         is_timed: Whether messages as long were timed; or else it goes by shorter ones.
     """
 
@@ -34,21 +35,13 @@ class Pass:
     ms: dict[str, float]
     taken: str
     taken_ms: float
+    unsure: str
     is_timed: bool
 
     @property
     def speedup(self) -> float:
         """Native's time over that of `auto`."""
         return self.ms[NATIVE] / self.taken_ms
-
-    @property
-    def unsure(self) -> str:
-        """What is faster in the middle, where native is kept; empty elsewhere."""
-        if self.taken != NATIVE:
-            return ""
-        low = {name: ms for name, ms in self.ms.items() if ms <= (1 - MARGIN) * self.taken_ms}
-        best = min(low, key=low.__getitem__, default="")
-        return best and f"{best} perhaps {self.taken_ms / low[best]:.2f}x"
 
     @property
     def name(self) -> str:
@@ -79,7 +72,15 @@ def _pass(times: ByTimes, phase: str, tokens: int, hidden: int, skipped: int) ->
     taken = times.decide(NATIVE, size).collective
     taken_ms, count = ms[taken], sum(kind.count for kind in kinds)
     ms[NATIVE] *= (count + skipped) / count
-    return Pass(phase, tokens, size, ms, taken, taken_ms, size <= timings.sizes()[-1])
+    unsure = _unsure(times, size) if taken == NATIVE else ""
+    return Pass(phase, tokens, size, ms, taken, taken_ms, unsure, size <= timings.sizes()[-1])
+
+
+def _unsure(times: ByTimes, size: int) -> str:
+    if (found := times.perhaps(NATIVE, size)) is None:
+        return ""
+    name, ratio = found
+    return f"{name} perhaps up to {1 / ratio:.2f}x"
 
 
 def table(found: Sequence[Pass]) -> list[str]:

@@ -1,19 +1,23 @@
-"""The doctor's advice behind emulated links, held against a sweep in the same processes.
+"""The doctor's advice behind emulated links, held against sweeps of the same messages.
 
-At each setting the ranks are examined as torchrun's would be, without a model, and then every
-collective is timed at the same messages, with carries, by the sweep, in passes of 96 calls with
-computing in between, as in a model. Advice is *right* where low bits that it takes are not slower
-than native in the sweep, and where native that it keeps is not slower than low bits by more than
-the margin that `auto` asks for. It is *wrong* where low bits are slower, and *missed* where they
-would have been faster; *open* where the doctor says so itself: that low bits are perhaps faster,
-and more seconds may tell.
+At each setting the ranks are examined as torchrun's would be, without a model. Before and after
+that, sweeps time every collective at the same messages, with carries, in passes of 96 calls with
+computing in between, as in a model. Each sweep has processes of its own: ranks that share cores
+fall into step or out of it, and stay there, so what one process measures again and again need not
+be what the next one measures.
+
+Advice is *right* where low bits that it takes are in no sweep slower than native, and where native
+that it keeps is in no sweep slower than low bits by more than the margin that `auto` asks for. It
+is *wrong* where low bits are slower in all sweeps, and *missed* where one collective is faster by
+more than the margin in all sweeps; *open* where the doctor says so itself: that low bits are
+perhaps faster, and more seconds may tell. Where sweeps contradict each other it is *unclear*.
 """
 
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,19 +27,22 @@ from megatron_lowbit.benchmark.collectives import sweep
 from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
 from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
 from megatron_lowbit.benchmark.collectives.sweep_plan import Plan, Variant
-from megatron_lowbit.benchmark.doctor.doctor_advice import Pass
+from megatron_lowbit.benchmark.doctor.doctor_advice import DECODE, PREFILL
 from megatron_lowbit.benchmark.doctor.doctor_run import BITS, HIDDEN, examine_links
 from megatron_lowbit.codecs import DEFAULT_CODEC
-from megatron_lowbit.comm.policy.timings import MARGIN, NATIVE, size_text
+from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN, NATIVE, size_text
 from megatron_lowbit.files import import_path
 
 SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
     (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
 )
 _LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
-_SECONDS = 3.0  # of the sweep for each size and case
+_SIZES = tuple(BF16_BYTES * HIDDEN * tokens for tokens in DECODE + PREFILL if tokens <= _LONGEST)
+_BEFORE, _AFTER = 1, 2  # sweeps
+_SECONDS = 2.0  # of a sweep for each size and case
 _COLLECTIVES = ("one-shot", "two-shot")
-_WORDS = ("right", "open", "missed", "wrong")
+_WORDS = ("right", "open", "unclear", "missed", "wrong")
+_LEAST_GAIN = 1 / (1 - MARGIN)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Verdict:
         size: Bytes of the message in BF16.
         taken: What the doctor says `auto` takes.
         unsure: What it says is perhaps faster; empty if nothing.
-        speedups: By collective: what the sweep measured, over native.
+        speedups: By collective: what each sweep measured, over native.
     """
 
     ranks: int
@@ -56,32 +63,44 @@ class Verdict:
     size: int
     taken: str
     unsure: str
-    speedups: dict[str, float]
+    speedups: dict[str, list[float]]
 
     @property
     def word(self) -> str:
-        """``right``, ``wrong``, ``missed`` or ``open``."""
+        """One of `_WORDS`."""
         if self.taken != NATIVE:
-            return "right" if self.speedups[self.taken] >= 1 else "wrong"
-        if max(self.speedups.values()) <= 1 / (1 - MARGIN):
-            return "right"
-        return "open" if self.unsure else "missed"
+            measured = self.speedups[self.taken]
+            return _said(all(x >= 1 for x in measured), all(x < 1 for x in measured), "wrong")
+        gains = [[x > _LEAST_GAIN for x in each] for each in self.speedups.values()]
+        word = _said(not any(map(any, gains)), any(map(all, gains)), "missed")
+        return "open" if self.unsure and word != "right" else word
 
     @property
     def line(self) -> str:
         """A row of a Markdown table."""
-        measured = " | ".join(f"{self.speedups[name]:.2f}x" for name in _COLLECTIVES)
+        measured = " | ".join(map(_span, (self.speedups[name] for name in _COLLECTIVES)))
         what = f"{self.link}, {self.ranks} ranks, {self.bits} bits, {size_text(self.size)}"
         taken = f"{self.taken} ({self.unsure})" if self.unsure else self.taken
         return f"| {what} | {taken} | {measured} | {self.word} |"
 
 
+def _said(is_right: bool, is_false: bool, false: str) -> str:
+    """What all sweeps say, or that they contradict each other."""
+    if is_right:
+        return "right"
+    return false if is_false else "unclear"
+
+
+def _span(speedups: list[float]) -> str:
+    return f"{min(speedups):.2f}x to {max(speedups):.2f}x"
+
+
 def run(seconds: float) -> None:
-    """Try all settings, the doctor with `seconds` each, and print what it and the sweep found."""
+    """Try all settings, the doctor with `seconds` each, and print what it and the sweeps found."""
     found: list[Verdict] = []
     for link, ranks in SETTINGS:
         found += try_out(link, ranks, seconds)
-    cli.say("\n| message | the doctor takes | sweep: one-shot | two-shot | advice |")
+    cli.say("\n| message | the doctor takes | sweeps: one-shot | two-shot | advice |")
     cli.say("| --- " * 5 + "|\n" + "\n".join(one.line for one in found))
     words = [one.word for one in found]
     counts = ", ".join(f"{words.count(word)} {word}" for word in _WORDS)
@@ -89,50 +108,77 @@ def run(seconds: float) -> None:
 
 
 def try_out(link: str | None, ranks: int, seconds: float) -> list[Verdict]:
-    """Examine and sweep at one rate (`parse_rate`), or on loopback without one.
+    """Sweep and examine at one rate (`parse_rate`), or on loopback without one.
 
     Raises:
         LowbitError: Links cannot be emulated here, or a rank failed.
     """
+    cli.say(f"\n{link or 'loopback'}, {ranks} ranks")
+    sweeps = [_sweep(link, ranks) for _ in range(_BEFORE)]
+    examined = _examine(link, ranks, seconds)
+    sweeps += [_sweep(link, ranks) for _ in range(_AFTER)]
+    return list(_verdicts(link, ranks, examined, sweeps))
+
+
+def _sweep(link: str | None, ranks: int) -> list[dict]:
+    """Rows of a sweep by all collectives."""
+    low = tuple(Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES)
+    plan = Plan(
+        low,
+        _SIZES,
+        ranks,
+        link,
+        hidden=HIDDEN,
+        feedback=True,
+        seconds=_SECONDS,
+        in_passes=True,
+    )
+    return sweep.run(plan, quiet=True).rows
+
+
+def _examine(link: str | None, ranks: int, seconds: float) -> dict[str, list]:
+    """What the doctor takes and what it is not sure of, by ``bits size``."""
     started = emulated_links(ranks, parse_rate(link)) if link else plain_ranks(ranks)
     with tempfile.TemporaryDirectory(prefix="lowbit-doctor-") as directory, started as group:
-        out = Path(directory) / "verdicts.json"
-        cli.say(f"\n{link or 'loopback'}, {ranks} ranks")
-        argv = [sys.executable, "-m", __name__, str(out), link or "loopback", str(seconds)]
+        out = Path(directory) / "examined.json"
+        argv = [sys.executable, "-m", __name__, str(out), str(seconds)]
         group.run(argv, env={"PYTHONPATH": import_path()})
-        return [Verdict(**one) for one in json.loads(out.read_text())]
+        return json.loads(out.read_text())
 
 
 def _rank_main() -> None:
     """One rank: rank 0 writes what came out."""
-    out, link, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    out, seconds = Path(sys.argv[1]), float(sys.argv[2])
     with sweep.process_group() as device:
         assert dist.group.WORLD is not None, "it was started"
         examined = examine_links(dist.group.WORLD, device, seconds)
-        sizes = tuple(sorted({one.size for one in examined[BITS[0]] if one.tokens <= _LONGEST}))
-        variants = tuple(
-            Variant(f"{DEFAULT_CODEC}-{bits}", by) for bits in BITS for by in _COLLECTIVES
-        )
-        plan = Plan(
-            variants, sizes, None, hidden=HIDDEN, feedback=True, seconds=_SECONDS, in_passes=True
-        )
-        rows = sweep.measure(plan, device=device, quiet=True).rows
-        verdicts = list(_verdicts(examined, rows, link))
         if dist.get_rank() == 0:
-            out.write_text(json.dumps([asdict(one) for one in verdicts]))
+            said = {
+                f"{bits} {one.size}": [one.taken, one.unsure]
+                for bits, passes in examined.items()
+                for one in passes
+            }
+            out.write_text(json.dumps(said))
         dist.barrier()
 
 
-def _verdicts(examined: dict[int, list[Pass]], rows: list[dict], link: str) -> Iterator[Verdict]:
-    for bits, passes in examined.items():
-        said = {one.size: (one.taken, one.unsure) for one in passes}
-        for size in sorted({row["bytes"] for row in rows}):
+def _verdicts(
+    link: str | None, ranks: int, examined: dict[str, list], sweeps: list[list[dict]]
+) -> Iterator[Verdict]:
+    for bits in BITS:
+        for size in _SIZES:
             mine = {
-                row["collective"]: row["speedup"]
-                for row in rows
-                if row["bytes"] == size and f"({bits} bits)" in row["codec"]
+                name: [
+                    row["speedup"]
+                    for rows in sweeps
+                    for row in rows
+                    if (row["bytes"], row["collective"]) == (size, name)
+                    and f"({bits} bits)" in row["codec"]
+                ]
+                for name in _COLLECTIVES
             }
-            yield Verdict(dist.get_world_size(), link, bits, size, *said[size], mine)
+            taken, unsure = examined[f"{bits} {size}"]
+            yield Verdict(ranks, link or "loopback", bits, size, taken, unsure, mine)
 
 
 if __name__ == "__main__":

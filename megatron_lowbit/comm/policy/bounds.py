@@ -32,15 +32,17 @@ class Bound(NamedTuple):
 
     Attributes:
         size: Bytes of the message in BF16.
-        worst: What low bits take at the worst, of native's time.
+        best: What low bits take at best, of native's time.
         middle: What they take in the middle.
+        worst: What they take at the worst.
         low_ms: A pass in low bits, the median.
         native_ms: A native one.
     """
 
     size: int
-    worst: float
+    best: float
     middle: float
+    worst: float
     low_ms: float
     native_ms: float
 
@@ -86,6 +88,12 @@ def ratio_at(bounds: Bounds, size: int) -> tuple[float, float]:
     if size < bounds[0].size:
         return _shorter(bounds[1], bounds[0], size)
     return _longer(bounds[-2], bounds[-1], size)
+
+
+def best_at(bounds: Bounds, size: int) -> float:
+    """The best at any size; outside of those that were timed that of the nearest."""
+    nearest = min(max(size, bounds[0].size), bounds[-1].size)
+    return min(bound.best for bound in _next_to(bounds, nearest))
 
 
 def _next_to(bounds: Bounds, size: int) -> Bounds:

@@ -2,9 +2,12 @@
 
 A round has a run of calls for each collective (`comm.policy.runs`), without barriers, and the next
 round has them in the other order. Each size is visited several times, so that its rounds are spread
-over all of the time: a machine that is busy for a second must not decide. The sizes share the time.
-A size is done with when more rounds would change nothing (`Timings.open_at`), and so is a
-collective that surely gains nothing. The others have what is left.
+over all of the time: a machine that is busy for a second must not decide. The sizes share the time,
+and a long one has no more rounds than its share is enough for. (4 ranks on 2 cores of an EPYC,
+loopback: long messages had taken a round a visit, and 4 of 20 decisions up to 512 KB were for low
+bits, which take half of native's time there. By shares 24 of 24 were.) A size is done with when
+more rounds would change nothing (`Timings.open_at`), and so is a collective that surely gains
+nothing. The others have what is left.
 
 The ranks agree on what there is time for, so all make the same calls. Kernels are compiled before
 the clock starts.
@@ -18,9 +21,9 @@ from megatron_lowbit.comm.agreement import gather_values
 from megatron_lowbit.comm.policy.runs import Calls, Place, Size, longest_run
 from megatron_lowbit.comm.policy.timings import Kind, Timings
 
-# The first visits, size after size, get a share of the time.
-_VISITS, _FIRST = 8, 0.6
+_VISITS = 8
 _ROUNDS = 3  # of a first visit
+_FIRST = 1 / 3  # of the time that is left: what a first visit may take
 
 
 class Family:
@@ -65,17 +68,17 @@ class Family:
             return seconds + self._compiling - max(done)
 
         self._waiting = tokens[::-1]
-        while self._reach(math.inf if all_sizes else left() - (1 - _FIRST) * seconds):
+        while self._reach(math.inf if all_sizes else _FIRST * left()):
             pass
         for visits in range(_VISITS - 1, 0, -1):
-            while not (still_open := self._open()) and self._reach(left()):
+            while not (still_open := self._open(most)) and self._reach(left()):
                 pass
             if not still_open:
                 break
-            share = left() / (visits * len(still_open))
+            share = (left() + sum(size.spent for size in still_open)) / len(still_open)
             for size in still_open:
-                room = -(-(most - size.rounds) // visits)
-                rounds = min(max(int(share / size.cost), 1), room)
+                whole = min(int((share - size.spent) / size.cost), most - size.rounds)
+                rounds = math.ceil(whole / visits)
                 if rounds > 0 and rounds * size.cost <= left():
                     size.take(rounds)
 
@@ -109,11 +112,12 @@ class Family:
     def _size(self, tokens: int) -> Size:
         return Size(tokens, self._hidden, self._make_calls(), self._place)
 
-    def _open(self) -> list[Size]:
-        """The sizes where more rounds could change something; alike on all ranks."""
+    def _open(self, most: int) -> list[Size]:
+        """The sizes where more rounds could change something, and that have fewer than `most`;
+        alike on all ranks."""
         collectives = list(dict.fromkeys(case.collective for case in self._cases if case.codec))
         found, still_open = self.timings, []
-        for size in self._sizes:
+        for size in (one for one in self._sizes if one.rounds < most):
             if among := found.open_at(self._kinds, collectives, size.bytes):
                 size.keep(among)
                 still_open.append(size)

@@ -36,6 +36,7 @@ LARGEST = 64 << 20
 _SHORT = 0.0015
 _LEADS = 3  # the first calls of a run that are not timed, at most; a quarter of a shorter one
 _COMPUTING = 0.0005  # seconds, before each call
+_PERIOD = 256  # tokens, after which a partial repeats itself
 
 Call = Callable[[Tensor], object]
 Calls = dict[Case, Call]
@@ -69,16 +70,20 @@ class Size:
 
     Attributes:
         cost: Seconds of a round, as they were taken last, on the slowest rank.
+        spent: Seconds of all of them.
         found: Milliseconds of a call of each case, means of a run and over ranks, by round.
     """
 
     def __init__(self, tokens: int, hidden: int, calls: Calls, place: Place):
         self.tokens, self.bytes = tokens, BF16_BYTES * hidden * tokens
-        self.cost = 0.0
+        self.cost = self.spent = 0.0
         self.found: dict[Case, list[float]] = {case: [] for case in calls}
         self._hidden, self._place, self._done = hidden, place, 0
         by_collective = itertools.groupby(calls.items(), lambda item: item[0].collective)
         self._runs = {name: Run(dict(of_it), place.calls) for name, of_it in by_collective}
+        generator = torch.Generator().manual_seed(dist.get_rank(place.group))
+        part = torch.randn(min(tokens, _PERIOD), hidden, generator=generator)
+        self._part = part.to(place.device, place.dtype)
 
     @property
     def rounds(self) -> int:
@@ -105,6 +110,7 @@ class Size:
         own = (time.perf_counter() - start) / count, rounds
         seconds, over_ranks = zip(*gather_values(own, group=self._place.group), strict=True)
         self.cost = max(seconds)
+        self.spent += count * self.cost
         means = [
             [sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
             for of_ranks in zip(*over_ranks, strict=True)
@@ -127,12 +133,8 @@ class Size:
         return [statistics.fmean(clock.seconds() for clock in of_case) for of_case in of_cases]
 
     def _partial(self) -> Tensor:
-        """``[tokens, hidden]`` of this rank; nobody else's random numbers are used up."""
-        place, shape = self._place, (min(self.tokens, 256), self._hidden)
-        generator = torch.Generator().manual_seed(dist.get_rank(place.group))
-        part = torch.randn(*shape, generator=generator).to(place.dtype)
-        whole = part.repeat(-(-self.tokens // len(part)), 1)[: self.tokens]
-        return whole.contiguous().to(place.device)
+        """``[tokens, hidden]`` of this rank."""
+        return self._part.repeat(math.ceil(self.tokens / _PERIOD), 1)[: self.tokens]
 
 
 class Run:

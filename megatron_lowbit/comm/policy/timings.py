@@ -16,7 +16,8 @@ collective, and none is to be chance. (With 95 %, on 2 cores with 30 other proce
 decisions for low bits were slower than native.) `comm.policy.bounds` has the interval, and what
 counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
 wherever it mattered. Of several that are sure, the one with the least middle is taken: the end of a
-short interval is the worst of nine rounds, and says little of which is faster.
+short interval is the worst of nine rounds, and says little of which is faster. To keep native needs
+less: low bits that are slower in each of five rounds are timed no longer.
 
 Times are looked at after each of eight visits, and no more are taken once they are sure. So where
 low bits are just as fast as native, 1 decision in 100 is chance.
@@ -36,6 +37,7 @@ from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.policy.bounds import (
     ENOUGH,
     Bound,
+    best_at,
     interpolate,
     interval,
     ratio_at,
@@ -45,6 +47,7 @@ from megatron_lowbit.comm.traffic import Decision
 BF16_BYTES = 2
 # What low bits must save of native's time: they cost accuracy, and another day scatters otherwise.
 MARGIN = 0.1
+_SLOWER = 5  # rounds, each slower than native: low bits are given up
 _PASSES = 24  # their interval is a tenth wider than that of all rounds would be
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
 
@@ -147,11 +150,8 @@ class Timings:
         found = []
         for size in self.sizes(native_of(collective)):
             if compared := self.compared(kinds, collective, size):
-                ratios = _ratios(compared)
-                _, middle, worst = interval(ratios)
-                if len(ratios) < ENOUGH:
-                    worst /= 1 - MARGIN
-                found.append(Bound(size, worst, middle, *map(statistics.median, compared)))
+                medians = map(statistics.median, compared)
+                found.append(Bound(size, *_surely(_ratios(compared)), *medians))
         return found
 
     def open_at(self, kinds: Sequence[Kind], collectives: Sequence[str], size: int) -> list[str]:
@@ -159,13 +159,13 @@ class Timings:
         still_open = []
         for name in collectives:
             ratios = self.ratios(kinds, name, size)
-            if len(ratios) < ENOUGH:
+            if len(ratios) < _SLOWER:
                 still_open.append(name)
                 continue
-            lower, middle, upper = interval(ratios)
-            if _gains(upper, middle):
+            best, middle, worst = _surely(ratios)
+            if len(ratios) >= ENOUGH and _gains(worst, middle):
                 return []
-            if lower <= 1 - MARGIN:
+            if _may_gain(best):
                 still_open.append(name)
         return still_open
 
@@ -204,6 +204,17 @@ class ByTimes:
         why = "native is kept" if best == native else "faster"
         return Decision(best, f"{why} by {self.source}")
 
+    def perhaps(self, native: str, size: int) -> tuple[str, float] | None:
+        """The low-bit collective that may gain the most, and what it takes of native's time then;
+        None if all surely gain nothing."""
+        best = {
+            name: best_at(bounds, size)
+            for name, bounds in self._bounds.items()
+            if native_of(name) == native and bounds
+        }
+        name = min(best, key=best.__getitem__, default=None)
+        return None if name is None or not _may_gain(best[name]) else (name, best[name])
+
     @cached_property
     def _bounds(self) -> dict[str, list[Bound]]:
         return {name: self.timings.bounds(self.kinds, name) for name in self.candidates}
@@ -211,6 +222,18 @@ class ByTimes:
 
 def _ratios(compared: list[Rounds]) -> list[float]:
     return [low / native for low, native in zip(*compared, strict=True)]
+
+
+def _surely(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """What low bits take of native's time at best, in the middle and at worst."""
+    best, middle, worst = interval(ratios)
+    few = 1 - MARGIN if len(ratios) < ENOUGH else 1.0
+    return best * few, middle, worst / few
+
+
+def _may_gain(best: float) -> bool:
+    """Whether low bits that take so much of native's time at best could be taken."""
+    return best <= 1 - MARGIN
 
 
 def _gains(worst: float, middle: float) -> bool:
