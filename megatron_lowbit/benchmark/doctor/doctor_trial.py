@@ -34,7 +34,7 @@ from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN, NATIVE, size
 from megatron_lowbit.files import import_path
 
 SETTINGS: tuple[tuple[str | None, int], ...] = tuple(
-    (link, ranks) for link in ("100mbit", "1gbit", None) for ranks in (2, 4)
+    (link, ranks) for link in ("100mbit", "1gbit", "2.5gbit", None) for ranks in (2, 4)
 )
 _LONGEST = 1024  # tokens: 8 MB take native 1 s at 100 Mbit/s and 4 ranks
 _SIZES = tuple(BF16_BYTES * HIDDEN * tokens for tokens in DECODE + PREFILL if tokens <= _LONGEST)
