@@ -48,6 +48,28 @@ def number_of_rounds(timings: Timings, tokens: int) -> int:
     return len(timings.times[CASES[1]][ROW * tokens])
 
 
+class CallsMoveOn:
+    """A clock that only calls move on, for all that reads one."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def read(self) -> float:
+        self.now += 1e-5  # computing ends
+        return self.now
+
+    def call(self, _, seconds):
+        GivenTimes.taken = seconds
+        self.now += seconds
+
+    def measure(self, family, tokens, seconds):
+        with (
+            patch.object(runs, "Clock", GivenTimes),
+            patch.object(time, "perf_counter", self.read),
+        ):
+            family.measure(tokens, seconds, 768, all_sizes=False)
+
+
 @on_each_rank(2)
 def test_a_settled_size_leaves_its_time_to_the_others(rank):
     """With time for all rounds: 3 of a first visit, and what is left of 80 in seven others."""
@@ -77,11 +99,10 @@ def test_what_settled_sizes_leave_is_for_longer_messages(rank):
 
 @on_each_rank(2)
 def test_a_size_that_takes_too_long_is_left_out(rank):
-    def slow(x):
-        time.sleep(0.0 if len(x) < 4 * OPEN else 1.0)
-
-    family = rounds.Family(lambda: dict.fromkeys(CASES, slow), KINDS, PLACE)
-    family.measure([SURE, OPEN, 4 * OPEN, 16 * OPEN], 1.0, 8, all_sizes=False)
+    clock = CallsMoveOn()
+    calls = dict.fromkeys(CASES, lambda x: clock.call(x, 0.001 if len(x) < 4 * OPEN else 1.0))
+    family = rounds.Family(lambda: calls, KINDS, PLACE)
+    clock.measure(family, [SURE, OPEN, 4 * OPEN, 16 * OPEN], 1.0)
     assert family.timings.sizes() == [ROW * tokens for tokens in (SURE, OPEN)]
 
 
@@ -100,28 +121,6 @@ def test_what_surely_gains_nothing_is_called_no_longer(rank):
         family.measure([OPEN], 500.0, 80, all_sizes=False)
     assert number_of_rounds(family.timings, OPEN) == 80
     assert len(family.timings.times[out][ROW * OPEN]) == 3 + 11
-
-
-class CallsMoveOn:
-    """A clock that only calls move on, for all that reads one."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def read(self) -> float:
-        self.now += 1e-5  # computing ends
-        return self.now
-
-    def call(self, _, seconds):
-        GivenTimes.taken = seconds
-        self.now += seconds
-
-    def measure(self, family, tokens, seconds):
-        with (
-            patch.object(runs, "Clock", GivenTimes),
-            patch.object(time, "perf_counter", self.read),
-        ):
-            family.measure(tokens, seconds, 768, all_sizes=False)
 
 
 @on_each_rank(2)
@@ -150,6 +149,49 @@ def test_a_long_message_has_no_more_than_its_share(rank):
         clock.measure(family, [1, 2, 4, 64], 4.0)
     assert number_of_rounds(family.timings, 64) <= 4
     assert number_of_rounds(family.timings, 1) > 250
+
+
+@on_each_rank(2)
+def test_a_size_that_compiles_has_as_many_rounds(rank):
+    """Its first call takes 2 s more, which count for nobody."""
+    clock, compiling = CallsMoveOn(), iter((2.0,))
+
+    def call(x):
+        clock.call(x, 0.001 + (next(compiling, 0.0) if len(x) == OPEN else 0.0))
+
+    family = rounds.Family(lambda: dict.fromkeys(CASES, call), KINDS, PLACE)
+    with patch.object(Timings, "open_at", return_value=["one-shot"]):
+        clock.measure(family, [SURE, OPEN], 1.0)
+    of_each = [number_of_rounds(family.timings, tokens) for tokens in (SURE, OPEN)]
+    assert of_each[1] == pytest.approx(of_each[0], rel=0.1)
+    assert min(of_each) > 150
+
+
+@on_each_rank(2)
+def test_a_size_that_was_too_long_is_begun_again_when_there_is_time(rank):
+    """At first it may take a third of 2 s; later all that is left, when the others are decided."""
+    clock = CallsMoveOn()
+    calls = {
+        CASES[0]: lambda x: clock.call(x, 0.1 if len(x) == 64 else 0.001),
+        CASES[1]: lambda x: clock.call(x, 0.1 if len(x) == 64 else 0.0005),
+    }
+    family = rounds.Family(lambda: calls, KINDS, PLACE)
+    clock.measure(family, [SURE, 64], 2.0)
+    assert family.timings.sizes() == [ROW * SURE, ROW * 64]
+    assert clock.now < 2.0
+
+
+@pytest.mark.parametrize(
+    ("left", "spent", "share"),
+    [
+        (3.0, [1.0, 1.0], 2.5),
+        (1.6, [0.2, 8.0, 0.2], 1.0),  # the one that has more gets nothing, and takes nothing away
+        (2.0, [1.0, 3.0], 3.0),
+        (0.0, [0.5, 0.7], 0.5),
+    ],
+)
+def test_time_is_shared_among_those_that_had_less(left, spent, share):
+    assert rounds._share(left, spent) == pytest.approx(share)
 
 
 @on_each_rank(2)

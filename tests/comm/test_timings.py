@@ -165,18 +165,20 @@ def test_at_best_the_better_of_two_sizes_counts():
 @pytest.mark.parametrize(
     ("one_shot", "two_shot", "perhaps"),
     [
-        ((0.85, 1.2) * 9, (1.5,) * 18, ("one-shot", 0.85)),
-        ((0.95, 1.2) * 9, (1.5,) * 18, None),  # never by the margin
-        ((0.5, 1.5) * 9, (0.4, 1.5) * 9, ("two-shot", 0.4)),
-        ((1.0, 1.2, 1.2), (1.5,) * 3, ("one-shot", 0.9)),  # of few rounds the margin comes on top
-        ((1.1, 1.2, 1.2), (1.5,) * 3, None),
+        ((0.85, 1.2) * 9, (1.5,) * 18, {"one-shot": 0.85}),
+        ((0.95, 1.2) * 9, (1.5,) * 18, {}),  # never by the margin
+        ((0.5, 1.5) * 9, (0.4, 1.5) * 9, {"one-shot": 0.5, "two-shot": 0.4}),
+        ((0.8, 1.2) * 3, (1.5,) * 5, {"one-shot": 0.72}),  # of few rounds the margin comes on top
+        ((1.1, 1.2, 1.2, 1.2), (1.5,) * 5, {"one-shot": 0.9}),  # of fewer than five always
     ],
 )
 def test_what_may_gain(one_shot, two_shot, perhaps):
     low = {"one-shot": {8: one_shot}, "two-shot": {8: two_shot}}
-    times = by_times({8: (1.0,) * len(one_shot)}, low)
+    times = by_times({8: (1.0,) * 18}, low)
     assert times.decide("native", 8).collective == "native"
     assert times.perhaps("native", 8) == pytest.approx(perhaps)
+    assert times.perhaps("native", 1 << 30) == pytest.approx(perhaps), "as the longest"
+    assert times.perhaps("native reduce-scatter", 8) == {}
 
 
 def test_beyond_the_sizes_what_gets_worse_goes_on():

@@ -25,7 +25,7 @@ class Pass:
         ms: Milliseconds by collective, ``native`` among them; NaN where nothing was timed.
         taken: What `auto` takes.
         taken_ms: How long that is; in native it may have fewer sums, where some have 0 bits.
-        unsure: What may be faster where native is kept, as far as times tell; empty if nothing.
+        perhaps: What may be faster where native is kept, and what it takes of native's time then.
         is_timed: Whether messages as long were timed; or else it goes by shorter ones.
     """
 
@@ -35,7 +35,7 @@ class Pass:
     ms: dict[str, float]
     taken: str
     taken_ms: float
-    unsure: str
+    perhaps: dict[str, float]
     is_timed: bool
 
     @property
@@ -72,15 +72,17 @@ def _pass(times: ByTimes, phase: str, tokens: int, hidden: int, skipped: int) ->
     taken = times.decide(NATIVE, size).collective
     taken_ms, count = ms[taken], sum(kind.count for kind in kinds)
     ms[NATIVE] *= (count + skipped) / count
-    unsure = _unsure(times, size) if taken == NATIVE else ""
-    return Pass(phase, tokens, size, ms, taken, taken_ms, unsure, size <= timings.sizes()[-1])
+    perhaps = times.perhaps(NATIVE, size) if taken == NATIVE else {}
+    perhaps = {name: ratio * count / (count + skipped) for name, ratio in perhaps.items()}
+    return Pass(phase, tokens, size, ms, taken, taken_ms, perhaps, size <= timings.sizes()[-1])
 
 
-def _unsure(times: ByTimes, size: int) -> str:
-    if (found := times.perhaps(NATIVE, size)) is None:
+def unsure(perhaps: dict[str, float]) -> str:
+    """The best that may be, in words; empty if nothing is."""
+    if not perhaps:
         return ""
-    name, ratio = found
-    return f"{name} perhaps up to {1 / ratio:.2f}x"
+    name = min(perhaps, key=perhaps.__getitem__)
+    return f"{name} perhaps up to {1 / perhaps[name]:.2f}x"
 
 
 def table(found: Sequence[Pass]) -> list[str]:
@@ -91,15 +93,16 @@ def table(found: Sequence[Pass]) -> list[str]:
     for one in found:
         rows.append([one.name, size_text(one.size), *(_ms(one.ms[name]) for name in names)])
         gain = f", {one.speedup:.2f}x" if one.speedup != 1 else ""
-        notes = [one.unsure, "" if one.is_timed else "longer than what was timed"]
+        notes = [unsure(one.perhaps), "" if one.is_timed else "longer than what was timed"]
         said = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
         ends.append(one.taken + gain + said)
     return [f"{line}  {end}" for line, end in zip(aligned(rows), ends, strict=True)]
 
 
 def undecided(found: Sequence[Pass]) -> list[str]:
-    """A line, where native is kept only because times scatter or were not taken."""
-    if not (names := [one.name for one in found if one.unsure]):
+    """A line, where native is kept and low bits may be faster, or were not timed so long."""
+    kept = [one for one in found if one.taken == NATIVE]
+    if not (names := [one.name for one in kept if one.perhaps or not one.is_timed]):
         return []
     return [f"Not surely decided: {'; '.join(names)}. More --seconds may tell."]
 

@@ -19,12 +19,11 @@ from megatron_lowbit.benchmark.doctor.doctor_advice import (
 from megatron_lowbit.benchmark.doctor.doctor_checks import check_bits, group_lines
 from megatron_lowbit.codecs import DEFAULT_CODEC, get_codec
 from megatron_lowbit.comm.agreement import on_every_rank
-from megatron_lowbit.comm.policy.making import take_tuning
+from megatron_lowbit.comm.policy.making import candidates, take_tuning
 from megatron_lowbit.comm.policy.runs import LARGEST
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, ByTimes, Kind
 from megatron_lowbit.comm.policy.tuning import Tuning, write_tuning
 
-_COLLECTIVES = ("one-shot", "two-shot")
 # Of a model that is not there.
 HIDDEN, LONGEST, BITS = 4096, 4096, (4, 2)
 
@@ -52,11 +51,12 @@ def examine_links(
     for bits in BITS:
         codec = get_codec(DEFAULT_CODEC, bits=bits)
         kinds.append(Kind(codec, codec.tables(HIDDEN, device=device), carries=True))
-    cli.say(check_bits(kinds, _COLLECTIVES, group, device))
+    ways = candidates(kinds)
+    cli.say(check_bits(kinds, ways, group, device))
     found, each = {}, seconds / len(BITS)
     for bits, kind in zip(BITS, kinds, strict=True):
         tuning = take_tuning([kind], group=group, device=device, seconds=each, scatters=False)
-        times = ByTimes(tuning.timings, [kind], _COLLECTIVES, source=repr(kind.codec))
+        times = ByTimes(tuning.timings, [kind], ways, source=repr(kind.codec))
         found[bits] = passes(times, HIDDEN, LONGEST)
     return found
 
@@ -71,7 +71,8 @@ def with_model(
     model = load_sums(checkpoint, argv, ranks)
     cli.say("\n".join(group_lines(model.group, model.device)))
     cli.say(f"model    {model.about}")
-    cli.say(check_bits(model.kinds, _COLLECTIVES, model.group, model.device))
+    ways = candidates(model.kinds)
+    cli.say(check_bits(model.kinds, ways, model.group, model.device))
     tuning = take_tuning(
         model.kinds,
         group=model.group,
@@ -80,7 +81,7 @@ def with_model(
         largest=min(LARGEST, max(model.longest, 64) * model.hidden * BF16_BYTES),
         scatters=model.scatters,
     )
-    times = ByTimes(tuning.timings, model.kinds, _COLLECTIVES, source=output.name)
+    times = ByTimes(tuning.timings, model.kinds, ways, source=output.name)
     found = passes(times, model.hidden, model.longest, skipped=model.skipped)
     cli.say("\n".join(["", *table(found), "", *expected(found), "", *model.layers, ""]))
     written = _write(tuning, output, model.calibrate)

@@ -6,11 +6,10 @@ computing in between, as in a model. Each sweep has processes of its own: ranks 
 fall into step or out of it, and stay there, so what one process measures again and again need not
 be what the next one measures.
 
-Advice is *right* where low bits that it takes are in no sweep slower than native, and where native
-that it keeps is in no sweep slower than low bits by more than the margin that `auto` asks for. It
-is *wrong* where low bits are slower in all sweeps, and *missed* where one collective is faster by
-more than the margin in all sweeps; *open* where the doctor says so itself: that low bits are
-perhaps faster, and more seconds may tell. Where sweeps contradict each other it is *unclear*.
+Low bits that it takes are *right* where they are slower than native in no sweep, *wrong* where they
+are in all, and else *unclear*: sweeps contradict each other. Native that it keeps is *right* where
+no low bits gain more than the margin that `auto` asks for in any sweep. Else it is *open* where the
+doctor says that these may, *missed* where one collective gains that in all sweeps, or *unclear*.
 """
 
 import json
@@ -27,7 +26,7 @@ from megatron_lowbit.benchmark.collectives import sweep
 from megatron_lowbit.benchmark.collectives.links import emulated_links, parse_rate
 from megatron_lowbit.benchmark.collectives.ranks import plain_ranks
 from megatron_lowbit.benchmark.collectives.sweep_plan import Plan, Variant
-from megatron_lowbit.benchmark.doctor.doctor_advice import DECODE, PREFILL
+from megatron_lowbit.benchmark.doctor.doctor_advice import DECODE, PREFILL, unsure
 from megatron_lowbit.benchmark.doctor.doctor_run import BITS, HIDDEN, examine_links
 from megatron_lowbit.codecs import DEFAULT_CODEC
 from megatron_lowbit.comm.policy.timings import BF16_BYTES, MARGIN, NATIVE, size_text
@@ -53,7 +52,7 @@ class Verdict:
         link: Its rate, or ``loopback``.
         size: Bytes of the message in BF16.
         taken: What the doctor says `auto` takes.
-        unsure: What it says is perhaps faster; empty if nothing.
+        perhaps: What it says is perhaps faster, and what that takes of native's time then.
         speedups: By collective: what each sweep measured, over native.
     """
 
@@ -62,7 +61,7 @@ class Verdict:
     bits: int
     size: int
     taken: str
-    unsure: str
+    perhaps: dict[str, float]
     speedups: dict[str, list[float]]
 
     @property
@@ -71,16 +70,17 @@ class Verdict:
         if self.taken != NATIVE:
             measured = self.speedups[self.taken]
             return _said(all(x >= 1 for x in measured), all(x < 1 for x in measured), "wrong")
-        gains = [[x > _LEAST_GAIN for x in each] for each in self.speedups.values()]
-        word = _said(not any(map(any, gains)), any(map(all, gains)), "missed")
-        return "open" if self.unsure and word != "right" else word
+        gains = {name: [x > _LEAST_GAIN for x in each] for name, each in self.speedups.items()}
+        if any(any(gains[name]) for name in self.perhaps):
+            return "open"
+        return _said(not any(map(any, gains.values())), any(map(all, gains.values())), "missed")
 
     @property
     def line(self) -> str:
         """A row of a Markdown table."""
         measured = " | ".join(map(_span, (self.speedups[name] for name in _COLLECTIVES)))
         what = f"{self.link}, {self.ranks} ranks, {self.bits} bits, {size_text(self.size)}"
-        taken = f"{self.taken} ({self.unsure})" if self.unsure else self.taken
+        taken = f"{self.taken} ({unsure(self.perhaps)})" if self.perhaps else self.taken
         return f"| {what} | {taken} | {measured} | {self.word} |"
 
 
@@ -137,7 +137,7 @@ def _sweep(link: str | None, ranks: int) -> list[dict]:
 
 
 def _examine(link: str | None, ranks: int, seconds: float) -> dict[str, list]:
-    """What the doctor takes and what it is not sure of, by ``bits size``."""
+    """What the doctor takes and what may be faster, by ``bits size``."""
     started = emulated_links(ranks, parse_rate(link)) if link else plain_ranks(ranks)
     with tempfile.TemporaryDirectory(prefix="lowbit-doctor-") as directory, started as group:
         out = Path(directory) / "examined.json"
@@ -154,7 +154,7 @@ def _rank_main() -> None:
         examined = examine_links(dist.group.WORLD, device, seconds)
         if dist.get_rank() == 0:
             said = {
-                f"{bits} {one.size}": [one.taken, one.unsure]
+                f"{bits} {one.size}": [one.taken, one.perhaps]
                 for bits, passes in examined.items()
                 for one in passes
             }
@@ -177,8 +177,8 @@ def _verdicts(
                 ]
                 for name in _COLLECTIVES
             }
-            taken, unsure = examined[f"{bits} {size}"]
-            yield Verdict(ranks, link or "loopback", bits, size, taken, unsure, mine)
+            taken, perhaps = examined[f"{bits} {size}"]
+            yield Verdict(ranks, link or "loopback", bits, size, taken, perhaps, mine)
 
 
 if __name__ == "__main__":

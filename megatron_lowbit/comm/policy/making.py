@@ -131,12 +131,12 @@ def _place(
     memory = open_symmetric_memory(group, device)
     policies = {
         name: Policy(name, nodes=nodes, symmetric_memory=memory)
-        for name in _candidates(kinds, nodes)
+        for name in candidates(kinds, nodes)
     }
     return Place(group, policies, device)
 
 
-def _candidates(kinds: Sequence[Kind], nodes: Nodes | None) -> list[str]:
+def candidates(kinds: Sequence[Kind], nodes: Nodes | None = None) -> list[str]:
     """The low-bit all-reduces that all of `kinds` can go by."""
     if any(k.codec.needs_statistics and k.tables.of_sum is None for k in kinds):
         return ["one-shot"]

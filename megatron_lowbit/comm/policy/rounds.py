@@ -41,6 +41,7 @@ class Family:
         self._kinds, self._hidden, self._place = kinds, kinds[0].tables.hidden, place
         self._sizes: list[Size] = []
         self._waiting: list[int] = []  # tokens of sizes that are not reached yet, the longest first
+        self._seconds: float | None = None  # of the next one's first visit, once it was begun
         self._compiling = 0.0  # seconds by which first rounds were longer than the next
 
     @property
@@ -75,25 +76,27 @@ class Family:
                 pass
             if not still_open:
                 break
-            share = (left() + sum(size.spent for size in still_open)) / len(still_open)
+            share = _share(left(), [size.spent for size in still_open])
             for size in still_open:
                 whole = min(int((share - size.spent) / size.cost), most - size.rounds)
-                rounds = math.ceil(whole / visits)
-                if rounds > 0 and rounds * size.cost <= left():
+                rounds = min(math.ceil(whole / visits), int(left() / size.cost))
+                if rounds > 0:
                     size.take(rounds)
 
     def _reach(self, seconds: float) -> bool:
         """Visit the next size for the first time; False if none is left for so many `seconds`."""
         if not self._waiting or self._expected(self._waiting[-1]) > seconds:
             return False
-        size = self._size(self._waiting.pop())
+        size = self._size(self._waiting[-1])
         first = size.take(1, keep=False)  # its buffers and pages; kernels that are new at this size
         size.take(1)
         self._compiling += max(first - size.once, 0)
-        if self._sizes and size.once + _ROUNDS * size.cost > seconds:
-            self._waiting.clear()
+        self._seconds = size.once + _ROUNDS * size.cost
+        if self._sizes and self._seconds > seconds:
             return False
         self._sizes.append(size)
+        self._waiting.pop()
+        self._seconds = None
         size.take(_ROUNDS - 1)
         return True
 
@@ -101,6 +104,8 @@ class Family:
         """Seconds of a first visit, by what each token more took last; the first size is free."""
         if not self._sizes:
             return -math.inf
+        if self._seconds is not None:
+            return self._seconds
         inner, last = self._sizes[-2:][0], self._sizes[-1]
         once = last.once * tokens / last.tokens
         if inner is not last:
@@ -122,3 +127,13 @@ class Family:
                 size.keep(among)
                 still_open.append(size)
         return still_open
+
+
+def _share(left: float, spent: Sequence[float]) -> float:
+    """Seconds that each has at the end, spent ones included, if who had less has more of `left`."""
+    rising, share = sorted(spent), math.inf
+    for count in range(len(rising), 0, -1):
+        share = (left + sum(rising[:count])) / count
+        if share >= rising[count - 1]:
+            break
+    return share

@@ -70,7 +70,7 @@ class Size:
 
     Attributes:
         cost: Seconds of a round, as they were taken last, on the slowest rank.
-        spent: Seconds of all of them.
+        spent: Seconds of those that were kept: others compile kernels, too.
         found: Milliseconds of a call of each case, means of a run and over ranks, by round.
     """
 
@@ -110,7 +110,6 @@ class Size:
         own = (time.perf_counter() - start) / count, rounds
         seconds, over_ranks = zip(*gather_values(own, group=self._place.group), strict=True)
         self.cost = max(seconds)
-        self.spent += count * self.cost
         means = [
             [sum(each) / len(each) for each in zip(*of_ranks, strict=True)]
             for of_ranks in zip(*over_ranks, strict=True)
@@ -120,6 +119,7 @@ class Size:
         for run in self._runs.values():
             run.fit(statistics.fmean(statistics.median(by_case[case]) for case in run.cases))
         if keep:
+            self.spent += count * self.cost
             for case, taken in by_case.items():
                 self.found[case] += [1000 * each for each in taken]
         return self.cost

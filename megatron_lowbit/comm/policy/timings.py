@@ -17,7 +17,7 @@ decisions for low bits were slower than native.) `comm.policy.bounds` has the in
 counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
 wherever it mattered. Of several that are sure, the one with the least middle is taken: the end of a
 short interval is the worst of nine rounds, and says little of which is faster. To keep native needs
-less: low bits that are slower in each of five rounds are timed no longer.
+less: low bits that are slower in all of five rounds or more are timed no longer.
 
 Times are looked at after each of eight visits, and no more are taken once they are sure. So where
 low bits are just as fast as native, 1 decision in 100 is chance.
@@ -47,7 +47,7 @@ from megatron_lowbit.comm.traffic import Decision
 BF16_BYTES = 2
 # What low bits must save of native's time: they cost accuracy, and another day scatters otherwise.
 MARGIN = 0.1
-_SLOWER = 5  # rounds, each slower than native: low bits are given up
+_SLOWER = 5  # rounds at least, all slower than native: low bits are given up
 _PASSES = 24  # their interval is a tenth wider than that of all rounds would be
 NATIVE, NATIVE_SCATTER = "native", "native reduce-scatter"
 
@@ -159,7 +159,7 @@ class Timings:
         still_open = []
         for name in collectives:
             ratios = self.ratios(kinds, name, size)
-            if len(ratios) < _SLOWER:
+            if not ratios:
                 still_open.append(name)
                 continue
             best, middle, worst = _surely(ratios)
@@ -204,16 +204,17 @@ class ByTimes:
         why = "native is kept" if best == native else "faster"
         return Decision(best, f"{why} by {self.source}")
 
-    def perhaps(self, native: str, size: int) -> tuple[str, float] | None:
-        """The low-bit collective that may gain the most, and what it takes of native's time then;
-        None if all surely gain nothing."""
+    def perhaps(self, native: str, size: int) -> dict[str, float]:
+        """The low-bit collectives that may gain enough, and what they take of native's time then.
+
+        Outside of the sizes that were timed the nearest one counts.
+        """
         best = {
             name: best_at(bounds, size)
             for name, bounds in self._bounds.items()
             if native_of(name) == native and bounds
         }
-        name = min(best, key=best.__getitem__, default=None)
-        return None if name is None or not _may_gain(best[name]) else (name, best[name])
+        return {name: ratio for name, ratio in best.items() if _may_gain(ratio)}
 
     @cached_property
     def _bounds(self) -> dict[str, list[Bound]]:
@@ -225,9 +226,15 @@ def _ratios(compared: list[Rounds]) -> list[float]:
 
 
 def _surely(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """What low bits take of native's time at best, in the middle and at worst."""
+    """What low bits take of native's time at best, in the middle and at worst.
+
+    Of few rounds the ends are a margin apart from what was seen, and of fewer than `_SLOWER` low
+    bits may gain, whatever was seen.
+    """
     best, middle, worst = interval(ratios)
     few = 1 - MARGIN if len(ratios) < ENOUGH else 1.0
+    if len(ratios) < _SLOWER:
+        best = min(best, 1.0)
     return best * few, middle, worst / few
 
 
