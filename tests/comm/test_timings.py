@@ -9,9 +9,9 @@ from megatron_lowbit.codecs import get_codec
 from megatron_lowbit.comm.policy.bounds import (
     Bound,
     _outside,
-    best_at,
     interpolate,
     interval,
+    near,
     ratio_at,
 )
 from megatron_lowbit.comm.policy.timings import MARGIN, ByTimes, Case, Kind, Timings
@@ -111,6 +111,9 @@ def test_a_pass_waits_for_the_mean_of_its_calls():
         ((0.88, 0.95) * 9, (1.5,) * 18, ["one-shot"]),  # surely faster, perhaps by enough
         ((0.5, 1.5) * 9, (1.5,) * 9, ["one-shot"]),  # the other one has no more rounds since
         ((0.5, 1.5) * 9, (0.5,) * 8, ["one-shot", "two-shot"]),
+        ((0.8, 1.1) * 3, (0.9, 1.3) * 3, ["one-shot"]),  # the other one is slower than this one
+        ((0.8, 1.1) * 3, (0.85, 1.3) * 3, ["one-shot", "two-shot"]),  # not by the margin
+        ((0.5, 1.5) * 9, (0.7, 1.6) * 5, ["one-shot"]),  # in the rounds that both have
         ((1.01,) * 5, (1.01,) * 4, ["two-shot"]),  # slower each time
         ((1.5,) * 4 + (1.0,), (1.5,) * 7 + (1.0,), ["one-shot", "two-shot"]),  # but once
     ],
@@ -156,10 +159,11 @@ def test_between_two_sizes_the_worse_counts():
     assert middles == [0.5, 0.95, 0.95, 0.95, 0.3]
 
 
-def test_at_best_the_better_of_two_sizes_counts():
+def test_what_is_near_a_size():
     given = bounds((8, 0.5), (32, 0.9), (128, 0.3))
-    best = [best_at(given, size * KB) for size in (1, 8, 9, 32, 64, 1024)]
-    assert best == [0.25, 0.25, 0.25, 0.45, 0.15, 0.15]
+    sizes = [[one.size // KB for one in near(given, size * KB)] for size in (1, 8, 9, 32, 1024)]
+    assert sizes == [[8], [8], [8, 32], [32], [128]]
+    assert not near([], 8)
 
 
 @pytest.mark.parametrize(

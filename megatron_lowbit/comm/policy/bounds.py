@@ -90,10 +90,11 @@ def ratio_at(bounds: Bounds, size: int) -> tuple[float, float]:
     return _longer(bounds[-2], bounds[-1], size)
 
 
-def best_at(bounds: Bounds, size: int) -> float:
-    """The best at any size; outside of those that were timed that of the nearest."""
-    nearest = min(max(size, bounds[0].size), bounds[-1].size)
-    return min(bound.best for bound in _next_to(bounds, nearest))
+def near(bounds: Bounds, size: int) -> Bounds:
+    """That of `size` itself, those of the timed sizes on both sides, or that of the nearest."""
+    if not bounds:
+        return []
+    return _next_to(bounds, min(max(size, bounds[0].size), bounds[-1].size))
 
 
 def _next_to(bounds: Bounds, size: int) -> Bounds:

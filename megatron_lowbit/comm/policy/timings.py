@@ -17,7 +17,8 @@ decisions for low bits were slower than native.) `comm.policy.bounds` has the in
 counts between two sizes. An interval of the unpaired times, the ratio of the two medians, was wider
 wherever it mattered. Of several that are sure, the one with the least middle is taken: the end of a
 short interval is the worst of nine rounds, and says little of which is faster. To keep native needs
-less: low bits that are slower in all of five rounds or more are timed no longer.
+less: low bits that are slower in all of five rounds or more are timed no longer. Nor is what is
+surely slower than other low bits.
 
 Times are looked at after each of eight visits, and no more are taken once they are sure. So where
 low bits are just as fast as native, 1 decision in 100 is chance.
@@ -37,9 +38,9 @@ from megatron_lowbit.codecs import Codec, Tables
 from megatron_lowbit.comm.policy.bounds import (
     ENOUGH,
     Bound,
-    best_at,
     interpolate,
     interval,
+    near,
     ratio_at,
 )
 from megatron_lowbit.comm.traffic import Decision
@@ -165,9 +166,17 @@ class Timings:
             best, middle, worst = _surely(ratios)
             if len(ratios) >= ENOUGH and _gains(worst, middle):
                 return []
-            if _may_gain(best):
+            others = (other for other in collectives if other != name)
+            is_beaten = any(self._is_slower(kinds, name, other, size) for other in others)
+            if best <= 1 - MARGIN and not is_beaten:
                 still_open.append(name)
         return still_open
+
+    def _is_slower(self, kinds: Sequence[Kind], collective: str, other: str, size: int) -> bool:
+        """Surely, in the rounds that both have."""
+        passes = [self.pass_times(kinds, name, size) for name in (collective, other)]
+        count = min(map(len, passes))
+        return count > 0 and _surely(_ratios([_together(one[:count]) for one in passes]))[0] > 1
 
 
 class ByTimes:
@@ -205,16 +214,18 @@ class ByTimes:
         return Decision(best, f"{why} by {self.source}")
 
     def perhaps(self, native: str, size: int) -> dict[str, float]:
-        """The low-bit collectives that may gain enough, and what they take of native's time then.
+        """The low-bit collectives that more rounds could show to be faster, and what they take of
+        native's time at best.
 
         Outside of the sizes that were timed the nearest one counts.
         """
-        best = {
-            name: best_at(bounds, size)
-            for name, bounds in self._bounds.items()
-            if native_of(name) == native and bounds
-        }
-        return {name: ratio for name, ratio in best.items() if _may_gain(ratio)}
+        names = [name for name in self.candidates if native_of(name) == native]
+        found: dict[str, float] = {}
+        for name in names:
+            for bound in near(self._bounds[name], size):
+                if name in self.timings.open_at(self.kinds, names, bound.size):
+                    found[name] = min(found.get(name, math.inf), bound.best)
+        return found
 
     @cached_property
     def _bounds(self) -> dict[str, list[Bound]]:
@@ -236,11 +247,6 @@ def _surely(ratios: Sequence[float]) -> tuple[float, float, float]:
     if len(ratios) < _SLOWER:
         best = min(best, 1.0)
     return best * few, middle, worst / few
-
-
-def _may_gain(best: float) -> bool:
-    """Whether low bits that take so much of native's time at best could be taken."""
-    return best <= 1 - MARGIN
 
 
 def _gains(worst: float, middle: float) -> bool:
