@@ -5,7 +5,7 @@ round has them in the other order. Each size is visited several times, so that i
 over all of the time: a machine that is busy for a second must not decide. The sizes share the time,
 and a long one has no more rounds than its share is enough for. (4 ranks on 2 cores of an EPYC,
 loopback: long messages had taken a round a visit, and 4 of 20 decisions up to 512 KB were for low
-bits, which take half of native's time there. By shares 24 of 24 were.) A size is done with when
+bits, which take half of native's time there. By shares all were.) A size is done with when
 more rounds would change nothing (`Timings.open_at`), and so is a collective that surely gains
 nothing. The others have what is left.
 
