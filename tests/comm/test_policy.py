@@ -16,7 +16,7 @@ from megatron_lowbit.codecs import Statistics, get_codec
 from megatron_lowbit.comm import all_reduce
 from megatron_lowbit.comm.agreement import require_equal
 from megatron_lowbit.comm.hierarchical import node_size, spans_nodes
-from megatron_lowbit.comm.policy.making import _stand_ins, make_policy
+from megatron_lowbit.comm.policy.making import _stand_ins, candidates, make_policy
 from megatron_lowbit.comm.policy.policy import Policy, Settings
 from megatron_lowbit.comm.policy.timings import Case, Kind, Timings
 from megatron_lowbit.comm.policy.tuning import (
@@ -71,6 +71,12 @@ def _of_ranges() -> list[Kind]:
     """A codec with statistics of the partials, and none of the sum."""
     codec = get_codec("static-hybrid")
     return [Kind(codec, codec.tables(64, statistics=Statistics(ranges=torch.ones(2, 64))))]
+
+
+def test_a_codec_without_statistics_of_the_sum_goes_by_one_shot():
+    plain = get_codec()
+    assert candidates(_of_ranges()) == ["one-shot"]
+    assert candidates([Kind(plain, plain.tables(64))]) == ["one-shot", "two-shot"]
 
 
 def _only(*names: tuple[str, str]) -> Timings:
