@@ -135,16 +135,21 @@ class Timings:
             points = {bound.size: bound.middle * points[bound.size] for bound in bounds}
         return interpolate(list(points.items()), size) if points else math.nan
 
-    def compared(self, kinds: Sequence[Kind], collective: str, size: int) -> list[Rounds]:
-        """Times of passes and of as many native ones, rounds together; empty if not timed."""
-        if not (low := self.pass_times(kinds, collective, size)):
-            return []
-        native = self.pass_times(kinds, native_of(collective), size)
-        return [_together(low), _together(native[: len(low)])]
+    def compared(
+        self, kinds: Sequence[Kind], collective: str, size: int, other: str | None = None
+    ) -> list[Rounds]:
+        """Times of passes, and by another collective (native, if left out) in the same rounds;
+        rounds together; empty if not timed."""
+        by_each = (collective, native_of(collective) if other is None else other)
+        passes = [self.pass_times(kinds, name, size) for name in by_each]
+        count = min(map(len, passes))
+        return [_together(one[:count]) for one in passes] if count else []
 
-    def ratios(self, kinds: Sequence[Kind], collective: str, size: int) -> list[float]:
-        """What passes take of native's time; empty if a kind was not timed."""
-        return _ratios(self.compared(kinds, collective, size))
+    def ratios(
+        self, kinds: Sequence[Kind], collective: str, size: int, other: str | None = None
+    ) -> list[float]:
+        """What passes take of the time of `other`, as in `compared`."""
+        return _ratios(self.compared(kinds, collective, size, other))
 
     def bounds(self, kinds: Sequence[Kind], collective: str) -> list[Bound]:
         """By size, ascending: what a pass takes of native's time, in the middle and at worst."""
@@ -174,9 +179,8 @@ class Timings:
 
     def _is_slower(self, kinds: Sequence[Kind], collective: str, other: str, size: int) -> bool:
         """Surely, in the rounds that both have."""
-        passes = [self.pass_times(kinds, name, size) for name in (collective, other)]
-        count = min(map(len, passes))
-        return count > 0 and _surely(_ratios([_together(one[:count]) for one in passes]))[0] > 1
+        ratios = self.ratios(kinds, collective, size, other)
+        return bool(ratios) and _surely(ratios)[0] > 1
 
 
 class ByTimes:
